@@ -1,0 +1,1 @@
+"""FedQSN in JAX: federated learning in which the server's model is the secret."""

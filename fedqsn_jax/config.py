@@ -1,0 +1,259 @@
+"""The configuration of a run: frozen dataclasses that know what is allowed.
+
+At the edge a configuration is an ml_collections ``ConfigDict`` (see `default_config`), which files
+under ``configs/`` fill and flags override. `resolve` turns it at once into the dataclasses below;
+everything inside the package sees only those.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn")
+CODEBOOKS = ("normal_float", "uniform")
+DATA_SETS = ("digits", "mnist", "emnist", "cifar10")
+MODELS = ("mlp", "cnn")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SERVER_OPTIMIZERS = ("sgd", "adagrad", "adam", "yogi", "lamb", "adafactor")
+PARTITIONS = ("dirichlet", "shards", "natural", "iid")
+PARALLELISM = ("auto", "scan", "vmap")
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration; the message is one line: field, value, what is allowed."""
+
+
+def _one_of(*allowed: str) -> Any:
+    return {"one_of": allowed}
+
+
+def _range(low: float, high: float | None = None, *, below: float | None = None) -> Any:
+    return {"low": low, "high": high, "below": below}
+
+
+def _field(default: Any, allowed: Any = None, help: str = "") -> Any:
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which data, and how it is divided among server and clients."""
+
+    name: str = _field("digits", _one_of(*DATA_SETS), "data set")
+    directory: str = _field("", None, "where TFDS data sets lie; empty: TFDS's default")
+    clients: int = _field(20, _range(1), "number of clients; ignored by the natural partition")
+    partition: str = _field("dirichlet", _one_of(*PARTITIONS), "how rows are dealt to clients")
+    alpha: float = _field(0.5, _range(1e-6), "concentration of the Dirichlet label skew")
+    shards_per_client: int = _field(2, _range(1), "label-sorted shards a client (partition=shards)")
+    private_rows: int = _field(200, _range(0), "rows that the server keeps to pre-train on")
+    test_rows: int = _field(360, _range(1), "rows held out for testing, where the set has no split")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model."""
+
+    name: str = _field("mlp", _one_of(*MODELS), "architecture")
+    hidden: tuple[int, ...] = _field((256, 256), _range(1), "widths of the MLP's hidden layers")
+    channels: tuple[int, ...] = _field((32, 64), _range(1), "channels of the CNN's convolutions")
+    dense: int = _field(128, _range(1), "width of the CNN's hidden dense layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainingConfig:
+    """The server's own training on its private rows, before the first round."""
+
+    steps: int = _field(400, _range(0), "SGD steps; 0: start from random weights")
+    batch_size: int = _field(64, _range(1), "rows a step")
+    learning_rate: float = _field(0.1, _range(0), "rate of plain SGD")
+    dropout: float = _field(0.0, _range(0, below=1), "dropout in hidden layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientConfig:
+    """A client's local training in one round. Its optimizer starts afresh each round."""
+
+    steps: int = _field(0, _range(0), "local steps; 0: use epochs")
+    epochs: int = _field(1, _range(1), "passes over the client's rows, where steps is 0")
+    batch_size: int = _field(32, _range(1), "rows a step")
+    optimizer: str = _field("sgd", _one_of(*OPTIMIZERS), "local optimizer")
+    learning_rate: float = _field(0.1, _range(0), "local rate")
+    momentum: float = _field(0.0, _range(0, below=1), "momentum of sgd")
+    weight_decay: float = _field(0.0, _range(0), "decoupled weight decay (adamw)")
+    dropout: float = _field(0.0, _range(0, below=1), "dropout in hidden layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class CohortConfig:
+    """Who takes part in a round, and how the client axis is run."""
+
+    size: int = _field(10, _range(1), "clients a round, drawn without replacement")
+    parallelism: str = _field("auto", _one_of(*PARALLELISM), "scan, vmap in chunks, or by device")
+    chunk_size: int = _field(0, _range(0), "clients a vmapped chunk; 0: the whole cohort")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """Aggregation of the clients' deltas into the hidden model."""
+
+    optimizer: str = _field("sgd", _one_of(*SERVER_OPTIMIZERS), "server optimizer, from optax")
+    learning_rate: float = _field(1.0, _range(0), "server rate; 1 with sgd adds the mean delta")
+    momentum: float = _field(0.0, _range(0, below=1), "momentum of sgd")
+    weighting: str = _field("data", _one_of("data", "uniform"), "a client's weight in the mean")
+    normalize: str = _field("mean", _one_of("mean", "coverage"), "divide by all, or by who saw it")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """When and how the four views are evaluated."""
+
+    every: int = _field(1, _range(1), "rounds between evaluations; the last is always evaluated")
+    batch_size: int = _field(512, _range(1), "rows at a time")
+    proxy_samples: int = _field(8, _range(2), "client masks that the proxy view averages over")
+    attackers: tuple[int, ...] = _field((1, 10), _range(1), "numbers of colluding clients")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the hidden model is saved, and which saves are kept."""
+
+    every: int = _field(10, _range(1), "rounds between saves; the last round is always saved")
+    keep_latest: int = _field(2, _range(1), "latest saves kept")
+    keep_best: int = _field(1, _range(0), "further saves kept, by the global view's accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = _field(0, _range(0, below=2**32), "fixes everything; in simulation not a secret")
+    rounds: int = _field(60, _range(0), "federated rounds in all")
+    rounds_per_call: int = _field(5, _range(1), "rounds a compiled call; stops fall on its multiples")
+    algorithm: str = _field("fedqsn", _one_of(*ALGORITHMS), "what clients receive")
+    p1: float = _field(0.2, _range(0, below=1), "probability that the server hides a column for good")
+    p2: float = _field(0.2, _range(0, below=1), "probability that a client's round hides a column")
+    bits: int = _field(4, _range(1, 8), "width of a code")
+    block_size: int = _field(64, _range(1), "entries of a column that share a scale")
+    codebook: str = _field("normal_float", _one_of(*CODEBOOKS), "levels of the quantizer")
+    sampling: str = _field("bernoulli", _one_of("bernoulli", "fixed_count"), "how masks are drawn")
+    sites: str = _field("all", _one_of("all", "residual"), "which layers have mask sites")
+    site_rules: tuple[str, ...] = _field((), None, "rules that go before the package's own")
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    pretraining: PretrainingConfig = dataclasses.field(default_factory=PretrainingConfig)
+    client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
+    cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Returns every field with its default, for a file under ``configs/`` to change."""
+    return ml_collections.ConfigDict(to_dict(Config()))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a configuration as nested dictionaries, tuples kept."""
+    return {
+        field.name: to_dict(value) if dataclasses.is_dataclass(value) else value
+        for field in dataclasses.fields(config)
+        for value in [getattr(config, field.name)]
+    }
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Returns every field by its dotted name."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                visit(f"{prefix}{name}.", value)
+            else:
+                flat[prefix + name] = value
+
+    visit("", to_dict(config))
+    return flat
+
+
+def resolve(values: Mapping[str, Any]) -> Config:
+    """Checks nested values and returns them as a `Config`.
+
+    Args:
+      values: A ``ConfigDict`` or nested dictionaries. Fields that are missing take their defaults.
+
+    Raises:
+      ConfigError: A field is unknown, or its value has the wrong type or is out of range.
+    """
+    config = _resolve_section(Config, values, "")
+    if config.data.partition != "natural" and config.cohort.size > config.data.clients:
+        raise ConfigError(
+            f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
+            f"{config.data.clients}"
+        )
+    return config
+
+
+def unknown_field(name: str) -> ConfigError:
+    """Returns the error for a dotted field name that does not exist, with the nearest that does."""
+    known = [*flatten(Config()), *(field.name for field in dataclasses.fields(Config))]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    last = name.rpartition(".")[2]
+    near = near or difflib.get_close_matches(last, [k.rpartition(".")[2] for k in known], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ConfigError(f"unknown field {name}{hint}")
+
+
+def _resolve_section(section: type, values: Mapping[str, Any], prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    hints = typing.get_type_hints(section)
+    resolved = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise unknown_field(prefix + name)
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping | ml_collections.ConfigDict):
+                raise ConfigError(f"{prefix}{name} = {value!r}: it is a section of fields")
+            resolved[name] = _resolve_section(hints[name], value, f"{prefix}{name}.")
+        else:
+            checked = _checked_type(prefix + name, hints[name], value)
+            _check_range(prefix + name, checked, fields[name].metadata["allowed"])
+            resolved[name] = checked
+    return section(**resolved)
+
+
+def _checked_type(name: str, expected: Any, value: Any) -> Any:
+    if isinstance(expected, types.GenericAlias):
+        element = typing.get_args(expected)[0]
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} = {value!r}: allowed is a sequence of {element.__name__}")
+        return tuple(_checked_type(f"{name}[{i}]", element, v) for i, v in enumerate(value))
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, expected) or isinstance(value, bool):
+        raise ConfigError(f"{name} = {value!r}: allowed is a value of type {expected.__name__}")
+    return value
+
+
+def _check_range(name: str, value: Any, allowed: Any) -> None:
+    if isinstance(value, tuple):
+        for index, element in enumerate(value):
+            _check_range(f"{name}[{index}]", element, allowed)
+    elif allowed and "one_of" in allowed:
+        if value not in allowed["one_of"]:
+            raise ConfigError(f"{name} = {value!r}: allowed are {', '.join(allowed['one_of'])}")
+    elif allowed:
+        low, high, below = allowed["low"], allowed["high"], allowed["below"]
+        # Written so that NaN is refused.
+        if not (
+            value >= low and (high is None or value <= high) and (below is None or value < below)
+        ):
+            upper = f" to {high}" if high is not None else ""
+            upper = f" to below {below}" if below is not None else upper
+            raise ConfigError(f"{name} = {value!r}: allowed is {low}{upper or ' or more'}")

@@ -1,0 +1,94 @@
+"""The rows of all clients in one set of flat arrays, and the splits of a data set."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from fedqsn_jax.types import Array, Batch
+
+
+@struct.dataclass
+class FederatedData:
+    """The examples of every client, on the device.
+
+    Attributes:
+      examples: Named arrays ``[rows, ...]``, the clients' rows one after the other.
+      offsets: int32 ``[clients + 1]``; client k has the rows ``offsets[k]`` to ``offsets[k + 1]``.
+    """
+
+    examples: Batch
+    offsets: Array
+
+    @property
+    def clients(self) -> int:
+        """Number of clients in the population."""
+        return self.offsets.shape[0] - 1
+
+    def start(self, client_id: Array) -> Array:
+        """Index of a client's first row, int32."""
+        return self.offsets[client_id]
+
+    def rows(self, client_id: Array) -> Array:
+        """Number of a client's rows, int32."""
+        return self.offsets[client_id + 1] - self.offsets[client_id]
+
+    def gather(self, indices: Array) -> Batch:
+        """Returns the examples at ``indices``, int32 ``[...]``."""
+        return {name: array[indices] for name, array in self.examples.items()}
+
+
+class Splits(NamedTuple):
+    """A data set as a run needs it.
+
+    Attributes:
+      clients: The clients' rows.
+      private: The server's rows, named arrays ``[rows, ...]``; possibly no rows.
+      test: Held-out rows, named arrays ``[rows, ...]``.
+      num_classes: Number of labels.
+    """
+
+    clients: FederatedData
+    private: Batch
+    test: Batch
+    num_classes: int
+
+
+def from_clients(clients: Sequence[dict[str, np.ndarray]]) -> FederatedData:
+    """Joins per-client arrays into `FederatedData`.
+
+    Args:
+      clients: For each client named arrays ``[rows, ...]``; names, dtypes and the shapes of a row
+        are the same for all, the numbers of rows may differ and may be zero.
+
+    Raises:
+      ValueError: There is no client, or names, shapes or numbers of rows do not agree.
+    """
+    if not clients:
+        raise ValueError("no clients: at least one is needed")
+    names = sorted(clients[0])
+    lengths = []
+    for index, client in enumerate(clients):
+        if sorted(client) != names:
+            raise ValueError(f"client {index} has arrays {sorted(client)}, client 0 has {names}")
+        rows = {len(array) for array in client.values()}
+        if len(rows) != 1:
+            raise ValueError(f"client {index}: its arrays differ in their number of rows")
+        for name, array in client.items():
+            if array.shape[1:] != clients[0][name].shape[1:] or array.dtype != clients[0][name].dtype:
+                raise ValueError(
+                    f"client {index}: {name!r} is {array.dtype}{list(array.shape[1:])} a row, "
+                    f"client 0's is {clients[0][name].dtype}{list(clients[0][name].shape[1:])}"
+                )
+        lengths.append(rows.pop())
+    examples = {name: jnp.asarray(np.concatenate([c[name] for c in clients])) for name in names}
+    return FederatedData(examples, jnp.asarray(np.cumsum([0, *lengths]), jnp.int32))
+
+
+def single_client(examples: Batch) -> FederatedData:
+    """Returns the population of one client that has all the rows; used for server training."""
+    rows = jax.tree.leaves(examples)[0].shape[0]
+    return FederatedData(examples, jnp.asarray([0, rows], jnp.int32))

@@ -1,0 +1,321 @@
+"""Mask sites: which columns of which kernels can be hidden, and masks over them.
+
+A *site* is one kernel with its bias. A *column* is one index of the kernel's column axes, together
+with the bias entry of that index. Whatever the kernel's shape, a site can be seen as matrices
+``[layers, inputs, columns]``, and anything said about its columns (masks, counts, factors) is an
+array ``[layers, columns]``, kept in a dictionary by the kernel's path.
+
+Sites are found by *rules*, which are text: ``"PATTERN: ROLE ROLE ..."`` names a role for each
+axis of the kernels whose path matches the shell-style pattern (``*`` also crosses ``/``). Roles
+are ``layer`` (a scanned stack), ``input`` and ``column``. ``"PATTERN: none"`` says that a tensor
+is no site. ``"PATTERN: whole ROLE ROLE ..."`` makes a site that is quantized but never hidden.
+The first rule that matches decides.
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from fedqsn_jax.randomness import fold_in_name
+from fedqsn_jax.types import Array, Columns, Key, Params
+
+Sampling = Literal["bernoulli", "fixed_count"]
+SiteSelection = Literal["all", "residual"]
+
+DEFAULT_RULES: tuple[str, ...] = (
+    # The task head, embeddings and norms are never hidden.
+    "*head/kernel: none",
+    "*classifier*/kernel: none",
+    "*logits/kernel: none",
+    "*embed*: none",
+    "*norm*: none",
+    # Attention as flax.linen and flax.nnx lay it out.
+    "*query/kernel: input column column",
+    "*key/kernel: input column column",
+    "*value/kernel: input column column",
+    "*out/kernel: input input column",
+    # Convolutions: spatial axes and input channels are inputs.
+    "*conv*/kernel: input input column",
+    "*/kernel: input input input column",
+    "kernel: input input input column",
+    "*conv*/kernel: input input input input column",
+    # Dense layers.
+    "*/kernel: input column",
+    "kernel: input column",
+)
+"""The rules that follow the user's own. A rule whose number of axes differs does not match."""
+
+RESIDUAL_PATTERNS: tuple[str, ...] = (
+    "*attention*/out/kernel",
+    "*attention*/output/kernel",
+    "*attn*/out/kernel",
+    "*mlp/down/kernel",
+    "*mlp/output/kernel",
+    "*feed_forward/output/kernel",
+)
+"""The layers that write to a transformer's residual stream (``sites="residual"``)."""
+
+_ROLES = ("layer", "input", "column")
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSite:
+    """One kernel whose columns can be hidden; static, and public.
+
+    Attributes:
+      path: The kernel's path in the parameter tree, keys joined by ``/``.
+      shape: The kernel's shape.
+      layer_axes: Axes of stacked layers; every layer has columns of its own.
+      input_axes: Axes that a column runs along. Their sizes multiply to the fan-in.
+      column_axes: Axes that index the columns.
+      bias_path: Path of the bias that belongs to the columns, or None.
+      hideable: False for tensors that are quantized but never hidden.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    layer_axes: tuple[int, ...]
+    input_axes: tuple[int, ...]
+    column_axes: tuple[int, ...]
+    bias_path: str | None = None
+    hideable: bool = True
+
+    @property
+    def layers(self) -> int:
+        """Number of stacked layers (1 without layer axes)."""
+        return math.prod(self.shape[axis] for axis in self.layer_axes)
+
+    @property
+    def fan_in(self) -> int:
+        """Number of kernel entries in one column."""
+        return math.prod(self.shape[axis] for axis in self.input_axes)
+
+    @property
+    def columns(self) -> int:
+        """Number of columns in one layer."""
+        return math.prod(self.shape[axis] for axis in self.column_axes)
+
+    @property
+    def bias_shape(self) -> tuple[int, ...]:
+        """Shape that a bias of this site has: its layer and column axes, in the kernel's order."""
+        return tuple(n for axis, n in enumerate(self.shape) if axis not in self.input_axes)
+
+    @property
+    def _matrix_axes(self) -> tuple[int, ...]:
+        return self.layer_axes + self.input_axes + self.column_axes
+
+    def to_matrices(self, kernel: Array) -> Array:
+        """Rearranges a kernel ``[*shape]`` to ``[layers, inputs, columns]``."""
+        return kernel.transpose(self._matrix_axes).reshape(self.layers, self.fan_in, self.columns)
+
+    def from_matrices(self, matrices: Array) -> Array:
+        """Rearranges ``[layers, inputs, columns]`` to the kernel's shape."""
+        axes = self._matrix_axes
+        inverse = sorted(range(len(axes)), key=axes.__getitem__)
+        return matrices.reshape([self.shape[axis] for axis in axes]).transpose(inverse)
+
+    def to_bias(self, columns: Array) -> Array:
+        """Rearranges ``[layers, columns]`` to the shape of the site's bias."""
+        axes = self.layer_axes + self.column_axes
+        order = sorted(range(len(axes)), key=axes.__getitem__)
+        return columns.reshape([self.shape[axis] for axis in axes]).transpose(order)
+
+    def from_bias(self, bias: Array) -> Array:
+        """Rearranges the site's bias to ``[layers, columns]``."""
+        kept = sorted(self.layer_axes + self.column_axes)
+        order = [kept.index(axis) for axis in self.layer_axes + self.column_axes]
+        return bias.transpose(order).reshape(self.layers, self.columns)
+
+    def to_kernel(self, columns: Array) -> Array:
+        """Rearranges ``[layers, columns]`` so that it broadcasts against the kernel."""
+        return jnp.expand_dims(self.to_bias(columns), self.input_axes)
+
+
+Sites = tuple[MaskSite, ...]
+
+
+def path_of(key_path: Sequence[Any]) -> str:
+    """Returns a pytree key path as text, for example ``encoder/hidden_0/kernel``."""
+    return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
+
+
+def leaves_by_path(tree: Params, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Returns the leaves of a tree by their path, in the tree's order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {path_of(path): leaf for path, leaf in leaves}
+
+
+def find_sites(
+    params: Params, rules: Iterable[str] = (), selection: SiteSelection = "all"
+) -> Sites:
+    """Finds the mask sites of a parameter tree.
+
+    Args:
+      params: The parameters, or their shapes (anything with ``shape`` at the leaves).
+      rules: The user's rules; they go before `DEFAULT_RULES`, and name kernels by path.
+      selection: ``"all"``: every kernel that a rule matches; ``"residual"``: of those, the ones
+        that write to the residual stream (`RESIDUAL_PATTERNS`), and every one that a rule of the
+        user's names.
+
+    Returns:
+      The sites, in the order of the tree.
+
+    Raises:
+      ValueError: A rule is malformed or matches nothing, or no site was found.
+    """
+    user_rules = [parse_rule(rule) for rule in rules]
+    default_rules = [parse_rule(rule) for rule in DEFAULT_RULES]
+    leaves = leaves_by_path(params)
+    unused = {pattern for pattern, _ in user_rules}
+    sites = []
+    for path, leaf in leaves.items():
+        by_user = _first_match(user_rules, path, leaf.ndim)
+        if by_user is not None:
+            unused.discard(by_user[0])
+        rule = by_user or _first_match(default_rules, path, leaf.ndim)
+        if rule is None or rule[1] == ("none",):
+            continue
+        if selection == "residual" and by_user is None and not _matches_any(path, RESIDUAL_PATTERNS):
+            continue
+        sites.append(_make_site(path, leaf.shape, rule[1], leaves))
+    if unused:
+        raise ValueError(
+            f"site rule for {sorted(unused)[0]!r} matches no tensor with that many axes; "
+            f"tensors: {', '.join(leaves)}"
+        )
+    if not any(site.hideable for site in sites):
+        raise ValueError(
+            f"no mask site found with sites={selection!r}; add a rule such as "
+            f"'PATTERN: input column' for one of: {', '.join(leaves)}"
+        )
+    return tuple(sites)
+
+
+def parse_rule(rule: str) -> tuple[str, tuple[str, ...]]:
+    """Splits a rule into its pattern and its words; ValueError where it is malformed."""
+    pattern, separator, words = rule.rpartition(":")
+    roles = tuple(words.split())
+    axes = roles[1:] if roles[:1] == ("whole",) else roles
+    well_formed = roles == ("none",) or (
+        "input" in axes and "column" in axes and all(role in _ROLES for role in axes)
+    )
+    if not separator or not pattern.strip() or not well_formed:
+        raise ValueError(
+            f"site rule {rule!r} is not 'PATTERN: none' or 'PATTERN: [whole] ROLE ROLE ...' "
+            f"with a role of {', '.join(_ROLES)} for each axis, at least one input and one column"
+        )
+    return pattern.strip(), roles
+
+
+def _first_match(
+    rules: list[tuple[str, tuple[str, ...]]], path: str, rank: int
+) -> tuple[str, tuple[str, ...]] | None:
+    for pattern, roles in rules:
+        axes = len(roles) - (roles[0] == "whole")
+        if _matches_any(path, (pattern,)) and (roles == ("none",) or axes == rank):
+            return pattern, roles
+    return None
+
+
+def _matches_any(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path.lower(), pattern.lower()) for pattern in patterns)
+
+
+def _make_site(
+    path: str, shape: tuple[int, ...], roles: tuple[str, ...], leaves: dict[str, Any]
+) -> MaskSite:
+    hideable = roles[0] != "whole"
+    axes = roles if hideable else roles[1:]
+    layer_axes, input_axes, column_axes = (
+        tuple(axis for axis, role in enumerate(axes) if role == wanted) for wanted in _ROLES
+    )
+    site = MaskSite(path, tuple(shape), layer_axes, input_axes, column_axes, None, hideable)
+    parent = path.rpartition("/")[0]
+    bias_path = f"{parent}/bias" if parent else "bias"
+    if bias_path in leaves and tuple(leaves[bias_path].shape) == site.bias_shape:
+        site = dataclasses.replace(site, bias_path=bias_path)
+    return site
+
+
+def map_columns(
+    function: Callable[..., Any], tree: Params, sites: Sites, *columns: Columns
+) -> Params:
+    """Applies a function to every tensor of the sites, with facts about its columns.
+
+    Args:
+      function: ``(leaf, *facts) -> leaf``; each fact broadcasts against the leaf.
+      tree: Arrays in the structure of the parameters.
+      sites: The mask sites.
+      *columns: Dictionaries with the same sites. A site that they lack is left alone.
+
+    Returns:
+      The tree with kernels and biases of the sites in ``columns`` replaced.
+    """
+    kernels = {site.path: site for site in sites}
+    biases = {site.bias_path: site for site in sites if site.bias_path}
+
+    def visit(key_path: Sequence[Any], leaf: Any) -> Any:
+        path = path_of(key_path)
+        site = kernels.get(path) or biases.get(path)
+        if site is None or site.path not in columns[0]:
+            return leaf
+        spread = site.to_kernel if path in kernels else site.to_bias
+        return function(leaf, *(spread(column[site.path]) for column in columns))
+
+    return jax.tree_util.tree_map_with_path(visit, tree)
+
+
+def hide(tree: Params, sites: Sites, visible: Columns) -> Params:
+    """Zeroes the hidden columns of a tree, whatever they hold (NaN included)."""
+    return map_columns(lambda leaf, seen: jnp.where(seen, leaf, jnp.zeros_like(leaf)), tree, sites, visible)
+
+
+def draw_masks(
+    key: Key, sites: Sites, probability: float | Array, sampling: Sampling = "bernoulli"
+) -> Columns:
+    """Draws an independent mask for every site that can be hidden.
+
+    Args:
+      key: The key of this draw; a site's mask depends on it and on the site's path only.
+      sites: The mask sites.
+      probability: The probability (``bernoulli``) or share (``fixed_count``, rounded to whole
+        columns in each layer) of hidden columns.
+      sampling: How columns are chosen.
+
+    Returns:
+      bool ``[layers, columns]`` a site; True where the column is visible.
+    """
+    return {
+        site.path: _draw_mask(fold_in_name(key, site.path), site, probability, sampling)
+        for site in sites
+        if site.hideable
+    }
+
+
+def _draw_mask(key: Key, site: MaskSite, probability: float | Array, sampling: Sampling) -> Array:
+    shape = (site.layers, site.columns)
+    noise = jax.random.uniform(key, shape, jnp.float32)
+    if sampling == "bernoulli":
+        return noise >= probability
+    ranks = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
+    return ranks >= _hidden_count(site, probability)
+
+
+def visible_share(site: MaskSite, probability: float | Array, sampling: Sampling) -> Array:
+    """The share of columns that a mask leaves visible, float32 scalar: expected, or realised.
+
+    ``fixed_count`` hides whole columns, so its share is the realised one (kappa's factor).
+    """
+    if sampling == "bernoulli":
+        return jnp.float32(1) - jnp.float32(probability)
+    return 1 - _hidden_count(site, probability).astype(jnp.float32) / site.columns
+
+
+def _hidden_count(site: MaskSite, probability: float | Array) -> Array:
+    count = jnp.round(jnp.float32(probability) * site.columns).astype(jnp.int32)
+    return jnp.minimum(count, site.columns - 1)

@@ -1,0 +1,61 @@
+"""Keys and permutations that do not depend on position, padding or devices.
+
+Every draw of a run is addressed: ``fold_in(root, round)``, then ``fold_in(., client id)``, then a
+name. A client's draws are therefore the same wherever it stands in the cohort, however the cohort
+is cut into chunks and whatever else is drawn.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from fedqsn_jax.types import Array, Key
+
+_PERMUTATION_ROUNDS = 32
+
+
+def fold_in_name(key: Key, name: str) -> Key:
+    """Returns the key that belongs to ``name`` under ``key`` (the name's CRC-32 is folded in)."""
+    return jax.random.fold_in(key, jnp.uint32(zlib.crc32(name.encode())))
+
+
+def client_round_key(key: Key, round_index: Array | int, client_id: Array | int) -> Key:
+    """Returns the key of one client in one round, the same in any cohort order."""
+    return jax.random.fold_in(jax.random.fold_in(key, round_index), client_id)
+
+
+def keyed_permutation(key: Key, positions: Array, length: Array | int) -> Array:
+    """Images of ``positions`` under a pseudo-random permutation of ``range(length)``.
+
+    A swap-or-not shuffle (Hoang, Morris, Rogaway, CRYPTO 2012): in every round a position and its
+    mirror image about a random pivot change places or stay, by one hashed bit that both share. It
+    is a bijection for any length, needs no sort and no array of that length, and the answer for a
+    position depends on nothing but ``(key, position, length)``, so one minibatch of a client, or
+    a cohort out of a million clients, costs as many operations as it has elements. It is made for
+    sampling, not for cryptography.
+
+    Args:
+      key: A pseudo-random key.
+      positions: Integers ``[...]`` in ``[0, length)``; others give meaningless results.
+      length: The number of elements that are permuted, at least 1; may be traced.
+
+    Returns:
+      int32 ``[...]``, distinct for distinct positions, in ``[0, length)``.
+    """
+    size = jnp.asarray(length, jnp.uint32)
+    words = jax.random.bits(key, (_PERMUTATION_ROUNDS, 2), jnp.uint32)
+    pivots, salts = words[:, 0] % jnp.maximum(size, 1), words[:, 1]
+    index = positions.astype(jnp.uint32)
+    for step in range(_PERMUTATION_ROUNDS):
+        mirrored = jnp.where(index <= pivots[step], pivots[step] - index, pivots[step] - index + size)
+        swap = _hash(jnp.maximum(index, mirrored) ^ salts[step]) >> 31
+        index = jnp.where(swap == 1, mirrored, index)
+    return index.astype(jnp.int32)
+
+
+def _hash(word: Array) -> Array:
+    """The 32-bit finalizer of MurmurHash3: every input bit moves every output bit."""
+    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)
