@@ -242,19 +242,18 @@ def _make_site(
     return site
 
 
-def map_columns(
-    function: Callable[..., Any], tree: Params, sites: Sites, *columns: Columns
-) -> Params:
-    """Applies a function to every tensor of the sites, with facts about its columns.
+def spread(columns: Columns, tree: Params, sites: Sites, absent: Any) -> Params:
+    """Lays facts about columns over a tree, so that they combine with it by ``jax.tree.map``.
 
     Args:
-      function: ``(leaf, *facts) -> leaf``; each fact broadcasts against the leaf.
-      tree: Arrays in the structure of the parameters.
+      columns: ``[layers, columns]`` a site.
+      tree: Leaves in the structure of the parameters; only the structure matters.
       sites: The mask sites.
-      *columns: Dictionaries with the same sites. A site that they lack is left alone.
+      absent: The fact for tensors of no site, and for sites that ``columns`` lacks.
 
     Returns:
-      The tree with kernels and biases of the sites in ``columns`` replaced.
+      The tree with, at each leaf, an array that broadcasts against the parameter there: a kernel
+      or bias of a site in ``columns`` has its column's fact, everything else has ``absent``.
     """
     kernels = {site.path: site for site in sites}
     biases = {site.bias_path: site for site in sites if site.bias_path}
@@ -262,17 +261,20 @@ def map_columns(
     def visit(key_path: Sequence[Any], leaf: Any) -> Any:
         path = path_of(key_path)
         site = kernels.get(path) or biases.get(path)
-        if site is None or site.path not in columns[0]:
-            return leaf
-        spread = site.to_kernel if path in kernels else site.to_bias
-        return function(leaf, *(spread(column[site.path]) for column in columns))
+        if site is None or site.path not in columns:
+            return absent
+        to_shape = site.to_kernel if path in kernels else site.to_bias
+        return to_shape(columns[site.path])
 
     return jax.tree_util.tree_map_with_path(visit, tree)
 
 
 def hide(tree: Params, sites: Sites, visible: Columns) -> Params:
     """Zeroes the hidden columns of a tree, whatever they hold (NaN included)."""
-    return map_columns(lambda leaf, seen: jnp.where(seen, leaf, jnp.zeros_like(leaf)), tree, sites, visible)
+    seen = spread(visible, tree, sites, True)
+    return jax.tree.map(
+        lambda leaf, is_seen: jnp.where(is_seen, leaf, jnp.zeros((), leaf.dtype)), tree, seen
+    )
 
 
 def draw_masks(

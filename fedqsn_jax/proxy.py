@@ -22,8 +22,8 @@ from fedqsn_jax.masking import (
     Sampling,
     Sites,
     draw_masks,
-    map_columns,
     path_of,
+    spread,
     visible_share,
 )
 from fedqsn_jax.quantization import Quantized, Quantizer
@@ -188,7 +188,7 @@ def scale_sites(params: Params, sites: Sites, scale: dict[str, Array]) -> Params
         for site in sites
         if site.path in scale
     }
-    return map_columns(lambda leaf, factor: leaf * factor, params, sites, columns)
+    return jax.tree.map(jnp.multiply, params, spread(columns, params, sites, 1))
 
 
 def is_quantized(leaf: Any) -> bool:

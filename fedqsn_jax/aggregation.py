@@ -1,0 +1,116 @@
+"""Folds the clients' deltas into the hidden model.
+
+Deltas are never stacked: each client gives a `Contribution`, contributions add up, and
+`Aggregator.finish` turns their sum into a step of an optax optimizer, in full precision.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from fedqsn_jax.masking import Sites, hide, spread
+from fedqsn_jax.types import Array, Columns, Params
+
+Weighting = Literal["data", "uniform"]
+Normalization = Literal["mean", "coverage"]
+
+
+@struct.dataclass
+class Contribution:
+    """What one client, or a sum over clients, brings to a round.
+
+    Attributes:
+      delta: Weighted sum of deltas, float32 in the structure of the parameters.
+      weight: Sum of the clients' weights, float32 scalar.
+      coverage: Sum of the weights of the clients that saw a column, float32
+        ``[layers, columns]`` a site; a site that is absent was seen by all.
+    """
+
+    delta: Params
+    weight: Array
+    coverage: Columns
+
+
+class Aggregator(NamedTuple):
+    """Aggregation as pure functions.
+
+    Attributes:
+      init: ``params -> optimizer state``.
+      contribute: ``(delta, visible, examples) -> Contribution`` of one client.
+      finish: ``(params, optimizer_state, total, server_visible) -> (params, optimizer_state)``.
+    """
+
+    init: Callable[[Params], optax.OptState]
+    contribute: Callable[[Params, Columns, Array], Contribution]
+    finish: Callable[
+        [Params, optax.OptState, Contribution, Columns], tuple[Params, optax.OptState]
+    ]
+
+
+def make_aggregator(
+    sites: Sites,
+    optimizer: optax.GradientTransformation,
+    *,
+    weighting: Weighting = "data",
+    normalize: Normalization = "mean",
+) -> Aggregator:
+    """Makes the aggregation of a run.
+
+    The server optimizer sees the model with hidden columns zeroed, and minus the aggregated delta
+    as its gradient; afterwards hidden columns get their values back by selection. So they neither
+    change nor influence anything, whatever the optimizer does with norms of tensors. A column that
+    nobody saw, and everything in a round without any weight, stays as it is.
+
+    Args:
+      sites: The mask sites.
+      optimizer: The server optimizer; ``optax.sgd(1.0)`` adds the mean delta.
+      weighting: ``data``: a client weighs its number of examples; ``uniform``: one, if it has any.
+      normalize: ``mean``: divide by the weight of all clients; ``coverage``: each column by the
+        weight of those that saw it.
+    """
+
+    def init(params: Params) -> optax.OptState:
+        # Shapes only: no moment may start from a hidden value.
+        return optimizer.init(jax.tree.map(jnp.zeros_like, params))
+
+    def contribute(delta: Params, visible: Columns, examples: Array) -> Contribution:
+        weight = examples.astype(jnp.float32)
+        if weighting == "uniform":
+            weight = (weight > 0).astype(jnp.float32)
+        # A client without weight must add nothing, not even NaN times zero.
+        weighted = jax.tree.map(lambda leaf: jnp.where(weight > 0, leaf * weight, 0), delta)
+        return Contribution(weighted, weight, {path: weight * seen for path, seen in visible.items()})
+
+    def finish(
+        params: Params,
+        optimizer_state: optax.OptState,
+        total: Contribution,
+        server_visible: Columns,
+    ) -> tuple[Params, optax.OptState]:
+        weight = total.weight
+        covered = spread(total.coverage, params, sites, weight)
+        divisor = covered if normalize == "coverage" else jax.tree.map(lambda _: weight, covered)
+        gradient = jax.tree.map(lambda delta, by: -_divide(delta, by), total.delta, divisor)
+        known = hide(params, sites, server_visible)
+        updates, new_state = optimizer.update(gradient, optimizer_state, known)
+        new_params = jax.tree.map(
+            lambda new, old, seen, cover: jnp.where(seen & (cover > 0), new, old),
+            optax.apply_updates(known, updates),
+            params,
+            spread(server_visible, params, sites, True),
+            covered,
+        )
+        new_state = jax.tree.map(
+            lambda new, old: jnp.where(weight > 0, new, old), new_state, optimizer_state
+        )
+        return new_params, new_state
+
+    return Aggregator(init, contribute, finish)
+
+
+def _divide(leaf: Array, weight: Array) -> Array:
+    return jnp.where(weight > 0, leaf / jnp.where(weight > 0, weight, 1), 0)

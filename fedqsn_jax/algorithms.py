@@ -1,0 +1,78 @@
+"""Algorithms: small compositions of what the layers below offer."""
+
+import dataclasses
+
+from fedqsn_jax.masking import Sampling
+from fedqsn_jax.proxy import ProxyTransform, chain, client_mask, quantize, server_mask
+from fedqsn_jax.quantization import Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """What an algorithm does to the model on its way to the clients, and what it promises.
+
+    Attributes:
+      name: The name that configurations use.
+      quantizer: How kernels of sites travel; None: as they are.
+      p1: Probability of a column that is hidden for good.
+      p2: Probability of a column that is hidden from one client in one round.
+      sampling: How masks are drawn.
+      unmet_invariants: The numbers of the design's invariants 2 and 3 (hidden values never change,
+        and never show) that it does not meet. A run warns of them.
+    """
+
+    name: str
+    quantizer: Quantizer | None = None
+    p1: float = 0.0
+    p2: float = 0.0
+    sampling: Sampling = "bernoulli"
+    unmet_invariants: frozenset[int] = frozenset()
+
+    @property
+    def transform(self) -> ProxyTransform:
+        """The chain that makes clients' proxies."""
+        stages = [server_mask(self.p1, self.sampling), client_mask(self.p2, self.sampling)]
+        if self.quantizer is not None:
+            stages.insert(0, quantize(self.quantizer))
+        return chain(*stages)
+
+
+def fedavg() -> Algorithm:
+    """Federated averaging (arXiv 1602.05629): every client receives the whole model."""
+    return Algorithm("fedavg")
+
+
+def fedsn(p1: float, p2: float, sampling: Sampling = "bernoulli") -> Algorithm:
+    """FedQSN's masks without its quantizer."""
+    return Algorithm("fedsn", None, p1, p2, sampling)
+
+
+def fedq(quantizer: Quantizer) -> Algorithm:
+    """FedQSN's quantizer without its masks."""
+    return Algorithm("fedq", quantizer)
+
+
+def fedqsn(
+    quantizer: Quantizer, p1: float, p2: float, sampling: Sampling = "bernoulli"
+) -> Algorithm:
+    """FedQSN (arXiv 2508.18911): server mask, client masks and quantizer."""
+    return Algorithm("fedqsn", quantizer, p1, p2, sampling)
+
+
+def make_algorithm(
+    name: str, quantizer: Quantizer, p1: float, p2: float, sampling: Sampling = "bernoulli"
+) -> Algorithm:
+    """Makes an algorithm by its name; it takes of the settings what it uses.
+
+    Raises:
+      ValueError: The name is unknown.
+    """
+    makers = {
+        "fedavg": fedavg,
+        "fedsn": lambda: fedsn(p1, p2, sampling),
+        "fedq": lambda: fedq(quantizer),
+        "fedqsn": lambda: fedqsn(quantizer, p1, p2, sampling),
+    }
+    if name not in makers:
+        raise ValueError(f"algorithm = {name!r}: allowed are {', '.join(makers)}")
+    return makers[name]()

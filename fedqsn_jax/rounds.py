@@ -1,0 +1,238 @@
+"""One federated round, and several in one compiled call."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from fedqsn_jax.aggregation import Aggregator
+from fedqsn_jax.client import ClientUpdate
+from fedqsn_jax.cohort import ClientAxis, sample_cohort, sum_over_clients
+from fedqsn_jax.data.federated import FederatedData
+from fedqsn_jax.masking import Sites
+from fedqsn_jax.metrics import Evaluator
+from fedqsn_jax.proxy import Proxy, ProxyTransform, dequantize_proxy, whole_proxy
+from fedqsn_jax.randomness import client_round_key, fold_in_name
+from fedqsn_jax.types import Array, Batch, Columns, Key, Params
+from fedqsn_jax.views import (
+    Attacker,
+    evaluate_views,
+    make_attacker,
+    received_columns,
+    update_attacker,
+)
+
+
+@struct.dataclass
+class ServerState:
+    """Everything that a run carries from round to round. It is secret as a whole.
+
+    Attributes:
+      params: The hidden model.
+      optimizer_state: The server optimizer's.
+      transform_state: What the proxy transform drew once: the server mask.
+      attackers: The copies that colluding clients hold, by name.
+      round: Number of finished rounds, int32 scalar.
+      secret_key: Key of the masks.
+      public_key: Key of cohorts and of the clients' batches.
+    """
+
+    params: Params
+    optimizer_state: optax.OptState
+    transform_state: Any
+    attackers: dict[str, Attacker]
+    round: Array
+    secret_key: Key
+    public_key: Key
+
+
+class Federation(NamedTuple):
+    """A federated method as pure functions.
+
+    Attributes:
+      init: ``(key, params) -> ServerState``.
+      round: ``(state, data) -> (state, facts)``: one round. Facts are float32 ``train/loss`` and,
+        for each site that has masks, int32 ``visible/PATH``: visible columns, summed over the
+        cohort.
+      evaluate: ``(state, rows) -> metrics`` of all views, named ``view/metric``.
+    """
+
+    init: Callable[[Key, Params], ServerState]
+    round: Callable[[ServerState, FederatedData], tuple[ServerState, dict[str, Array]]]
+    evaluate: Callable[[ServerState, Batch], dict[str, Array]]
+
+
+def make_federation(
+    transform: ProxyTransform,
+    client: ClientUpdate,
+    aggregator: Aggregator,
+    evaluator: Evaluator,
+    sites: Sites,
+    *,
+    population: int,
+    cohort: int,
+    client_axis: ClientAxis,
+    proxy_samples: int,
+    attackers: tuple[int, ...],
+    score: str,
+) -> Federation:
+    """Composes a federated method; every argument is static.
+
+    Args:
+      transform: Makes proxies.
+      client: Trains them.
+      aggregator: Folds deltas into the hidden model.
+      evaluator: Evaluates one set of parameters.
+      sites: The mask sites.
+      population: Number of clients.
+      cohort: Clients a round.
+      client_axis: How the cohort is run.
+      proxy_samples: Client masks that the proxy view averages over.
+      attackers: Numbers of colluding clients; ``attacker_N`` names each in the metrics.
+      score: The metric whose spread over client masks is reported.
+    """
+
+    def init(key: Key, params: Params) -> ServerState:
+        secret_key, public_key = fold_in_name(key, "secret"), fold_in_name(key, "public")
+        attacker_key = fold_in_name(public_key, "attackers")
+        return ServerState(
+            params=params,
+            optimizer_state=aggregator.init(params),
+            transform_state=transform.init(secret_key, whole_proxy(params, sites)),
+            attackers={
+                f"attacker_{count}": make_attacker(attacker_key, population, count, params, sites)
+                for count in attackers
+            },
+            round=jnp.int32(0),
+            secret_key=secret_key,
+            public_key=public_key,
+        )
+
+    def prepare(state: ServerState) -> Proxy:
+        whole = whole_proxy(state.params, sites)
+        return dequantize_proxy(transform.prepare(state.transform_state, whole))
+
+    def run_round(
+        state: ServerState, data: FederatedData
+    ) -> tuple[ServerState, dict[str, Array]]:
+        prepared = prepare(state)
+        round_key = jax.random.fold_in(state.public_key, state.round)
+        ids = sample_cohort(fold_in_name(round_key, "cohort"), population, cohort)
+
+        def one_client(client_id: Array, bound: Array) -> dict[str, Any]:
+            mask_key = client_round_key(state.secret_key, state.round, client_id)
+            training_key = client_round_key(state.public_key, state.round, client_id)
+            proxy = transform.apply(mask_key, state.transform_state, prepared)
+            result = client.update(training_key, proxy, data, client_id, bound)
+            return {
+                "contribution": aggregator.contribute(result.delta, proxy.visible, result.examples),
+                "received": {
+                    name: received_columns(attacker, client_id, proxy)
+                    for name, attacker in state.attackers.items()
+                },
+                "visible": {
+                    path: seen.sum(dtype=jnp.int32) for path, seen in proxy.visible.items()
+                },
+                "loss": result.loss * result.examples,
+                "examples": result.examples.astype(jnp.float32),
+            }
+
+        total = sum_over_clients(one_client, ids, client.step_count(data.rows(ids)), client_axis)
+        params, optimizer_state = aggregator.finish(
+            state.params, state.optimizer_state, total["contribution"], prepared.visible
+        )
+        attackers = {
+            name: update_attacker(attacker, total["received"][name], prepared, sites)
+            for name, attacker in state.attackers.items()
+        }
+        facts = {"train/loss": total["loss"] / jnp.maximum(total["examples"], 1)}
+        facts |= {f"visible/{path}": count for path, count in total["visible"].items()}
+        state = state.replace(
+            params=params,
+            optimizer_state=optimizer_state,
+            attackers=attackers,
+            round=state.round + 1,
+        )
+        return state, facts
+
+    def evaluate(state: ServerState, rows: Batch) -> dict[str, Array]:
+        key = fold_in_name(jax.random.fold_in(state.secret_key, state.round), "proxy_view")
+        return evaluate_views(
+            evaluator,
+            rows,
+            state.params,
+            prepare(state),
+            lambda key, prepared: transform.apply(key, state.transform_state, prepared),
+            jax.random.split(key, proxy_samples),
+            state.attackers,
+            score,
+        )
+
+    return Federation(init, run_round, evaluate)
+
+
+class CallResult(NamedTuple):
+    """What a call of several rounds brings to the host, in one transfer.
+
+    Attributes:
+      facts: Of each round, ``[rounds_per_call]``; rounds beyond the call's stop hold zeros.
+      metrics: Of each round, ``[rounds_per_call]``; zeros where it was not evaluated.
+      evaluated: bool ``[rounds_per_call]``.
+    """
+
+    facts: dict[str, Array]
+    metrics: dict[str, Array]
+    evaluated: Array
+
+
+def make_rounds(
+    federation: Federation, *, rounds_per_call: int, evaluate_every: int
+) -> Callable[
+    [ServerState, FederatedData, Batch, Array, Array], tuple[ServerState, CallResult]
+]:
+    """Makes the compiled call that runs several rounds without the host.
+
+    Args:
+      federation: The method.
+      rounds_per_call: The most rounds a call may run.
+      evaluate_every: A round is evaluated if its number is a multiple of this, or the last.
+
+    Returns:
+      ``(state, data, test_rows, stop, last) -> (state, CallResult)``, jitted, with the state
+      donated. It runs rounds until ``state.round == stop`` (int32 scalar, at most
+      ``rounds_per_call`` ahead); ``last`` is the number of the run's last round.
+    """
+
+    def run(
+        state: ServerState, data: FederatedData, rows: Batch, stop: Array, last: Array
+    ) -> tuple[ServerState, CallResult]:
+        _, fact_shapes = jax.eval_shape(federation.round, state, data)
+        metric_shapes = jax.eval_shape(federation.evaluate, state, rows)
+
+        def buffer(shape: jax.ShapeDtypeStruct) -> Array:
+            return jnp.zeros((rounds_per_call, *shape.shape), shape.dtype)
+
+        result = CallResult(
+            jax.tree.map(buffer, fact_shapes),
+            jax.tree.map(buffer, metric_shapes),
+            jnp.zeros(rounds_per_call, bool),
+        )
+
+        def body(index: Array, carry: tuple) -> tuple:
+            state, result = carry
+            state, facts = federation.round(state, data)
+            due = (state.round % evaluate_every == 0) | (state.round == last)
+            metrics = jax.lax.cond(
+                due,
+                lambda: federation.evaluate(state, rows),
+                lambda: jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), metric_shapes),
+            )
+            values = CallResult(facts, metrics, due)
+            return state, jax.tree.map(lambda all, one: all.at[index].set(one), result, values)
+
+        return jax.lax.fori_loop(0, stop - state.round, body, (state, result))
+
+    return jax.jit(run, donate_argnums=0)

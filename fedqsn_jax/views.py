@@ -1,0 +1,149 @@
+"""The four views of a model: what the owner, the server, a client and colluding clients have.
+
+``global - proxy`` is what a client that forgets loses; ``global - attacker`` is what the method
+buys.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from fedqsn_jax.masking import Sites, hide, spread
+from fedqsn_jax.metrics import Evaluator
+from fedqsn_jax.proxy import Proxy, effective_params, scale_sites
+from fedqsn_jax.randomness import keyed_permutation
+from fedqsn_jax.types import Array, Batch, Columns, Key, Params
+
+
+@struct.dataclass
+class Attacker:
+    """Colluding clients that keep everything they receive.
+
+    Attributes:
+      members: int32 ``[colluders]``, their client ids.
+      copy: The latest copy of every column and tensor that one of them has received, dequantized
+        and not scaled; zero where they have received nothing.
+      known: bool ``[layers, columns]`` a site: the columns of which they have a copy.
+    """
+
+    members: Array
+    copy: Params
+    known: Columns
+
+
+def make_attacker(
+    key: Key, population: int, colluders: int, params: Params, sites: Sites
+) -> Attacker:
+    """Draws the colluding clients, who know nothing yet.
+
+    Smaller groups that are drawn with the same key are parts of larger ones.
+    """
+    members = keyed_permutation(key, jnp.arange(colluders, dtype=jnp.int32), population)
+    known = {
+        site.path: jnp.zeros((site.layers, site.columns), bool) for site in sites if site.hideable
+    }
+    return Attacker(members, jax.tree.map(jnp.zeros_like, params), known)
+
+
+def received_columns(attacker: Attacker, client_id: Array, proxy: Proxy) -> dict[str, Array]:
+    """What one client's proxy teaches: int32 counts that add up over a cohort.
+
+    Returns:
+      ``[layers, columns]`` a site: 1 where a colluder received the column; and under the empty
+      name a scalar: 1 where the client is a colluder.
+    """
+    member = (attacker.members == client_id).any().astype(jnp.int32)
+    received = {
+        path: member * proxy.visible.get(path, jnp.ones_like(known)).astype(jnp.int32)
+        for path, known in attacker.known.items()
+    }
+    return {"": member, **received}
+
+
+def update_attacker(
+    attacker: Attacker, received: dict[str, Array], prepared: Proxy, sites: Sites
+) -> Attacker:
+    """Overwrites the attacker's copy by what was received in a round.
+
+    Args:
+      attacker: The attacker before the round.
+      received: The sum of `received_columns` over the cohort.
+      prepared: The round's proxy before client masks, dequantized; its values are what every
+        client of the round received wherever it received anything.
+      sites: The mask sites.
+    """
+    columns = {path: received[path] > 0 for path in attacker.known}
+    now = spread(columns, attacker.copy, sites, received[""] > 0)
+    copy = jax.tree.map(
+        lambda is_new, new, old: jnp.where(is_new, new, old).astype(old.dtype),
+        now,
+        prepared.params,
+        attacker.copy,
+    )
+    known = {path: seen | columns[path] for path, seen in attacker.known.items()}
+    return attacker.replace(copy=copy, known=known)
+
+
+def attacker_params(attacker: Attacker, sites: Sites) -> Params:
+    """The attacker's model: its copy, each site divided by the share of it that is known."""
+    scale = {
+        path: jnp.where(known.any(), known.size / jnp.maximum(known.sum(), 1), 1.0)
+        for path, known in attacker.known.items()
+    }
+    return scale_sites(attacker.copy, sites, scale)
+
+
+def server_params(params: Params, prepared: Proxy) -> Params:
+    """The server view: the model without its hidden columns, rescaled, in full precision.
+
+    Args:
+      params: The hidden model.
+      prepared: What the transform prepared: its visible columns and scales are the server mask's.
+    """
+    visible = hide(params, prepared.sites, prepared.visible)
+    return scale_sites(visible, prepared.sites, prepared.scale)
+
+
+def evaluate_views(
+    evaluate: Evaluator,
+    rows: Batch,
+    params: Params,
+    prepared: Proxy,
+    apply: Callable[[Key, Proxy], Proxy],
+    proxy_keys: Key,
+    attackers: dict[str, Attacker],
+    score: str,
+) -> dict[str, Array]:
+    """Evaluates all views.
+
+    Args:
+      evaluate: Evaluates parameters on rows.
+      rows: Held-out rows.
+      params: The hidden model.
+      prepared: The round's proxy before client masks, dequantized.
+      apply: Makes a client's proxy from it.
+      proxy_keys: Keys ``[samples]``: the client masks that the proxy view averages over.
+      attackers: The attackers by name.
+      score: The metric whose spread over client masks is reported.
+
+    Returns:
+      float32 scalars named ``view/metric``, with ``proxy/SCORE_std`` (population standard
+      deviation over the sampled client masks).
+    """
+    sites = prepared.sites
+    results = {
+        "global": evaluate(params, rows),
+        "server": evaluate(server_params(params, prepared), rows),
+    }
+    samples = jax.lax.map(
+        lambda key: evaluate(effective_params(apply(key, prepared)), rows), proxy_keys
+    )
+    results["proxy"] = {name: values.mean() for name, values in samples.items()}
+    results["proxy"][f"{score}_std"] = samples[score].std()
+    for name, attacker in attackers.items():
+        results[name] = evaluate(attacker_params(attacker, sites), rows)
+    return {
+        f"{view}/{name}": value for view, values in results.items() for name, value in values.items()
+    }
