@@ -1,0 +1,127 @@
+"""The directory of a run: whose it is, who may read it, and which configuration made it."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fedqsn_jax.config import Config, ConfigError, flatten, to_dict
+
+_CONFIG_FILE = "config.json"
+_MODE = 0o700
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkDirectory:
+    """Names of what a run writes. The directory holds the hidden model: mode 0700."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Orbax checkpoints of the server's state."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object for each evaluated round."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The final table as JSON."""
+        return self.path / "summary.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def picture(self) -> Path:
+        """The curves of all views."""
+        return self.path / "accuracy.png"
+
+    def check(self, config: Config) -> None:
+        """Makes sure, without writing anything, that the directory can serve this configuration.
+
+        Raises:
+          ConfigError: It belongs to another configuration, holds other things, or cannot be
+            written.
+        """
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--workdir={path}: it exists and is not a directory")
+        nearest = path
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(f"--workdir={path}: {nearest} cannot be written")
+        stored = self._stored()
+        if stored is None:
+            if path.exists() and any(self.path.iterdir()):
+                raise ConfigError(
+                    f"--workdir={path}: it holds other files and no {_CONFIG_FILE}; "
+                    f"name a new or empty directory"
+                )
+            return
+        self._compare(stored, config)
+
+    def create(self, config: Config) -> None:
+        """Creates the directory, or makes an existing one private, and writes the configuration.
+
+        Raises:
+          ConfigError: The file system refuses.
+        """
+        try:
+            self.path.mkdir(mode=_MODE, parents=True, exist_ok=True)
+            self.path.chmod(_MODE)
+            temporary = self.path / f".{_CONFIG_FILE}.new"
+            temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            temporary.replace(self.path / _CONFIG_FILE)
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
+
+    def _stored(self) -> dict[str, Any] | None:
+        file = self.path / _CONFIG_FILE
+        if not file.exists():
+            return None
+        try:
+            stored = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--workdir={self.path}: {_CONFIG_FILE} cannot be read") from error
+        return stored if isinstance(stored, dict) else {}
+
+    def _compare(self, stored: dict[str, Any], config: Config) -> None:
+        ours = {name: _as_json(value) for name, value in flatten(config).items()}
+        theirs = _flatten(stored)
+        differing = [
+            f"{name} = {ours.get(name)!r} (there: {theirs.get(name)!r})"
+            for name in sorted(ours.keys() | theirs.keys())
+            if name != "rounds" and ours.get(name) != theirs.get(name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"--workdir={self.path}: it was made with another configuration: "
+                + ", ".join(differing)
+            )
+        if config.rounds < theirs["rounds"]:
+            raise ConfigError(
+                f"rounds = {config.rounds}: the run in {self.path} has {theirs['rounds']}; "
+                f"allowed are as many or more"
+            )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
