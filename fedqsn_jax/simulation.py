@@ -1,0 +1,290 @@
+"""A configured simulation: everything between a model with data and its rounds.
+
+The main job and the call for a user's own model build the same thing here.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedqsn_jax.aggregation import make_aggregator
+from fedqsn_jax.algorithms import Algorithm, make_algorithm
+from fedqsn_jax.client import make_client_update
+from fedqsn_jax.cohort import ClientAxis, choose_client_axis
+from fedqsn_jax.config import ClientConfig, Config, ConfigError, ServerConfig
+from fedqsn_jax.data.federated import FederatedData, single_client
+from fedqsn_jax.masking import Sites, find_sites
+from fedqsn_jax.metrics import make_evaluator
+from fedqsn_jax.proxy import whole_proxy
+from fedqsn_jax.quantization import NormalFloat, Quantizer, Uniform
+from fedqsn_jax.randomness import fold_in_name
+from fedqsn_jax.rounds import Federation, ServerState, make_federation, make_rounds
+from fedqsn_jax.tasks import Task
+from fedqsn_jax.traffic import Traffic, measure_traffic
+from fedqsn_jax.types import ApplyFn, Array, Batch, Params
+
+Entry = dict[str, Any]
+"""One evaluated round: what becomes a line of metrics.jsonl."""
+
+
+class Simulation(NamedTuple):
+    """A method that fits a model and a population, ready to run.
+
+    Attributes:
+      config: Its settings.
+      federation: Its pure functions.
+      algorithm: What clients receive.
+      sites: The model's mask sites.
+      traffic: The lengths of payloads.
+      client_axis: How clients are run.
+      task: What the model is for.
+      run: Several rounds in one compiled call; see `rounds.make_rounds`.
+    """
+
+    config: Config
+    federation: Federation
+    algorithm: Algorithm
+    sites: Sites
+    traffic: Traffic
+    client_axis: ClientAxis
+    task: Task
+    run: Callable[..., Any]
+
+
+def make_simulation(
+    config: Config, apply_fn: ApplyFn, task: Task, params: Params, population: int
+) -> Simulation:
+    """Composes a simulation.
+
+    Args:
+      config: The settings; ``data``, ``model`` and ``checkpoint`` play no part.
+      apply_fn: The model.
+      task: What it is for.
+      params: Its parameters, or their shapes.
+      population: Number of clients.
+
+    Raises:
+      ConfigError: The settings do not fit the model or the population.
+    """
+    if config.cohort.size > population:
+        raise ConfigError(
+            f"cohort.size = {config.cohort.size}: allowed is at most the population, {population}"
+        )
+    for colluders in config.evaluation.attackers:
+        if colluders > population:
+            raise ConfigError(
+                f"evaluation.attackers = {config.evaluation.attackers}: allowed is at most the "
+                f"population, {population}"
+            )
+    try:
+        sites = find_sites(params, config.site_rules, config.sites)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"site_rules: {error}") from error
+    algorithm = make_algorithm(
+        config.algorithm,
+        make_quantizer(config),
+        config.p1,
+        config.p2,
+        config.sampling,  # type: ignore[arg-type]
+    )
+    client = make_client_update(
+        apply_fn,
+        task,
+        _client_optimizer(config.client),
+        config.client.batch_size,
+        steps=config.client.steps,
+        epochs=config.client.epochs,
+    )
+    aggregator = make_aggregator(
+        sites,
+        _server_optimizer(config.server),
+        weighting=config.server.weighting,  # type: ignore[arg-type]
+        normalize=config.server.normalize,  # type: ignore[arg-type]
+    )
+    client_axis = choose_client_axis(
+        config.cohort.parallelism,
+        config.cohort.chunk_size,
+        config.cohort.size,
+        jax.default_backend(),
+    )
+    federation = make_federation(
+        algorithm.transform,
+        client,
+        aggregator,
+        make_evaluator(apply_fn, task, config.evaluation.batch_size),
+        sites,
+        population=population,
+        cohort=config.cohort.size,
+        client_axis=client_axis,
+        proxy_samples=config.evaluation.proxy_samples,
+        attackers=config.evaluation.attackers,
+        score=task.score,
+    )
+    run = make_rounds(
+        federation,
+        rounds_per_call=config.rounds_per_call,
+        evaluate_every=config.evaluation.every,
+    )
+    traffic = measure_traffic(algorithm.transform, params, sites)
+    return Simulation(
+        config, federation, algorithm, sites, traffic, client_axis, task, run
+    )
+
+
+def make_quantizer(config: Config) -> Quantizer:
+    """Returns the quantizer that a configuration names."""
+    kind = {"normal_float": NormalFloat, "uniform": Uniform}[config.codebook]
+    return kind(config.bits, config.block_size)
+
+
+def pretrain(
+    config: Config, apply_fn: ApplyFn, task: Task, params: Params, private: Batch
+) -> Params:
+    """The server's own training on its private rows, by plain SGD; without rows, none.
+
+    Args:
+      config: The settings: ``pretraining`` and the seed.
+      apply_fn: The model, with the dropout of pre-training.
+      task: Its loss.
+      params: Its initial parameters.
+      private: The server's rows.
+    """
+    settings = config.pretraining
+    data = single_client(private)
+    update = make_client_update(
+        apply_fn,
+        task,
+        optax.sgd(settings.learning_rate),
+        settings.batch_size,
+        steps=settings.steps,
+    )
+
+    def train(key: Array, params: Params, data: FederatedData) -> Params:
+        count = update.step_count(data.rows(jnp.int32(0)))
+        result = update.update(key, whole_proxy(params, ()), data, jnp.int32(0), count)
+        return jax.tree.map(lambda old, delta: (old + delta).astype(old.dtype), params, result.delta)
+
+    if settings.steps == 0 or jax.tree.leaves(private)[0].shape[0] == 0:
+        return params
+    return jax.jit(train)(fold_in_name(root_key(config), "pretraining"), params, data)
+
+
+def root_key(config: Config) -> Array:
+    """Returns the key from which everything in a run is drawn."""
+    return jax.random.key(np.uint32(config.seed))
+
+
+def initial_state(simulation: Simulation, params: Params) -> ServerState:
+    """Returns the state before the first round; the parameters are copied."""
+    key = fold_in_name(root_key(simulation.config), "federation")
+    return jax.jit(simulation.federation.init)(key, params)
+
+
+def first_entry(simulation: Simulation, state: ServerState, test: Batch) -> Entry:
+    """Evaluates the state before the first round: an entry without training facts."""
+    metrics = jax.device_get(jax.jit(simulation.federation.evaluate)(state, test))
+    return {
+        "round": 0,
+        **_ordered(metrics),
+        "train/loss": None,
+        "bytes/down_per_client": None,
+        "bytes/up_per_client": None,
+        "seconds": 0.0,
+    }
+
+
+def run_rounds(
+    simulation: Simulation,
+    state: ServerState,
+    data: FederatedData,
+    test: Batch,
+    *,
+    seconds: float = 0.0,
+) -> Iterator[tuple[int, ServerState, list[Entry]]]:
+    """Runs rounds up to the configured number, call by call.
+
+    Calls end at multiples of ``rounds_per_call`` of the absolute round, so that an interrupted run
+    and an uninterrupted one make the same calls. A yielded state is donated to the next call: use
+    it before asking for the next.
+
+    Args:
+      simulation: What to run.
+      state: The state to start from; it is donated.
+      data: The clients' rows.
+      test: Held-out rows.
+      seconds: What earlier parts of the run took; entries count on from there.
+
+    Yields:
+      ``(round, state, entries)`` after each call, with the rounds evaluated in it.
+    """
+    config = simulation.config
+    finished = int(state.round)
+    last = jax.device_put(np.int32(config.rounds))
+    while finished < config.rounds:
+        per_call = config.rounds_per_call
+        stop = min((finished // per_call + 1) * per_call, config.rounds)
+        began = time.perf_counter()
+        state, result = simulation.run(state, data, test, jax.device_put(np.int32(stop)), last)
+        facts, metrics, evaluated = jax.device_get(result)
+        took = time.perf_counter() - began
+        entries = []
+        for index in np.flatnonzero(evaluated[: stop - finished]):
+            share = (index + 1) / (stop - finished)
+            one = {name: values[index] for name, values in metrics.items()}
+            visible = {
+                name.removeprefix("visible/"): int(values[index]) / config.cohort.size
+                for name, values in facts.items()
+                if name.startswith("visible/")
+            }
+            entries.append(
+                {
+                    "round": finished + int(index) + 1,
+                    **_ordered(one),
+                    "train/loss": float(facts["train/loss"][index]),
+                    "bytes/down_per_client": simulation.traffic.down.of(visible),
+                    "bytes/up_per_client": simulation.traffic.up.of(visible),
+                    "seconds": round(seconds + share * took, 6),
+                }
+            )
+        seconds += took
+        finished = stop
+        yield finished, state, entries
+
+
+def _ordered(metrics: dict[str, Any]) -> dict[str, float]:
+    """Puts the views in the order in which people read them; jitted functions sort by name."""
+    views = ["global", "server", "proxy"]
+    rank = {view: position for position, view in enumerate(views)}
+
+    def place(name: str) -> tuple[int, int, str]:
+        view, _, metric = name.partition("/")
+        digits = "".join(filter(str.isdigit, view))
+        return rank.get(view, len(views)), int(digits or 0), metric
+
+    return {name: float(metrics[name]) for name in sorted(metrics, key=place)}
+
+
+def _client_optimizer(settings: ClientConfig) -> optax.GradientTransformation:
+    makers = {
+        "sgd": lambda: optax.sgd(settings.learning_rate, settings.momentum or None),
+        "adam": lambda: optax.adam(settings.learning_rate),
+        "adamw": lambda: optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay),
+    }
+    return makers[settings.optimizer]()
+
+
+def _server_optimizer(settings: ServerConfig) -> optax.GradientTransformation:
+    makers = {
+        "sgd": lambda: optax.sgd(settings.learning_rate, settings.momentum or None),
+        "adagrad": lambda: optax.adagrad(settings.learning_rate),
+        "adam": lambda: optax.adam(settings.learning_rate),
+        "yogi": lambda: optax.yogi(settings.learning_rate),
+        "lamb": lambda: optax.lamb(settings.learning_rate),
+        "adafactor": lambda: optax.adafactor(settings.learning_rate),
+    }
+    return makers[settings.optimizer]()

@@ -1,0 +1,55 @@
+"""Bytes between server and clients: the real length of payloads, from counts of visible columns.
+
+A payload's length is linear in the visible columns of each site. So a round that counts visible
+columns on the device, as integers, tells the exact bytes of all its payloads.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from fedqsn_jax import wire
+from fedqsn_jax.masking import Sites
+from fedqsn_jax.proxy import Proxy, ProxyTransform, whole_proxy
+from fedqsn_jax.types import Params
+
+
+class Traffic(NamedTuple):
+    """The lengths of one algorithm's payloads, beside FedAvg's.
+
+    Attributes:
+      down: A client's download in a round.
+      up: A client's upload in a round.
+      fedavg_down: Bytes of a download in a round of FedAvg, the whole model as it is.
+      fedavg_up: Bytes of an upload in a round of FedAvg.
+    """
+
+    down: wire.Cost
+    up: wire.Cost
+    fedavg_down: int
+    fedavg_up: int
+
+
+def measure_traffic(transform: ProxyTransform, params: Params, sites: Sites) -> Traffic:
+    """Derives a run's `Traffic` from shapes alone.
+
+    Args:
+      transform: Makes proxies.
+      params: The parameters, or their shapes.
+      sites: The mask sites.
+    """
+
+    def make_proxy(key: jax.Array, params: Params) -> Proxy:
+        whole = whole_proxy(params, sites)
+        state = transform.init(key, whole)
+        return transform.apply(key, state, transform.prepare(state, whole))
+
+    proxy = jax.eval_shape(make_proxy, jax.random.key(0), params)
+    whole = wire.Layout.of(jax.eval_shape(lambda params: whole_proxy(params, sites), params))
+    layout = wire.Layout.of(proxy)
+    return Traffic(
+        down=wire.proxy_cost(layout),
+        up=wire.update_cost(layout),
+        fedavg_down=wire.proxy_cost(whole).fixed,
+        fedavg_up=wire.update_cost(whole).fixed,
+    )

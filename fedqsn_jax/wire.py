@@ -1,0 +1,391 @@
+"""Proxies and updates as bytes that hold visible columns only, and back.
+
+Both ends know the model's structure (`Layout`), which is public; a payload holds values. All
+numbers are little-endian::
+
+  header   magic "FQSN", version u16, kind u8, zero u8, fingerprint of the structure (16 bytes),
+           length of the body u64, BLAKE2b digest of all the rest (16 bytes): 48 bytes
+  bitmaps  for each masked site one bit a column, layer by layer, lowest bit first, padded to bytes
+  factors  for each scaled site 1/kappa, float32 (proxies only)
+  tensors  in the order of their paths: the visible columns of kernels and biases, other tensors
+           whole. A quantized column is its packed codes, padded to bytes; then come the scales.
+
+So a payload's length is linear in the number of visible columns of each site, and is known once
+the bitmaps are read, before anything is allocated. Anything wrong with a payload is a ValueError.
+"""
+
+import dataclasses
+import hashlib
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedqsn_jax.masking import MaskSite, Sites, leaves_by_path
+from fedqsn_jax.proxy import Proxy, is_quantized
+from fedqsn_jax.quantization import Quantized, Quantizer, pack, packed_size, unpack
+from fedqsn_jax.types import Columns, Params
+
+MAGIC = b"FQSN"
+VERSION = 1
+_PROXY, _UPDATE = 1, 2
+_PREFIX = struct.Struct("<4sHBB16sQ")
+_DIGEST_SIZE = 16
+HEADER_SIZE = _PREFIX.size + _DIGEST_SIZE
+"""Bytes before the body."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorLayout:
+    """How one tensor travels.
+
+    Attributes:
+      path: Its path in the parameter tree.
+      shape: Its shape in the parameter tree.
+      dtype: The dtype of its values on the wire; for a quantized kernel that of its scales.
+      site: The mask site of a kernel or bias, None for other tensors.
+      is_bias: True for the bias of ``site``.
+      quantizer: The quantizer of a quantized kernel.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    site: MaskSite | None = None
+    is_bias: bool = False
+    quantizer: Quantizer | None = None
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of one column on the wire (of the whole tensor, where it belongs to no site)."""
+        item = jnp.dtype(self.dtype).itemsize
+        if self.site is None:
+            return math.prod(self.shape) * item
+        if self.is_bias:
+            return item
+        if self.quantizer is None:
+            return self.site.fan_in * item
+        scales = self.quantizer.blocks(self.site.fan_in) * item
+        return packed_size(self.site.fan_in, self.quantizer.bits) + scales
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The static structure of a run's proxies: public, and known to both ends.
+
+    Attributes:
+      tensors: The tensors in the order of their paths.
+      masked: Paths of the sites that have hidden columns, ascending.
+      scaled: Paths of the sites that have a factor, ascending.
+      sites: All mask sites.
+      structure: The parameters' tree structure.
+    """
+
+    tensors: tuple[TensorLayout, ...]
+    masked: tuple[str, ...]
+    scaled: tuple[str, ...]
+    sites: Sites
+    structure: Any
+
+    @classmethod
+    def of(cls, proxy: Proxy) -> "Layout":
+        """Reads the layout off a proxy, or off the shapes of one (``jax.eval_shape``)."""
+        kernels = {site.path: site for site in proxy.sites}
+        biases = {site.bias_path: site for site in proxy.sites if site.bias_path}
+        tensors = []
+        for path, leaf in leaves_by_path(proxy.params, is_leaf=is_quantized).items():
+            if isinstance(leaf, Quantized):
+                site, quantizer = kernels[path], leaf.quantizer
+                tensors.append(
+                    TensorLayout(path, site.shape, str(leaf.scales.dtype), site, False, quantizer)
+                )
+            else:
+                site_or_none = kernels.get(path) or biases.get(path)
+                tensors.append(
+                    TensorLayout(
+                        path, tuple(leaf.shape), str(leaf.dtype), site_or_none, path in biases
+                    )
+                )
+        return cls(
+            tuple(sorted(tensors, key=lambda tensor: tensor.path)),
+            tuple(sorted(proxy.visible)),
+            tuple(sorted(proxy.scale)),
+            proxy.sites,
+            jax.tree.structure(proxy.params, is_leaf=is_quantized),
+        )
+
+    @property
+    def fingerprint(self) -> bytes:
+        """16 bytes that differ between models, sites, quantizers and sets of masked sites."""
+        text = repr((self.tensors, self.masked, self.scaled, self.sites))
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+    @property
+    def update_tensors(self) -> tuple[TensorLayout, ...]:
+        """How the tensors of an update travel: float32, nothing quantized."""
+        return tuple(
+            dataclasses.replace(tensor, dtype="float32", quantizer=None) for tensor in self.tensors
+        )
+
+    @property
+    def masked_sites(self) -> tuple[MaskSite, ...]:
+        """The sites that have hidden columns, in the order of their bitmaps."""
+        by_path = {site.path: site for site in self.sites}
+        return tuple(by_path[path] for path in self.masked)
+
+
+def encode_proxy(proxy: Proxy) -> bytes:
+    """Encodes what one client receives in one round; arrays must be concrete."""
+    layout = Layout.of(proxy)
+    factors = [np.asarray(proxy.scale[path], "<f4").tobytes() for path in layout.scaled]
+    leaves = leaves_by_path(proxy.params, is_leaf=is_quantized)
+    visible = {path: np.asarray(proxy.visible[path]) for path in layout.masked}
+    body = _encode_bitmaps(layout, visible) + factors
+    body += [_encode_tensor(t, leaves[t.path], visible) for t in layout.tensors]
+    return _seal(_PROXY, layout, b"".join(body))
+
+
+def decode_proxy(payload: bytes, layout: Layout) -> Proxy:
+    """Inverts `encode_proxy`: exactly the proxy that was encoded.
+
+    Raises:
+      ValueError: The payload is damaged, of another version, kind or structure, or has scales
+        that are negative or not finite.
+    """
+    reader = _open(payload, _PROXY, layout)
+    factors = {path: np.frombuffer(reader.take(4), "<f4")[0] for path in layout.scaled}
+    _require_finite("a site's factor", np.asarray(list(factors.values()), np.float32))
+    values = {t.path: _decode_tensor(t, reader) for t in layout.tensors}
+    scale = {path: jnp.float32(factor) for path, factor in factors.items()}
+    visible = {path: jnp.asarray(mask) for path, mask in reader.visible.items()}
+    return Proxy(_as_tree(layout, values), visible, scale, layout.sites)
+
+
+def encode_update(delta: Params, visible: Columns, layout: Layout) -> bytes:
+    """Encodes a client's update: float32 values of visible columns, other tensors whole.
+
+    Args:
+      delta: Arrays in the structure of the parameters.
+      visible: The visible columns of the proxy that the client received.
+      layout: The structure of that proxy.
+
+    Raises:
+      ValueError: Names or shapes do not fit the layout.
+    """
+    leaves = leaves_by_path(delta)
+    masks = {path: np.asarray(mask) for path, mask in visible.items()}
+    if tuple(sorted(masks)) != layout.masked:
+        raise ValueError(f"update has masks for {sorted(masks)}, expected {list(layout.masked)}")
+    for tensor in layout.tensors:
+        if tensor.path not in leaves or tuple(leaves[tensor.path].shape) != tensor.shape:
+            raise ValueError(f"update lacks {tensor.path!r} of shape {tensor.shape}")
+    body = _encode_bitmaps(layout, masks)
+    body += [_encode_tensor(t, leaves[t.path], masks) for t in layout.update_tensors]
+    return _seal(_UPDATE, layout, b"".join(body))
+
+
+def decode_update(payload: bytes, layout: Layout) -> tuple[Params, Columns]:
+    """Inverts `encode_update`; returns ``(delta, visible)``, the delta zero on hidden columns.
+
+    Raises:
+      ValueError: The payload is damaged, or of another version, kind or structure. Values that
+        are not finite are the aggregation's concern, not the format's.
+    """
+    reader = _open(payload, _UPDATE, layout)
+    values = {t.path: _decode_tensor(t, reader) for t in layout.update_tensors}
+    visible = {path: jnp.asarray(mask) for path, mask in reader.visible.items()}
+    return _as_tree(layout, values), visible
+
+
+class Cost(NamedTuple):
+    """The length of a payload, in bytes.
+
+    Attributes:
+      fixed: What does not depend on masks, the header and bitmaps included.
+      per_column: What each visible column of each masked site adds.
+    """
+
+    fixed: int
+    per_column: dict[str, int]
+
+    def of(self, visible: Mapping[str, float]) -> float:
+        """The length with so many visible columns a site; an integer if the counts are."""
+        return self.fixed + sum(size * visible[path] for path, size in self.per_column.items())
+
+
+def proxy_cost(layout: Layout) -> Cost:
+    """The length of a proxy's payload."""
+    cost = _cost(layout, layout.tensors)
+    return cost._replace(fixed=cost.fixed + 4 * len(layout.scaled))
+
+
+def update_cost(layout: Layout) -> Cost:
+    """The length of an update's payload."""
+    return _cost(layout, layout.update_tensors)
+
+
+def _cost(layout: Layout, tensors: tuple[TensorLayout, ...]) -> Cost:
+    fixed = HEADER_SIZE + sum(_bitmap_size(site) for site in layout.masked_sites)
+    per_column = dict.fromkeys(layout.masked, 0)
+    for tensor in tensors:
+        if tensor.site is None:
+            fixed += tensor.column_bytes
+        elif tensor.site.path in per_column:
+            per_column[tensor.site.path] += tensor.column_bytes
+        else:
+            fixed += tensor.column_bytes * tensor.site.layers * tensor.site.columns
+    return Cost(fixed, per_column)
+
+
+def _bitmap_size(site: MaskSite) -> int:
+    return packed_size(site.layers * site.columns, 1)
+
+
+def _encode_bitmaps(layout: Layout, visible: Mapping[str, np.ndarray]) -> list[bytes]:
+    bitmaps = []
+    for site in layout.masked_sites:
+        mask = visible[site.path]
+        if mask.shape != (site.layers, site.columns) or mask.dtype != bool:
+            raise ValueError(
+                f"mask of {site.path!r} is {mask.dtype}{list(mask.shape)}, "
+                f"expected bool[{site.layers}, {site.columns}]"
+            )
+        bitmaps.append(np.packbits(mask.reshape(-1), bitorder="little").tobytes())
+    return bitmaps
+
+
+def _encode_tensor(tensor: TensorLayout, leaf: Any, visible: Mapping[str, np.ndarray]) -> bytes:
+    site = tensor.site
+    if site is None:
+        return np.asarray(leaf).astype(jnp.dtype(tensor.dtype)).tobytes()
+    seen = visible.get(site.path, np.ones((site.layers, site.columns), bool))
+    if tensor.quantizer is not None:
+        codes = pack(_columns(np.asarray(leaf.codes), seen), tensor.quantizer.bits)
+        return codes.tobytes() + _columns(np.asarray(leaf.scales), seen).tobytes()
+    values = np.asarray(leaf).astype(jnp.dtype(tensor.dtype))
+    if tensor.is_bias:
+        return np.asarray(site.from_bias(values))[seen].tobytes()
+    return _columns(np.asarray(site.to_matrices(values)), seen).tobytes()
+
+
+def _columns(matrices: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The visible columns of ``[layers, entries, columns]``, one a row."""
+    return np.ascontiguousarray(matrices.transpose(0, 2, 1)[seen])
+
+
+def _matrices(columns: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Inverts `_columns`; hidden columns are zero."""
+    full = np.zeros((*seen.shape, columns.shape[1]), columns.dtype)
+    full[seen] = columns
+    return full.transpose(0, 2, 1)
+
+
+@dataclasses.dataclass
+class _Reader:
+    """A body whose length, bitmaps and digest were found right."""
+
+    body: memoryview
+    visible: dict[str, np.ndarray]
+    offset: int
+
+    def take(self, count: int) -> memoryview:
+        self.offset += count
+        return self.body[self.offset - count : self.offset]
+
+
+def _decode_tensor(tensor: TensorLayout, reader: _Reader) -> Any:
+    site, dtype = tensor.site, jnp.dtype(tensor.dtype)
+    if site is None:
+        flat = np.frombuffer(reader.take(tensor.column_bytes), dtype)
+        return jnp.asarray(flat.reshape(tensor.shape))
+    seen = reader.visible.get(site.path, np.ones((site.layers, site.columns), bool))
+    count = int(seen.sum())
+
+    def read(entries: int, kind: Any) -> np.ndarray:
+        octets = reader.take(count * entries * kind.itemsize)
+        return np.frombuffer(octets, kind).reshape(count, entries)
+
+    if tensor.quantizer is not None:
+        quantizer = tensor.quantizer
+        packed = read(packed_size(site.fan_in, quantizer.bits), np.dtype(np.uint8))
+        scales = read(quantizer.blocks(site.fan_in), dtype)
+        _require_finite(f"a scale of {tensor.path!r}", scales.astype(np.float32))
+        codes = unpack(packed, quantizer.bits, site.fan_in)
+        return Quantized(
+            jnp.asarray(_matrices(codes, seen)), jnp.asarray(_matrices(scales, seen)), quantizer
+        )
+    if tensor.is_bias:
+        bias = np.zeros(seen.shape, dtype)
+        bias[seen] = read(1, dtype)[:, 0]
+        return jnp.asarray(site.to_bias(bias))
+    return jnp.asarray(site.from_matrices(_matrices(read(site.fan_in, dtype), seen)))
+
+
+def _require_finite(what: str, values: np.ndarray) -> None:
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise ValueError(f"payload: {what} is negative or not finite")
+
+
+def _as_tree(layout: Layout, values: Mapping[str, Any]) -> Params:
+    placeholders = jax.tree.unflatten(layout.structure, range(layout.structure.num_leaves))
+    ordered = sorted(leaves_by_path(placeholders).items(), key=lambda item: item[1])
+    return jax.tree.unflatten(layout.structure, [values[path] for path, _ in ordered])
+
+
+def _seal(kind: int, layout: Layout, body: bytes) -> bytes:
+    prefix = _PREFIX.pack(MAGIC, VERSION, kind, 0, layout.fingerprint, len(body))
+    return prefix + _digest(prefix, body) + body
+
+
+def _digest(prefix: bytes, body: bytes | memoryview) -> bytes:
+    state = hashlib.blake2b(prefix, digest_size=_DIGEST_SIZE)
+    state.update(body)
+    return state.digest()
+
+
+def _open(payload: bytes, kind: int, layout: Layout) -> _Reader:
+    if not isinstance(payload, bytes | bytearray | memoryview):
+        raise ValueError(f"payload: expected bytes, got {type(payload).__name__}")
+    if len(payload) < HEADER_SIZE:
+        raise ValueError(f"payload: {len(payload)} bytes, the header alone has {HEADER_SIZE}")
+    view = memoryview(payload)
+    prefix = bytes(view[: _PREFIX.size])
+    magic, version, found_kind, reserved, fingerprint, length = _PREFIX.unpack(prefix)
+    if magic != MAGIC or reserved != 0:
+        raise ValueError("payload: not a FedQSN payload")
+    if version != VERSION:
+        raise ValueError(f"payload: version {version}, this package reads {VERSION}")
+    if found_kind != kind:
+        names = {_PROXY: "a proxy", _UPDATE: "an update"}
+        raise ValueError(f"payload: {names.get(found_kind, 'unknown')}, expected {names[kind]}")
+    if fingerprint != layout.fingerprint:
+        raise ValueError("payload: made for another model structure")
+    body = view[HEADER_SIZE:]
+    if length != len(body):
+        raise ValueError(f"payload: a body of {len(body)} bytes, its header says {length}")
+    visible, offset = _read_bitmaps(body, layout)
+    counts = {path: int(mask.sum()) for path, mask in visible.items()}
+    cost = proxy_cost(layout) if kind == _PROXY else update_cost(layout)
+    expected = cost.of(counts) - HEADER_SIZE
+    if length != expected:
+        raise ValueError(f"payload: a body of {length} bytes, its bitmaps make it {expected}")
+    if bytes(view[_PREFIX.size : HEADER_SIZE]) != _digest(prefix, body):
+        raise ValueError("payload: damaged, its digest does not match")
+    return _Reader(body, visible, offset)
+
+
+def _read_bitmaps(body: memoryview, layout: Layout) -> tuple[dict[str, np.ndarray], int]:
+    visible, offset = {}, 0
+    for site in layout.masked_sites:
+        octets = body[offset : offset + _bitmap_size(site)]
+        offset += _bitmap_size(site)
+        bits = np.unpackbits(np.frombuffer(octets, np.uint8), bitorder="little")
+        count = site.layers * site.columns
+        if len(octets) != _bitmap_size(site) or bits[count:].any():
+            raise ValueError(f"payload: the bitmap of {site.path!r} is damaged")
+        visible[site.path] = bits[:count].astype(bool).reshape(site.layers, site.columns)
+    return visible, offset
