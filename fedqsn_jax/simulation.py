@@ -95,7 +95,7 @@ def make_simulation(
     client = make_client_update(
         apply_fn,
         task,
-        _client_optimizer(config.client),
+        client_optimizer(config.client),
         config.client.batch_size,
         steps=config.client.steps,
         epochs=config.client.epochs,
@@ -188,14 +188,7 @@ def initial_state(simulation: Simulation, params: Params) -> ServerState:
 def first_entry(simulation: Simulation, state: ServerState, test: Batch) -> Entry:
     """Evaluates the state before the first round: an entry without training facts."""
     metrics = jax.device_get(jax.jit(simulation.federation.evaluate)(state, test))
-    return {
-        "round": 0,
-        **_ordered(metrics),
-        "train/loss": None,
-        "bytes/down_per_client": None,
-        "bytes/up_per_client": None,
-        "seconds": 0.0,
-    }
+    return {"round": 0, **_ordered(metrics), "seconds": 0.0}
 
 
 def run_rounds(
@@ -269,7 +262,7 @@ def _ordered(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(metrics[name]) for name in sorted(metrics, key=place)}
 
 
-def _client_optimizer(settings: ClientConfig) -> optax.GradientTransformation:
+def client_optimizer(settings: ClientConfig) -> optax.GradientTransformation:
     makers = {
         "sgd": lambda: optax.sgd(settings.learning_rate, settings.momentum or None),
         "adam": lambda: optax.adam(settings.learning_rate),

@@ -1,0 +1,21 @@
+"""Data sets by their configured name."""
+
+import numpy as np
+
+from fedqsn_jax.config import DataConfig
+from fedqsn_jax.data import digits, tfds_images
+from fedqsn_jax.data.federated import Splits
+
+_STREAM = 0x64617461  # Keeps this generator apart from others with the same seed.
+
+
+def load(config: DataConfig, seed: int) -> Splits:
+    """Loads a data set and divides it; the seed fixes the division.
+
+    Raises:
+      ConfigError: The data set is not there, or cannot be divided as configured.
+    """
+    generator = np.random.default_rng([seed, _STREAM])
+    if config.name == "digits":
+        return digits.load(config, generator)
+    return tfds_images.load(config, generator)

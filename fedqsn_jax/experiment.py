@@ -1,0 +1,230 @@
+"""The main job: data, the server's own training, rounds, checkpoints and reports."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+
+from fedqsn_jax.checkpoint import Checkpoints
+from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.costs import expected_costs, tensor_rows
+from fedqsn_jax.data import registry
+from fedqsn_jax.data.federated import Splits
+from fedqsn_jax.models.adapters import linen_apply, linen_init
+from fedqsn_jax.models.registry import make_model
+from fedqsn_jax.randomness import fold_in_name
+from fedqsn_jax.reporting.display import Display
+from fedqsn_jax.reporting.summary import Costs, summarize
+from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
+from fedqsn_jax.rounds import ServerState
+from fedqsn_jax.simulation import (
+    Entry,
+    Simulation,
+    first_entry,
+    initial_state,
+    make_simulation,
+    pretrain,
+    root_key,
+    run_rounds,
+)
+from fedqsn_jax.tasks import classification
+from fedqsn_jax.types import ApplyFn, Params
+from fedqsn_jax.workdir import WorkDirectory
+
+
+class _Experiment(NamedTuple):
+    """A configuration with its data and its untrained model."""
+
+    config: Config
+    splits: Splits
+    params: Params
+    pretraining_apply: ApplyFn
+    simulation: Simulation
+
+
+def dry_run(config: Config, display: Display) -> None:
+    """Shows the model's tensors and mask sites, bytes and memory; trains nothing.
+
+    Raises:
+      ConfigError: The run would be refused.
+    """
+    _show(_prepare(config), display)
+
+
+def run(config: Config, directory: Path, display: Display) -> None:
+    """Runs, resumes or extends the run in a directory.
+
+    Args:
+      config: What to run.
+      directory: Where everything is written; see `workdir.WorkDirectory`.
+      display: Where progress is shown.
+
+    Raises:
+      ConfigError: The configuration is not possible, or the directory belongs to another one.
+      CheckpointError: The checkpoints in the directory cannot be read or do not fit.
+    """
+    work = WorkDirectory(directory)
+    work.check(config)
+    experiment = _prepare(config)
+    settings = config.checkpoint
+    with Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints:
+        resumed = checkpoints.latest_round()
+        if resumed is not None and resumed > config.rounds:
+            raise ConfigError(
+                f"rounds = {config.rounds}: {work.checkpoints} holds round {resumed}; allowed are "
+                f"as many or more"
+            )
+        state, history = _restore(experiment, checkpoints)
+        work.create(config)
+        display.message(f"{directory}: only you may read it; it holds the hidden model")
+        if resumed == config.rounds and work.summary.exists():
+            display.message(
+                f"finished at round {resumed}; a larger --config.rounds would extend the run"
+            )
+            _finish(experiment, work, history, display)
+            return
+        _show(experiment, display)
+        if resumed is None:
+            params = pretrain(
+                config,
+                experiment.pretraining_apply,
+                experiment.simulation.task,
+                experiment.params,
+                experiment.splits.private,
+            )
+            state = initial_state(experiment.simulation, params)
+            history = [first_entry(experiment.simulation, state, experiment.splits.test)]
+        else:
+            display.message(f"resumed after round {resumed}")
+        finished = _train(experiment, state, history, work, checkpoints, display)
+    if finished == config.rounds:
+        _finish(experiment, work, history, display)
+    else:
+        display.message(f"stopped after round {finished}; the same command goes on from there")
+
+
+def _prepare(config: Config) -> _Experiment:
+    splits = registry.load(config.data, config.seed)
+    classes = splits.num_classes
+    example = {name: rows[:1] for name, rows in splits.test.items()}
+    module = make_model(config.model, classes, config.client.dropout)
+    params = linen_init(module, fold_in_name(root_key(config), "model"), example)
+    pretraining = make_model(config.model, classes, config.pretraining.dropout)
+    simulation = make_simulation(
+        config, linen_apply(module), classification(), params, splits.clients.clients
+    )
+    return _Experiment(config, splits, params, linen_apply(pretraining), simulation)
+
+
+def _restore(
+    experiment: _Experiment, checkpoints: Checkpoints
+) -> tuple[ServerState | None, list[Entry]]:
+    if checkpoints.latest_round() is None:
+        return None, []
+    like = jax.eval_shape(lambda: initial_state(experiment.simulation, experiment.params))
+    return checkpoints.restore(like)
+
+
+def _train(
+    experiment: _Experiment,
+    state: ServerState,
+    history: list[Entry],
+    work: WorkDirectory,
+    checkpoints: Checkpoints,
+    display: Display,
+) -> int:
+    """Runs the rounds that are left, adding to ``history``; returns the last finished round."""
+    config, simulation, splits = experiment.config, experiment.simulation, experiment.splits
+    score = f"global/{simulation.task.score}"
+    metrics, board = MetricsFile(work.metrics), TensorBoard(work.tensorboard)
+    metrics.rewrite(history)
+    board.rewrite(history)
+    finished = int(state.round)
+    if finished == 0:
+        checkpoints.save(0, state, history, history[-1][score])
+    calls = run_rounds(
+        simulation, state, splits.clients, splits.test, seconds=history[-1]["seconds"]
+    )
+    with (
+        board,
+        _stop_signals() as stopped,
+        display.progress(config.rounds, finished, simulation.task.score) as progress,
+    ):
+        for after, new_state, entries in calls:
+            history += entries
+            metrics.append(entries)
+            board.append(entries)
+            for entry in entries:
+                progress.update(entry["round"], entry)
+            progress.update(after)
+            every = config.checkpoint.every
+            due = after // every > finished // every or after == config.rounds
+            finished = after
+            if due or stopped.is_set():
+                checkpoints.save(after, new_state, history, history[-1][score])
+            if stopped.is_set():
+                break
+    checkpoints.wait()
+    return finished
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turns SIGTERM and the first Ctrl-C into a request to stop at the next boundary."""
+    stopped = threading.Event()
+    kinds = (signal.SIGTERM, signal.SIGINT)
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+        # A second one acts as it would have without us.
+        signal.signal(number, previous[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    previous: dict[int, Any] = {kind: signal.signal(kind, request) for kind in kinds}
+    try:
+        yield stopped
+    finally:
+        for kind in kinds:
+            signal.signal(kind, previous[kind])
+
+
+def _finish(
+    experiment: _Experiment, work: WorkDirectory, history: list[Entry], display: Display
+) -> None:
+    """Writes and shows the final table and the curves."""
+    from fedqsn_jax.reporting import plots  # Slow to import, and only needed at the end.
+
+    simulation, config = experiment.simulation, experiment.config
+    score = simulation.task.score
+    summary = summarize(history, _costs(experiment), history[-1]["seconds"], score)
+    title = f"{config.algorithm} on {config.data.name}, seed {config.seed}"
+    plots.accuracy_curves(history, work.picture, title, score)
+    write_json(work.summary, summary)
+    display.final_table(summary)
+    display.message(f"written to {work.path}")
+
+
+def _show(experiment: _Experiment, display: Display) -> None:
+    simulation, config = experiment.simulation, experiment.config
+    display.message(
+        f"{config.algorithm} on {config.data.name}: {experiment.splits.clients.clients} clients, "
+        f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
+        f"{jax.default_backend()}"
+    )
+    if simulation.algorithm.unmet_invariants:
+        display.warning(
+            f"{config.algorithm} does not keep what this package promises elsewhere: "
+            f"invariants {sorted(simulation.algorithm.unmet_invariants)}"
+        )
+    display.overview(tensor_rows(simulation, experiment.params), _costs(experiment))
+
+
+def _costs(experiment: _Experiment) -> Costs:
+    return expected_costs(experiment.simulation, experiment.params, experiment.splits.clients)

@@ -1,0 +1,55 @@
+"""The main job: ``python -m fedqsn_jax.main --config=configs/digits.py --workdir=DIR``."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedqsn_jax.command_line import Parser, read_config
+from fedqsn_jax.config import Config, ConfigError, flatten
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      arguments: What follows the program's name; by default the process's own.
+
+    Returns:
+      The exit code: 0, or 2 after a mistake of the user's, which is told in one line.
+    """
+    parser = Parser(
+        "Federated learning in which the model is the secret.",
+        "fields, as --config.FIELD=VALUE, with their defaults:\n"
+        + "\n".join(f"  {name} = {value!r}" for name, value in flatten(Config()).items()),
+    )
+    parser.add_argument("--config", help="a file under configs/, as FILE or FILE:ALGORITHM")
+    parser.add_argument("--workdir", help="the directory of the run; it is made private")
+    parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
+    try:
+        options, overrides = parser.parse_known_args(arguments)
+        config = read_config(options.config, overrides)
+        if not options.workdir and not options.dry_run:
+            raise ConfigError("no --workdir: name the directory of the run")
+        # Only now, so that mistakes are answered without waiting for JAX.
+        from fedqsn_jax import experiment
+        from fedqsn_jax.checkpoint import CheckpointError
+        from fedqsn_jax.reporting.display import Display
+    except ConfigError as error:
+        return _refuse(error)
+    try:
+        if options.dry_run:
+            experiment.dry_run(config, Display())
+        else:
+            experiment.run(config, Path(options.workdir), Display())
+    except (ConfigError, CheckpointError) as error:
+        return _refuse(error)
+    return 0
+
+
+def _refuse(error: Exception) -> int:
+    print(f"fedqsn_jax: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

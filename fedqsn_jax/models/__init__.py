@@ -1,0 +1,1 @@
+"""Models, and the adapters that make pure functions of them."""

@@ -1,0 +1,44 @@
+"""A small convolutional network with group norm."""
+
+import math
+
+from flax import linen as nn
+
+from fedqsn_jax.models.convolution import Conv, max_pool
+from fedqsn_jax.models.mlp import as_floats
+from fedqsn_jax.types import Array
+
+_GROUPS = 8
+
+
+class CNN(nn.Module):
+    """3x3 convolutions, each with group norm, ReLU and pooling; a dense layer; the task head.
+
+    Group norm, because batch norm keeps running statistics, which no mask covers.
+
+    Attributes:
+      channels: Output channels of the convolutions.
+      dense: Width of the dense layer.
+      classes: Number of logits.
+      dropout: Dropout rate before and after the dense layer.
+    """
+
+    channels: tuple[int, ...]
+    dense: int
+    classes: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False) -> Array:
+        """Returns logits ``[rows, classes]`` of ``images`` ``[rows, height, width, channels]``."""
+        values = as_floats(images)
+        for index, channels in enumerate(self.channels):
+            values = Conv(channels, name=f"conv_{index}")(values)
+            groups = math.gcd(channels, _GROUPS)
+            values = nn.relu(nn.GroupNorm(groups, name=f"norm_{index}")(values))
+            values = max_pool(values)
+        values = values.reshape(images.shape[0], -1)
+        values = nn.Dropout(self.dropout, deterministic=not train)(values)
+        values = nn.relu(nn.Dense(self.dense, name="dense")(values))
+        values = nn.Dropout(self.dropout, deterministic=not train)(values)
+        return nn.Dense(self.classes, name="head")(values)

@@ -1,0 +1,36 @@
+"""A multilayer perceptron."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fedqsn_jax.types import Array
+
+
+def as_floats(images: Array) -> Array:
+    """Scales uint8 images to [0, 1], float32; leaves floating-point images as they are."""
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255
+    return images
+
+
+class MLP(nn.Module):
+    """Dense layers with ReLU and dropout, then the task head.
+
+    Attributes:
+      hidden: Widths of the hidden layers.
+      classes: Number of logits.
+      dropout: Dropout rate after each hidden layer.
+    """
+
+    hidden: tuple[int, ...]
+    classes: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False) -> Array:
+        """Returns logits ``[rows, classes]`` of ``images`` ``[rows, ...]``."""
+        values = as_floats(images).reshape(images.shape[0], -1)
+        for index, width in enumerate(self.hidden):
+            values = nn.relu(nn.Dense(width, name=f"hidden_{index}")(values))
+            values = nn.Dropout(self.dropout, deterministic=not train)(values)
+        return nn.Dense(self.classes, name="head")(values)

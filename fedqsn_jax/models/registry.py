@@ -1,0 +1,20 @@
+"""Models by their configured name."""
+
+from flax import linen as nn
+
+from fedqsn_jax.config import ModelConfig
+from fedqsn_jax.models.cnn import CNN
+from fedqsn_jax.models.mlp import MLP
+
+
+def make_model(config: ModelConfig, classes: int, dropout: float) -> nn.Module:
+    """Returns the module that a configuration names.
+
+    Args:
+      config: Its name and widths.
+      classes: Number of logits.
+      dropout: Dropout rate; it changes no parameters.
+    """
+    if config.name == "mlp":
+        return MLP(config.hidden, classes, dropout)
+    return CNN(config.channels, config.dense, classes, dropout)

@@ -1,0 +1,90 @@
+"""Settings and tiny fixtures that tests share: a model, its sites, and a population of clients."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedqsn_jax.data.federated import FederatedData, from_clients
+from fedqsn_jax.masking import Sites, find_sites
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+FEATURES, CLASSES = 6, 3
+CLIENT_ROWS = (5, 0, 12, 3, 7, 1, 9, 4)
+
+
+class Model(NamedTuple):
+    """A classifier: ``apply_fn(params, batch, key)``, its parameters and its mask sites."""
+
+    apply_fn: Callable[[Any, Any, Any], jax.Array]
+    params: Any
+    sites: Sites
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+    """An MLP with two hidden layers (the sites) and a head (no site); pure functions only."""
+    widths = {"hidden_0": (FEATURES, 10), "hidden_1": (10, 8), "head": (8, CLASSES)}
+    rng = np.random.default_rng(0)
+    params = {
+        name: {
+            "kernel": jnp.asarray(rng.normal(0, shape[0] ** -0.5, shape), jnp.float32),
+            "bias": jnp.asarray(rng.normal(0, 0.1, shape[1:]), jnp.float32),
+        }
+        for name, shape in widths.items()
+    }
+
+    def apply_fn(params, batch, key):
+        del key
+        x = batch["x"]
+        for name in widths:
+            x = x @ params[name]["kernel"] + params[name]["bias"].reshape(1, -1)
+            x = x if name == "head" else jnp.tanh(x)
+        return x
+
+    return Model(apply_fn, params, find_sites(params))
+
+
+@pytest.fixture(scope="session")
+def data() -> FederatedData:
+    """Eight clients of unequal sizes, of which client 1 has no rows."""
+    rng = np.random.default_rng(1)
+    return from_clients(
+        [
+            {
+                "x": rng.normal(size=(rows, FEATURES)).astype(np.float32),
+                "label": rng.integers(0, CLASSES, rows).astype(np.int32),
+            }
+            for rows in CLIENT_ROWS
+        ]
+    )
+
+
+@pytest.fixture(scope="session")
+def set_hidden() -> Callable[[Any, Sites, Any, float], Any]:
+    """``(tree, sites, visible, value)``: NumPy copy of a tree with hidden columns set to a value.
+
+    It walks the sites one column at a time, so it shares no code with the package's masks; it
+    knows sites whose axes stand in the order layers, inputs, columns.
+    """
+
+    def fill(tree, sites, visible, value):
+        tree = jax.tree.map(np.array, tree)
+        for site in sites:
+            *parents, name = site.path.split("/")
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            flat = node[name].reshape(site.layers, site.fan_in, site.columns)
+            for layer, column in np.argwhere(~np.asarray(visible[site.path])):
+                flat[layer, :, column] = value
+                if site.bias_path is not None:
+                    node["bias"].reshape(site.layers, site.columns)[layer, column] = value
+        return jax.tree.map(jnp.asarray, tree)
+
+    return fill
