@@ -1,1 +1,48 @@
-"""FedQSN in JAX: federated learning in which the server's model is the secret."""
+"""FedQSN in JAX: federated learning in which the server's model is the secret.
+
+`federate` is the one call for a model and clients' arrays of your own. The rest are the pure parts
+that it is made of: masks and quantizers, proxy transforms, client update, aggregation, rounds.
+"""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "own_model": ("Federated", "federate"),
+    "config": ("Config", "ConfigError", "default_config", "resolve"),
+    "masking": ("MaskSite", "draw_masks", "find_sites", "hide"),
+    "quantization": ("NormalFloat", "Quantized", "Uniform", "dequantize", "quantize"),
+    "proxy": (
+        "Proxy",
+        "ProxyTransform",
+        "chain",
+        "client_mask",
+        "effective_params",
+        "identity",
+        "server_mask",
+        "whole_proxy",
+    ),
+    "client": ("ClientResult", "ClientUpdate", "make_client_update"),
+    "aggregation": ("Aggregator", "Contribution", "make_aggregator"),
+    "cohort": ("ClientAxis", "sample_cohort", "sum_over_clients"),
+    "rounds": ("Federation", "ServerState", "make_federation", "make_rounds"),
+    "algorithms": ("Algorithm", "fedavg", "fedq", "fedqsn", "fedsn", "make_algorithm"),
+    "wire": ("Layout", "decode_proxy", "decode_update", "encode_proxy", "encode_update"),
+    "tasks": ("Task", "classification"),
+    "data.federated": ("FederatedData", "from_clients"),
+    "models.adapters": ("linen_apply", "linen_init", "nnx_split"),
+}
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: a mistake in a command should not cost JAX."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fedqsn_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fedqsn_jax.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

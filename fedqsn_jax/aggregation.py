@@ -46,9 +46,7 @@ class Aggregator(NamedTuple):
 
     init: Callable[[Params], optax.OptState]
     contribute: Callable[[Params, Columns, Array], Contribution]
-    finish: Callable[
-        [Params, optax.OptState, Contribution, Columns], tuple[Params, optax.OptState]
-    ]
+    finish: Callable[[Params, optax.OptState, Contribution, Columns], tuple[Params, optax.OptState]]
 
 
 def make_aggregator(
@@ -83,7 +81,9 @@ def make_aggregator(
             weight = (weight > 0).astype(jnp.float32)
         # A client without weight must add nothing, not even NaN times zero.
         weighted = jax.tree.map(lambda leaf: jnp.where(weight > 0, leaf * weight, 0), delta)
-        return Contribution(weighted, weight, {path: weight * seen for path, seen in visible.items()})
+        return Contribution(
+            weighted, weight, {path: weight * seen for path, seen in visible.items()}
+        )
 
     def finish(
         params: Params,

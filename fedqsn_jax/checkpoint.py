@@ -151,7 +151,7 @@ class Checkpoints:
         self._pending = round, response
 
     def restore(self, like: State, round: int | None = None) -> tuple[State, History]:
-        """Returns what a checkpoint holds, the arrays on the default device.
+        """Returns what a checkpoint holds: arrays on the default device, none weakly typed.
 
         Args:
           like: A pytree of arrays or of `jax.ShapeDtypeStruct`: the state that is expected. Only
@@ -319,17 +319,23 @@ def _host_array(name: str, loaded: dict[str, Any], like: Any) -> np.ndarray:
 
 def _unreadable(path: Path, round: int, rounds: list[int], error: Exception) -> CheckpointError:
     earlier = [other for other in rounds if other < round]
-    alternative = (
-        f"to resume from round {earlier[-1]}" if earlier else "to start from the beginning"
-    )
+    goal = f"resume from round {earlier[-1]}" if earlier else "start from the beginning"
     return CheckpointError(
-        f"{path}: this checkpoint cannot be read ({_one_line(error)}); remove the directory "
-        f"{alternative}"
+        f"{path}: this checkpoint cannot be read ({_one_line(error)}); "
+        f"if it is damaged, move or remove that directory to {goal}"
     )
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _one_line(error: BaseException) -> str:
+    """Returns what went wrong first: what Orbax wraps around it tells of its own handlers."""
+    inner: BaseException | None = error
+    while inner is not None:
+        error = inner
+        inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    text = " ".join(str(error).split()).partition(" [tensorstore_spec=")[0]
+    # TensorStore tells the place first and the reason last.
+    text = text if len(text) <= 300 else f"{text[:80]} ... {text[-200:]}"
+    return f"{type(error).__name__}: {text}"
 
 
 def _sortable_score(metrics: dict[str, float]) -> float:

@@ -20,7 +20,7 @@ from fedqsn_jax.masking import spread
 from fedqsn_jax.proxy import Proxy, effective_params
 from fedqsn_jax.randomness import fold_in_name, keyed_permutation
 from fedqsn_jax.tasks import Task
-from fedqsn_jax.types import ApplyFn, Array, Batch, Columns, Key, Params
+from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
 
 
 @struct.dataclass
@@ -112,9 +112,7 @@ def make_client_update(
         difference = jax.tree.map(
             lambda end, begin: (end - begin).astype(jnp.float32), final, initial
         )
-        return ClientResult(
-            _pull_back(difference, factors), loss_sum / jnp.maximum(count, 1), rows
-        )
+        return ClientResult(_pull_back(difference, factors), loss_sum / jnp.maximum(count, 1), rows)
 
     return ClientUpdate(step_count, update)
 

@@ -133,9 +133,9 @@ class Config:
 
     seed: int = _field(0, _range(0, below=2**32), "fixes everything; in simulation not a secret")
     rounds: int = _field(60, _range(0), "federated rounds in all")
-    rounds_per_call: int = _field(5, _range(1), "rounds a compiled call; stops fall on its multiples")
+    rounds_per_call: int = _field(5, _range(1), "rounds a compiled call; it stops at multiples")
     algorithm: str = _field("fedqsn", _one_of(*ALGORITHMS), "what clients receive")
-    p1: float = _field(0.2, _range(0, below=1), "probability that the server hides a column for good")
+    p1: float = _field(0.2, _range(0, below=1), "probability that a column is hidden for good")
     p2: float = _field(0.2, _range(0, below=1), "probability that a client's round hides a column")
     bits: int = _field(4, _range(1, 8), "width of a code")
     block_size: int = _field(64, _range(1), "entries of a column that share a scale")

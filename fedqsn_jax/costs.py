@@ -42,8 +42,8 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
                 tuple(leaf.shape),
                 str(leaf.dtype),
                 travels,
-                columns=kernel and kernel.layers * kernel.columns,
-                fan_in=kernel and kernel.fan_in,
+                columns=None if kernel is None else kernel.layers * kernel.columns,
+                fan_in=None if kernel is None else kernel.fan_in,
                 hidden=hidden,
             )
         )
@@ -80,9 +80,7 @@ def expected_costs(simulation: Simulation, params: Params, data: FederatedData) 
     )
 
 
-def estimate_memory(
-    simulation: Simulation, params: Params, data: FederatedData
-) -> dict[str, int]:
+def estimate_memory(simulation: Simulation, params: Params, data: FederatedData) -> dict[str, int]:
     """Estimates what lies on the device during a round, without activations; bytes by name.
 
     Args:

@@ -79,17 +79,20 @@ def run(config: Config, directory: Path, display: Display) -> None:
                 f"rounds = {config.rounds}: {work.checkpoints} holds round {resumed}; allowed are "
                 f"as many or more"
             )
-        state, history = _restore(experiment, checkpoints)
+        restored = _restore(experiment, checkpoints)
         work.create(config)
         display.message(f"{directory}: only you may read it; it holds the hidden model")
-        if resumed == config.rounds and work.summary.exists():
+        if restored is not None and resumed == config.rounds and work.summary.exists():
             display.message(
                 f"finished at round {resumed}; a larger --config.rounds would extend the run"
             )
-            _finish(experiment, work, history, display)
+            _finish(experiment, work, restored[1], display)
             return
         _show(experiment, display)
-        if resumed is None:
+        if restored is not None:
+            state, history = restored
+            display.message(f"resumed after round {resumed}")
+        else:
             params = pretrain(
                 config,
                 experiment.pretraining_apply,
@@ -99,8 +102,6 @@ def run(config: Config, directory: Path, display: Display) -> None:
             )
             state = initial_state(experiment.simulation, params)
             history = [first_entry(experiment.simulation, state, experiment.splits.test)]
-        else:
-            display.message(f"resumed after round {resumed}")
         finished = _train(experiment, state, history, work, checkpoints, display)
     if finished == config.rounds:
         _finish(experiment, work, history, display)
@@ -123,9 +124,9 @@ def _prepare(config: Config) -> _Experiment:
 
 def _restore(
     experiment: _Experiment, checkpoints: Checkpoints
-) -> tuple[ServerState | None, list[Entry]]:
+) -> tuple[ServerState, list[Entry]] | None:
     if checkpoints.latest_round() is None:
-        return None, []
+        return None
     like = jax.eval_shape(lambda: initial_state(experiment.simulation, experiment.params))
     return checkpoints.restore(like)
 

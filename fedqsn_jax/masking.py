@@ -180,7 +180,11 @@ def find_sites(
         rule = by_user or _first_match(default_rules, path, leaf.ndim)
         if rule is None or rule[1] == ("none",):
             continue
-        if selection == "residual" and by_user is None and not _matches_any(path, RESIDUAL_PATTERNS):
+        if (
+            selection == "residual"
+            and by_user is None
+            and not _matches_any(path, RESIDUAL_PATTERNS)
+        ):
             continue
         sites.append(_make_site(path, leaf.shape, rule[1], leaves))
     if unused:

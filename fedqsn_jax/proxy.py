@@ -10,6 +10,7 @@ and FedAvg is ``identity()``. Probability zero is elided when the chain is built
 masks and quantizer is FedAvg bit for bit.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ def quantize(quantizer: Quantizer) -> ProxyTransform:
 
         params = jax.tree_util.tree_map_with_path(visit, proxy.params)
         # A zero has a code of its own: hide again, so that hidden columns have code zero.
-        return _hide(proxy.replace(params=params), proxy.visible)
+        return _hide(dataclasses.replace(proxy, params=params), proxy.visible)
 
     return identity()._replace(prepare=prepare)
 
@@ -173,7 +174,7 @@ def dequantize_proxy(proxy: Proxy) -> Proxy:
         return sites[path_of(key_path)].from_matrices(quantization.dequantize(leaf))
 
     params = jax.tree_util.tree_map_with_path(visit, proxy.params, is_leaf=is_quantized)
-    return proxy.replace(params=params)
+    return dataclasses.replace(proxy, params=params)
 
 
 def effective_params(proxy: Proxy) -> Params:
@@ -206,7 +207,7 @@ def _hide_and_scale(
             visible[path] = visible[path] & mask[path] if path in visible else mask[path]
             share = visible_share(site, probability, sampling)
             scale[path] = scale.get(path, jnp.float32(1)) / share
-    return _hide(proxy.replace(visible=visible, scale=scale), mask)
+    return _hide(dataclasses.replace(proxy, visible=visible, scale=scale), mask)
 
 
 def _hide(proxy: Proxy, visible: Columns) -> Proxy:
@@ -221,11 +222,13 @@ def _hide(proxy: Proxy, visible: Columns) -> Proxy:
         seen = visible[site.path]
         if isinstance(leaf, Quantized):
             seen = seen[:, None, :]
-            return leaf.replace(codes=_zero(leaf.codes, seen), scales=_zero(leaf.scales, seen))
+            return dataclasses.replace(
+                leaf, codes=_zero(leaf.codes, seen), scales=_zero(leaf.scales, seen)
+            )
         return _zero(leaf, site.to_kernel(seen) if path in sites else site.to_bias(seen))
 
     params = jax.tree_util.tree_map_with_path(visit, proxy.params, is_leaf=is_quantized)
-    return proxy.replace(params=params)
+    return dataclasses.replace(proxy, params=params)
 
 
 def _zero(leaf: Array, seen: Array) -> Array:

@@ -48,7 +48,9 @@ def keyed_permutation(key: Key, positions: Array, length: Array | int) -> Array:
     pivots, salts = words[:, 0] % jnp.maximum(size, 1), words[:, 1]
     index = positions.astype(jnp.uint32)
     for step in range(_PERMUTATION_ROUNDS):
-        mirrored = jnp.where(index <= pivots[step], pivots[step] - index, pivots[step] - index + size)
+        mirrored = jnp.where(
+            index <= pivots[step], pivots[step] - index, pivots[step] - index + size
+        )
         swap = _hash(jnp.maximum(index, mirrored) ^ salts[step]) >> 31
         index = jnp.where(swap == 1, mirrored, index)
     return index.astype(jnp.int32)

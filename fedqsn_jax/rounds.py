@@ -1,5 +1,6 @@
 """One federated round, and several in one compiled call."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from fedqsn_jax.masking import Sites
 from fedqsn_jax.metrics import Evaluator
 from fedqsn_jax.proxy import Proxy, ProxyTransform, dequantize_proxy, whole_proxy
 from fedqsn_jax.randomness import client_round_key, fold_in_name
-from fedqsn_jax.types import Array, Batch, Columns, Key, Params
+from fedqsn_jax.types import Array, Batch, Key, Params
 from fedqsn_jax.views import (
     Attacker,
     evaluate_views,
@@ -115,9 +116,7 @@ def make_federation(
         whole = whole_proxy(state.params, sites)
         return dequantize_proxy(transform.prepare(state.transform_state, whole))
 
-    def run_round(
-        state: ServerState, data: FederatedData
-    ) -> tuple[ServerState, dict[str, Array]]:
+    def run_round(state: ServerState, data: FederatedData) -> tuple[ServerState, dict[str, Array]]:
         prepared = prepare(state)
         round_key = jax.random.fold_in(state.public_key, state.round)
         ids = sample_cohort(fold_in_name(round_key, "cohort"), population, cohort)
@@ -150,7 +149,8 @@ def make_federation(
         }
         facts = {"train/loss": total["loss"] / jnp.maximum(total["examples"], 1)}
         facts |= {f"visible/{path}": count for path, count in total["visible"].items()}
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             params=params,
             optimizer_state=optimizer_state,
             attackers=attackers,
@@ -190,9 +190,7 @@ class CallResult(NamedTuple):
 
 def make_rounds(
     federation: Federation, *, rounds_per_call: int, evaluate_every: int
-) -> Callable[
-    [ServerState, FederatedData, Batch, Array, Array], tuple[ServerState, CallResult]
-]:
+) -> Callable[[ServerState, FederatedData, Batch, Array, Array], tuple[ServerState, CallResult]]:
     """Makes the compiled call that runs several rounds without the host.
 
     Args:
@@ -211,6 +209,7 @@ def make_rounds(
     ) -> tuple[ServerState, CallResult]:
         _, fact_shapes = jax.eval_shape(federation.round, state, data)
         metric_shapes = jax.eval_shape(federation.evaluate, state, rows)
+        no_metrics = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), metric_shapes)
 
         def buffer(shape: jax.ShapeDtypeStruct) -> Array:
             return jnp.zeros((rounds_per_call, *shape.shape), shape.dtype)
@@ -228,7 +227,9 @@ def make_rounds(
             metrics = jax.lax.cond(
                 due,
                 lambda: federation.evaluate(state, rows),
-                lambda: jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), metric_shapes),
+                lambda: jax.tree.map(
+                    lambda shape: jnp.zeros(shape.shape, shape.dtype), metric_shapes
+                ),
             )
             values = CallResult(facts, metrics, due)
             return state, jax.tree.map(lambda all, one: all.at[index].set(one), result, values)

@@ -131,9 +131,7 @@ def make_simulation(
         evaluate_every=config.evaluation.every,
     )
     traffic = measure_traffic(algorithm.transform, params, sites)
-    return Simulation(
-        config, federation, algorithm, sites, traffic, client_axis, task, run
-    )
+    return Simulation(config, federation, algorithm, sites, traffic, client_axis, task, run)
 
 
 def make_quantizer(config: Config) -> Quantizer:
@@ -167,7 +165,9 @@ def pretrain(
     def train(key: Array, params: Params, data: FederatedData) -> Params:
         count = update.step_count(data.rows(jnp.int32(0)))
         result = update.update(key, whole_proxy(params, ()), data, jnp.int32(0), count)
-        return jax.tree.map(lambda old, delta: (old + delta).astype(old.dtype), params, result.delta)
+        return jax.tree.map(
+            lambda old, delta: (old + delta).astype(old.dtype), params, result.delta
+        )
 
     if settings.steps == 0 or jax.tree.leaves(private)[0].shape[0] == 0:
         return params
@@ -241,7 +241,7 @@ def run_rounds(
                     "train/loss": float(facts["train/loss"][index]),
                     "bytes/down_per_client": simulation.traffic.down.of(visible),
                     "bytes/up_per_client": simulation.traffic.up.of(visible),
-                    "seconds": round(seconds + share * took, 6),
+                    "seconds": round(float(seconds + share * took), 6),
                 }
             )
         seconds += took
@@ -263,6 +263,7 @@ def _ordered(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def client_optimizer(settings: ClientConfig) -> optax.GradientTransformation:
+    """Returns the optimizer of local training."""
     makers = {
         "sgd": lambda: optax.sgd(settings.learning_rate, settings.momentum or None),
         "adam": lambda: optax.adam(settings.learning_rate),

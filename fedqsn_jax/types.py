@@ -19,4 +19,4 @@ Columns = dict[str, Array]
 """Per mask site (by the kernel's path), an array ``[layers, columns]``."""
 
 ApplyFn = Callable[[Params, Batch, Key | None], Array]
-"""``(params, batch, key) -> outputs``; a key makes the model train (dropout), ``None`` evaluates."""
+"""``(params, batch, key) -> outputs``; with a key the model trains (dropout), with None not."""

@@ -4,6 +4,7 @@
 buys.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -83,7 +84,7 @@ def update_attacker(
         attacker.copy,
     )
     known = {path: seen | columns[path] for path, seen in attacker.known.items()}
-    return attacker.replace(copy=copy, known=known)
+    return dataclasses.replace(attacker, copy=copy, known=known)
 
 
 def attacker_params(attacker: Attacker, sites: Sites) -> Params:
@@ -145,5 +146,7 @@ def evaluate_views(
     for name, attacker in attackers.items():
         results[name] = evaluate(attacker_params(attacker, sites), rows)
     return {
-        f"{view}/{name}": value for view, values in results.items() for name, value in values.items()
+        f"{view}/{name}": value
+        for view, values in results.items()
+        for name, value in values.items()
     }

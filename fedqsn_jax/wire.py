@@ -98,18 +98,14 @@ class Layout:
         biases = {site.bias_path: site for site in proxy.sites if site.bias_path}
         tensors = []
         for path, leaf in leaves_by_path(proxy.params, is_leaf=is_quantized).items():
+            site = kernels.get(path) or biases.get(path)
+            is_bias = site is not None and path not in kernels
             if isinstance(leaf, Quantized):
-                site, quantizer = kernels[path], leaf.quantizer
-                tensors.append(
-                    TensorLayout(path, site.shape, str(leaf.scales.dtype), site, False, quantizer)
-                )
+                # Its codes and scales are in matrix form; only the site knows the kernel's shape.
+                shape, dtype, quantizer = kernels[path].shape, leaf.scales.dtype, leaf.quantizer
             else:
-                site_or_none = kernels.get(path) or biases.get(path)
-                tensors.append(
-                    TensorLayout(
-                        path, tuple(leaf.shape), str(leaf.dtype), site_or_none, path in biases
-                    )
-                )
+                shape, dtype, quantizer = tuple(leaf.shape), leaf.dtype, None
+            tensors.append(TensorLayout(path, shape, str(dtype), site, is_bias, quantizer))
         return cls(
             tuple(sorted(tensors, key=lambda tensor: tensor.path)),
             tuple(sorted(proxy.visible)),
@@ -139,12 +135,17 @@ class Layout:
 
 
 def encode_proxy(proxy: Proxy) -> bytes:
-    """Encodes what one client receives in one round; arrays must be concrete."""
+    """Encodes what one client receives in one round; arrays must be concrete.
+
+    Raises:
+      ValueError: A scale or factor is negative or not finite: no client would accept the payload.
+    """
     layout = Layout.of(proxy)
-    factors = [np.asarray(proxy.scale[path], "<f4").tobytes() for path in layout.scaled]
+    factors = np.asarray([proxy.scale[path] for path in layout.scaled], "<f4")
+    _require_scales("a site's factor", factors)
     leaves = leaves_by_path(proxy.params, is_leaf=is_quantized)
     visible = {path: np.asarray(proxy.visible[path]) for path in layout.masked}
-    body = _encode_bitmaps(layout, visible) + factors
+    body = [*_encode_bitmaps(layout, visible), factors.tobytes()]
     body += [_encode_tensor(t, leaves[t.path], visible) for t in layout.tensors]
     return _seal(_PROXY, layout, b"".join(body))
 
@@ -157,10 +158,10 @@ def decode_proxy(payload: bytes, layout: Layout) -> Proxy:
         that are negative or not finite.
     """
     reader = _open(payload, _PROXY, layout)
-    factors = {path: np.frombuffer(reader.take(4), "<f4")[0] for path in layout.scaled}
-    _require_finite("a site's factor", np.asarray(list(factors.values()), np.float32))
+    factors = np.frombuffer(reader.take(4 * len(layout.scaled)), "<f4")
+    _require_scales("payload: a site's factor", factors)
     values = {t.path: _decode_tensor(t, reader) for t in layout.tensors}
-    scale = {path: jnp.float32(factor) for path, factor in factors.items()}
+    scale = {path: jnp.float32(x) for path, x in zip(layout.scaled, factors, strict=True)}
     visible = {path: jnp.asarray(mask) for path, mask in reader.visible.items()}
     return Proxy(_as_tree(layout, values), visible, scale, layout.sites)
 
@@ -169,7 +170,7 @@ def encode_update(delta: Params, visible: Columns, layout: Layout) -> bytes:
     """Encodes a client's update: float32 values of visible columns, other tensors whole.
 
     Args:
-      delta: Arrays in the structure of the parameters.
+      delta: Arrays in the structure of the parameters; they travel as float32.
       visible: The visible columns of the proxy that the client received.
       layout: The structure of that proxy.
 
@@ -179,10 +180,12 @@ def encode_update(delta: Params, visible: Columns, layout: Layout) -> bytes:
     leaves = leaves_by_path(delta)
     masks = {path: np.asarray(mask) for path, mask in visible.items()}
     if tuple(sorted(masks)) != layout.masked:
-        raise ValueError(f"update has masks for {sorted(masks)}, expected {list(layout.masked)}")
-    for tensor in layout.tensors:
-        if tensor.path not in leaves or tuple(leaves[tensor.path].shape) != tensor.shape:
-            raise ValueError(f"update lacks {tensor.path!r} of shape {tensor.shape}")
+        raise ValueError(f"update: masks of {sorted(masks)}, expected {list(layout.masked)}")
+    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    expected = {tensor.path: tensor.shape for tensor in layout.tensors}
+    for path in sorted(name for name, _ in found.items() ^ expected.items()):
+        shapes = [shape.get(path, "absent") for shape in (found, expected)]
+        raise ValueError(f"update: shape of {path!r} is {shapes[0]}, expected {shapes[1]}")
     body = _encode_bitmaps(layout, masks)
     body += [_encode_tensor(t, leaves[t.path], masks) for t in layout.update_tensors]
     return _seal(_UPDATE, layout, b"".join(body))
@@ -264,9 +267,12 @@ def _encode_tensor(tensor: TensorLayout, leaf: Any, visible: Mapping[str, np.nda
         return np.asarray(leaf).astype(jnp.dtype(tensor.dtype)).tobytes()
     seen = visible.get(site.path, np.ones((site.layers, site.columns), bool))
     if tensor.quantizer is not None:
-        codes = pack(_columns(np.asarray(leaf.codes), seen), tensor.quantizer.bits)
-        return codes.tobytes() + _columns(np.asarray(leaf.scales), seen).tobytes()
-    values = np.asarray(leaf).astype(jnp.dtype(tensor.dtype))
+        scales = _columns(np.asarray(leaf.scales), seen)
+        _require_scales(f"a scale of {tensor.path!r}", scales)
+        codes = _columns(np.asarray(leaf.codes), seen)
+        packed = [pack(codes[rows], tensor.quantizer.bits) for rows in _slices(codes.shape)]
+        return b"".join(part.tobytes() for part in [*packed, scales])
+    values: Any = np.asarray(leaf).astype(jnp.dtype(tensor.dtype))
     if tensor.is_bias:
         return np.asarray(site.from_bias(values))[seen].tobytes()
     return _columns(np.asarray(site.to_matrices(values)), seen).tobytes()
@@ -277,7 +283,13 @@ def _columns(matrices: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(matrices.transpose(0, 2, 1)[seen])
 
 
-def _matrices(columns: np.ndarray, seen: np.ndarray) -> np.ndarray:
+def _slices(shape: tuple[int, ...]) -> list[slice]:
+    """Cuts the columns ``shape[0]``: while packed, a code takes up to 18 bytes of memory."""
+    step = max(1, 2**20 // shape[1])
+    return [slice(start, start + step) for start in range(0, shape[0], step)]
+
+
+def _matrices(columns: np.ndarray, seen: np.ndarray) -> Any:
     """Inverts `_columns`; hidden columns are zero."""
     full = np.zeros((*seen.shape, columns.shape[1]), columns.dtype)
     full[seen] = columns
@@ -300,8 +312,7 @@ class _Reader:
 def _decode_tensor(tensor: TensorLayout, reader: _Reader) -> Any:
     site, dtype = tensor.site, jnp.dtype(tensor.dtype)
     if site is None:
-        flat = np.frombuffer(reader.take(tensor.column_bytes), dtype)
-        return jnp.asarray(flat.reshape(tensor.shape))
+        return np.frombuffer(reader.take(tensor.column_bytes), dtype).reshape(tensor.shape)
     seen = reader.visible.get(site.path, np.ones((site.layers, site.columns), bool))
     count = int(seen.sum())
 
@@ -313,27 +324,25 @@ def _decode_tensor(tensor: TensorLayout, reader: _Reader) -> Any:
         quantizer = tensor.quantizer
         packed = read(packed_size(site.fan_in, quantizer.bits), np.dtype(np.uint8))
         scales = read(quantizer.blocks(site.fan_in), dtype)
-        _require_finite(f"a scale of {tensor.path!r}", scales.astype(np.float32))
-        codes = unpack(packed, quantizer.bits, site.fan_in)
-        return Quantized(
-            jnp.asarray(_matrices(codes, seen)), jnp.asarray(_matrices(scales, seen)), quantizer
-        )
+        _require_scales(f"payload: a scale of {tensor.path!r}", scales)
+        codes = np.zeros((count, site.fan_in), np.uint8)
+        for rows in _slices(codes.shape):
+            codes[rows] = unpack(packed[rows], quantizer.bits, site.fan_in)
+        return Quantized(_matrices(codes, seen), _matrices(scales, seen), quantizer)
     if tensor.is_bias:
-        bias = np.zeros(seen.shape, dtype)
-        bias[seen] = read(1, dtype)[:, 0]
-        return jnp.asarray(site.to_bias(bias))
-    return jnp.asarray(site.from_matrices(_matrices(read(site.fan_in, dtype), seen)))
+        return site.to_bias(_matrices(read(1, dtype), seen)[:, 0])
+    return site.from_matrices(_matrices(read(site.fan_in, dtype), seen))
 
 
-def _require_finite(what: str, values: np.ndarray) -> None:
+def _require_scales(what: str, values: np.ndarray) -> None:
     if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise ValueError(f"payload: {what} is negative or not finite")
+        raise ValueError(f"{what} is negative or not finite, expected a finite number of 0 or more")
 
 
 def _as_tree(layout: Layout, values: Mapping[str, Any]) -> Params:
-    placeholders = jax.tree.unflatten(layout.structure, range(layout.structure.num_leaves))
-    ordered = sorted(leaves_by_path(placeholders).items(), key=lambda item: item[1])
-    return jax.tree.unflatten(layout.structure, [values[path] for path, _ in ordered])
+    structure = layout.structure
+    paths = leaves_by_path(structure.unflatten(range(structure.num_leaves)))
+    return jax.tree.map(jnp.asarray, structure.unflatten([values[path] for path in paths]))
 
 
 def _seal(kind: int, layout: Layout, body: bytes) -> bytes:
@@ -348,33 +357,33 @@ def _digest(prefix: bytes, body: bytes | memoryview) -> bytes:
 
 
 def _open(payload: bytes, kind: int, layout: Layout) -> _Reader:
-    if not isinstance(payload, bytes | bytearray | memoryview):
+    if not isinstance(payload, bytes):
         raise ValueError(f"payload: expected bytes, got {type(payload).__name__}")
     if len(payload) < HEADER_SIZE:
-        raise ValueError(f"payload: {len(payload)} bytes, the header alone has {HEADER_SIZE}")
+        raise ValueError(f"payload: {len(payload)} bytes, expected a header of {HEADER_SIZE}")
     view = memoryview(payload)
     prefix = bytes(view[: _PREFIX.size])
     magic, version, found_kind, reserved, fingerprint, length = _PREFIX.unpack(prefix)
     if magic != MAGIC or reserved != 0:
-        raise ValueError("payload: not a FedQSN payload")
+        raise ValueError(f"payload: not a FedQSN payload, expected one that starts with {MAGIC!r}")
     if version != VERSION:
-        raise ValueError(f"payload: version {version}, this package reads {VERSION}")
+        raise ValueError(f"payload: version {version}, expected {VERSION}")
     if found_kind != kind:
         names = {_PROXY: "a proxy", _UPDATE: "an update"}
         raise ValueError(f"payload: {names.get(found_kind, 'unknown')}, expected {names[kind]}")
     if fingerprint != layout.fingerprint:
-        raise ValueError("payload: made for another model structure")
+        raise ValueError("payload: made for another model structure than the expected one")
     body = view[HEADER_SIZE:]
     if length != len(body):
-        raise ValueError(f"payload: a body of {len(body)} bytes, its header says {length}")
+        raise ValueError(f"payload: a body of {len(body)} bytes, expected {length} by its header")
     visible, offset = _read_bitmaps(body, layout)
     counts = {path: int(mask.sum()) for path, mask in visible.items()}
     cost = proxy_cost(layout) if kind == _PROXY else update_cost(layout)
     expected = cost.of(counts) - HEADER_SIZE
     if length != expected:
-        raise ValueError(f"payload: a body of {length} bytes, its bitmaps make it {expected}")
+        raise ValueError(f"payload: a body of {length} bytes, expected {expected} by its bitmaps")
     if bytes(view[_PREFIX.size : HEADER_SIZE]) != _digest(prefix, body):
-        raise ValueError("payload: damaged, its digest does not match")
+        raise ValueError("payload: damaged, expected contents that match its digest")
     return _Reader(body, visible, offset)
 
 

@@ -78,11 +78,11 @@ def from_clients(clients: Sequence[dict[str, np.ndarray]]) -> FederatedData:
         if len(rows) != 1:
             raise ValueError(f"client {index}: its arrays differ in their number of rows")
         for name, array in client.items():
-            if array.shape[1:] != clients[0][name].shape[1:] or array.dtype != clients[0][name].dtype:
-                raise ValueError(
-                    f"client {index}: {name!r} is {array.dtype}{list(array.shape[1:])} a row, "
-                    f"client 0's is {clients[0][name].dtype}{list(clients[0][name].shape[1:])}"
-                )
+            ours, first = (
+                f"{each.dtype}{list(each.shape[1:])}" for each in (array, clients[0][name])
+            )
+            if ours != first:
+                raise ValueError(f"client {index}: {name!r} is {ours} a row, client 0's is {first}")
         lengths.append(rows.pop())
     examples = {name: jnp.asarray(np.concatenate([c[name] for c in clients])) for name in names}
     return FederatedData(examples, jnp.asarray(np.cumsum([0, *lengths]), jnp.int32))

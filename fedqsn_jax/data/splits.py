@@ -70,7 +70,9 @@ def _deal(rest: Rows, config: DataConfig, generator: np.random.Generator) -> par
         try:
             return partition.shards(labels, config.clients, config.shards_per_client, generator)
         except ValueError as error:
-            raise ConfigError(f"data.shards_per_client = {config.shards_per_client}: {error}") from error
+            raise ConfigError(
+                f"data.shards_per_client = {config.shards_per_client}: {error}"
+            ) from error
     if CLIENT_COLUMN not in rest:
         raise ConfigError(
             f"data.partition = 'natural': {config.name} does not say whose its rows are; "

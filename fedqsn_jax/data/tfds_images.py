@@ -49,7 +49,9 @@ def _find(config: DataConfig) -> Path:
     )
     versions = sorted((directory / name).glob("*/dataset_info.json"), key=_version)
     if not versions:
-        raise ConfigError(f"data.name = {config.name!r}: not found in {directory / name}; {prepare}")
+        raise ConfigError(
+            f"data.name = {config.name!r}: not found in {directory / name}; {prepare}"
+        )
     for info in reversed(versions):
         if json.loads(info.read_text()).get("fileFormat") == "array_record":
             return info.parent

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 
 from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
@@ -46,11 +47,13 @@ def linen_apply(module: linen.Module, inputs: str = "image") -> ApplyFn:
     parameters = inspect.signature(type(module).__call__).parameters
 
     def apply(params: Params, batch: Batch, key: Key | None) -> Array:
-        mode = {name: key is not None for name in ("train", "training") if name in parameters}
+        mode: dict[str, Any] = {
+            name: key is not None for name in ("train", "training") if name in parameters
+        }
         if "deterministic" in parameters:
             mode["deterministic"] = key is None
         rngs = None if key is None else {"dropout": key}
-        return module.apply({"params": params}, batch[inputs], rngs=rngs, **mode)
+        return jnp.asarray(module.apply({"params": params}, batch[inputs], rngs=rngs, **mode))
 
     return apply
 
@@ -67,7 +70,9 @@ def nnx_split(module: nnx.Module, inputs: str = "image") -> tuple[Params, ApplyF
     Raises:
       ValueError: The module has variables other than parameters and random streams.
     """
-    graph, parameters, streams, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    graph, parameters, streams, rest = nnx.split(  # type: ignore[misc]
+        module, nnx.Param, nnx.RngState, ...
+    )
     for path, variable in nnx.to_flat_state(rest):
         name = "/".join(map(str, path))
         raise ValueError(f"{name} is a {type(variable).__name__}: {_NO_STATISTICS}")
@@ -96,6 +101,6 @@ def _reseeded(streams: Any, key: Key | None) -> Any:
 
     def reseed(variable: Any) -> Any:
         is_key = jax.dtypes.issubdtype(variable.dtype, jax.dtypes.prng_key)
-        return key if is_key else jax.numpy.zeros_like(variable)
+        return key if is_key else jnp.zeros_like(variable)
 
     return jax.tree.map(reseed, streams)

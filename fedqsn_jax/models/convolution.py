@@ -27,7 +27,12 @@ def convolve(images: Array, kernel: Array, stride: int = 1, padding: str = "SAME
     if padding == "SAME":
         images = jnp.pad(
             images,
-            ((0, 0), _same(images.shape[1], height, stride), _same(images.shape[2], width, stride), (0, 0)),
+            (
+                (0, 0),
+                _same(images.shape[1], height, stride),
+                _same(images.shape[2], width, stride),
+                (0, 0),
+            ),
         )
     out_height = (images.shape[1] - height) // stride + 1
     out_width = (images.shape[2] - width) // stride + 1

@@ -63,9 +63,10 @@ class Display:
             {"down": (costs.down, costs.fedavg_down), "up": (costs.up, costs.fedavg_up)},
         )
         if costs.memory:
-            self.message("")
+            self.message("\nestimated memory:")
+        width = max((len(purpose) for purpose, _ in costs.memory), default=0)
         for purpose, count in costs.memory:
-            self.message(f"memory, {purpose}: {bytes_text(count)}")
+            self.message(f"  {purpose:<{width}}  {bytes_text(count):>10}")
 
     def progress(self, total: int, start: int = 0, score: str = "accuracy") -> Progress:
         """Shows progress inside a ``with`` block; tell it of rounds by ``update(round, metrics)``.
@@ -216,12 +217,12 @@ class Display:
 
 
 def bytes_text(count: float) -> str:
-    """Returns a number of bytes in the unit that suits it, for example ``1.21 MiB``."""
+    """Returns a number of bytes in the unit that suits it, for example ``1.2 MiB``."""
     for unit in _UNITS:
         if count < 1024 or unit == _UNITS[-1]:
             break
         count /= 1024
-    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
 def fold_path(path: str, width: int) -> str:

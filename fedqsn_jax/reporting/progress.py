@@ -157,11 +157,8 @@ class _PlainProgress:
             self._print(
                 self._line("round", {view: view for view in self._views}, "rounds/s", "left")
             )
-        scores = {
-            view: f"{float(self._pending[f'{view}/{self._score}']):.4f}"
-            for view in self._views
-            if f"{view}/{self._score}" in self._pending
-        }
+        values = {view: self._pending.get(f"{view}/{self._score}") for view in self._views}
+        scores = {view: f"{float(v):.4f}" for view, v in values.items() if v is not None}
         count = f"{self._pending_round}/{self._pace.total}"
         self._print(self._line(count, scores, *_pace_text(self._pace)))
         self._pending = None
@@ -225,7 +222,8 @@ class _LiveProgress:
             Text("  ".join(facts), "cyan"),
         )
         scores = Text(self._score, "dim")
-        for view in main_views_of(metrics, self._score):
+        known = [name for name, value in metrics.items() if value is not None]
+        for view in main_views_of(known, self._score):
             scores.append(f"  {view} ", "default not dim")
             scores.append(f"{float(metrics[f'{view}/{self._score}']):.4f}", "bold not dim")
         return Group(bar, scores) if metrics else bar

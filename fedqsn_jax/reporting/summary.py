@@ -3,8 +3,8 @@
 A *history* is a list of dictionaries, one for each evaluated round, in order. Keys: ``round``;
 ``VIEW/METRIC`` for the views (``global``, ``server``, ``proxy``, ``attacker_N``), with
 ``proxy/SCORE_std`` for the spread over client masks; ``train/loss``; ``bytes/down_per_client`` and
-``bytes/up_per_client``; ``seconds`` since the run began. Only ``round`` is needed: an entry may lack
-any other key (round 0, before any training, has neither a training loss nor bytes).
+``bytes/up_per_client``; ``seconds`` since the run began. Only ``round`` must be there: any other
+key may be missing or None (round 0, before any training, has no training loss and no bytes).
 """
 
 import dataclasses
@@ -128,10 +128,8 @@ def summarize(
     """
     if not history:
         raise ValueError("the history has no entry to summarize")
-    views = {
-        view: _summarize_view(history, view, score)
-        for view in views_of({name for entry in history for name in entry}, score)
-    }
+    names = {name for entry in history for name, value in entry.items() if value is not None}
+    views = {view: _summarize_view(history, view, score) for view in views_of(names, score)}
     rounds = int(history[-1]["round"])
     end = {view: facts["end"].get(score) for view, facts in views.items()}
     return {
@@ -160,10 +158,10 @@ def _summarize_view(history: Sequence[Metrics], view: str, score: str) -> dict[s
         | {
             name.removeprefix(f"{view}/"): float(value)
             for name, value in entry.items()
-            if name.startswith(f"{view}/")
+            if name.startswith(f"{view}/") and value is not None
         }
         for entry in history
-        if f"{view}/{score}" in entry
+        if entry.get(f"{view}/{score}") is not None
     ]
     finite = [entry for entry in entries if math.isfinite(entry[score])]
     best = max(finite or entries, key=lambda entry: entry[score])
@@ -174,7 +172,7 @@ def _summarize_bytes(
     history: Sequence[Metrics], direction: str, expected: float, fedavg: float
 ) -> dict[str, float | None]:
     name = f"bytes/{direction}_per_client"
-    measured = [float(entry[name]) for entry in history if name in entry]
+    measured = [float(entry[name]) for entry in history if entry.get(name) is not None]
     per_client = math.fsum(measured) / len(measured) if measured else float(expected)
     return {
         "per_client": per_client,

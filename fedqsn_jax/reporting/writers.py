@@ -120,7 +120,7 @@ class TensorBoard:
             # A history that is written at once keeps its distances on TensorBoard's time axis.
             wall_time = now - (end - float(entry.get("seconds", end)))
             for name, value in entry.items():
-                if name != "round":
+                if name != "round" and value is not None:
                     self._writer.add_scalar(name, float(value), int(entry["round"]), wall_time)
 
     def close(self) -> None:

@@ -1,0 +1,157 @@
+"""One call for people who bring their own model and their own clients' arrays."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+
+from fedqsn_jax.config import Config, ConfigError, resolve
+from fedqsn_jax.costs import expected_costs, tensor_rows
+from fedqsn_jax.data.federated import from_clients
+from fedqsn_jax.heads import find_heads
+from fedqsn_jax.models.adapters import linen_apply, linen_init, nnx_split
+from fedqsn_jax.randomness import fold_in_name
+from fedqsn_jax.reporting.summary import Costs, TensorRow
+from fedqsn_jax.rounds import ServerState
+from fedqsn_jax.simulation import (
+    Entry,
+    Simulation,
+    first_entry,
+    initial_state,
+    make_simulation,
+    pretrain,
+    root_key,
+    run_rounds,
+)
+from fedqsn_jax.tasks import Task, classification
+from fedqsn_jax.types import ApplyFn, Params
+
+Arrays = Mapping[str, Any]
+"""Named arrays ``[rows, ...]``, NumPy's or JAX's."""
+
+
+class Federated(NamedTuple):
+    """What `federate` gives.
+
+    Attributes:
+      params: The trained hidden parameters.
+      history: One entry an evaluated round, from round 0 on: ``round``, ``VIEW/METRIC`` for the
+        views ``global``, ``server``, ``proxy`` and ``attacker_N``, training loss, bytes, seconds.
+      tensors: The mask-site report: every tensor, and how it travels.
+      costs: Expected bytes of a client in a round, and an estimate of memory.
+      state: The server's whole state after the last round.
+      simulation: What was run.
+    """
+
+    params: Params
+    history: list[Entry]
+    tensors: list[TensorRow]
+    costs: Costs
+    state: ServerState
+    simulation: Simulation
+
+
+def federate(
+    model: linen.Module | nnx.Module | tuple[ApplyFn, Params],
+    clients: Sequence[Arrays],
+    test: Arrays,
+    *,
+    private: Arrays | None = None,
+    task: Task | None = None,
+    params: Params | None = None,
+    inputs: str = "image",
+    on_progress: Callable[[int, list[Entry]], None] | None = None,
+    **settings: Any,
+) -> Federated:
+    """Federates a model of your own.
+
+    Example::
+
+      result = federate(
+          MyModule(), clients, test, private=rows, rounds=20, p1=0.3, client={"steps": 20}
+      )
+      result.history[-1]["global/accuracy"] - result.history[-1]["attacker_10/accuracy"]
+
+    Args:
+      model: A linen module, an nnx module, or ``(apply_fn, params)``. A module is called with
+        ``batch[inputs]``. Its task head is found by what it does, and never hidden.
+      clients: Each client's named arrays ``[rows, ...]``; numbers of rows may differ.
+      test: Held-out rows with the same names.
+      private: The server's own rows, on which it trains before the first round
+        (``pretraining`` in the settings); None: no such training.
+      task: Loss and metrics; by default `tasks.classification` of the integers ``label``.
+      params: Parameters to start from, instead of initial or an nnx module's own ones.
+      inputs: The name of the model's input.
+      on_progress: Called with the number of finished rounds, and what was newly evaluated.
+      **settings: Fields of `config.Config`, sections as dictionaries. ``cohort.size`` and
+        ``evaluation.attackers`` are by default at most the number of clients.
+
+    Raises:
+      ConfigError: A setting is unknown, out of range, or does not fit the model.
+      ValueError: The arrays do not agree, or the model has running statistics.
+    """
+    data = from_clients([{name: np.asarray(a) for name, a in rows.items()} for rows in clients])
+    config = _resolve(settings, data.clients)
+    held_out = {name: jnp.asarray(array) for name, array in test.items()}
+    example = {name: array[:1] for name, array in held_out.items()}
+    apply_fn, own_params = _as_function(model, config, example, inputs)
+    start = own_params if params is None else jax.tree.map(jnp.asarray, params)
+    task = task or classification()
+    heads = find_heads(apply_fn, start, example, fold_in_name(root_key(config), "heads"))
+    rules = (*config.site_rules, *(f"{path}: none" for path in heads))
+    config = dataclasses.replace(config, site_rules=rules)
+    simulation = make_simulation(config, apply_fn, task, start, data.clients)
+    if private is not None:
+        rows = {name: jnp.asarray(array) for name, array in private.items()}
+        start = pretrain(config, apply_fn, task, start, rows)
+    state = initial_state(simulation, start)
+    history = [first_entry(simulation, state, held_out)]
+    for finished, after, entries in run_rounds(simulation, state, data, held_out):
+        state = after
+        history += entries
+        if on_progress is not None:
+            on_progress(finished, entries)
+    return Federated(
+        state.params,
+        history,
+        tensor_rows(simulation, start),
+        expected_costs(simulation, start, data),
+        state,
+        simulation,
+    )
+
+
+def _resolve(settings: Mapping[str, Any], population: int) -> Config:
+    for section in ("data", "model", "checkpoint"):
+        if section in settings:
+            raise ConfigError(f"{section}: of no use here, the model and the arrays are your own")
+    cohort = {"size": min(Config().cohort.size, population), **settings.get("cohort", {})}
+    attackers = tuple(sorted({min(n, population) for n in Config().evaluation.attackers}))
+    evaluation = {"attackers": attackers, **settings.get("evaluation", {})}
+    return resolve(
+        {
+            **settings,
+            "cohort": cohort,
+            "evaluation": evaluation,
+            "data": {"clients": population},
+        }
+    )
+
+
+def _as_function(
+    model: linen.Module | nnx.Module | tuple[ApplyFn, Params],
+    config: Config,
+    example: Arrays,
+    inputs: str,
+) -> tuple[ApplyFn, Params]:
+    if isinstance(model, tuple):
+        return model
+    if isinstance(model, linen.Module):
+        key = fold_in_name(root_key(config), "model")
+        return linen_apply(model, inputs), linen_init(model, key, dict(example), inputs)
+    params, apply_fn = nnx_split(model, inputs)
+    return apply_fn, params
