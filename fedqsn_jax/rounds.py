@@ -227,9 +227,7 @@ def make_rounds(
             metrics = jax.lax.cond(
                 due,
                 lambda: federation.evaluate(state, rows),
-                lambda: jax.tree.map(
-                    lambda shape: jnp.zeros(shape.shape, shape.dtype), metric_shapes
-                ),
+                lambda: no_metrics,
             )
             values = CallResult(facts, metrics, due)
             return state, jax.tree.map(lambda all, one: all.at[index].set(one), result, values)

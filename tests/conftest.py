@@ -70,7 +70,8 @@ def set_hidden() -> Callable[[Any, Sites, Any, float], Any]:
     """``(tree, sites, visible, value)``: NumPy copy of a tree with hidden columns set to a value.
 
     It walks the sites one column at a time, so it shares no code with the package's masks; it
-    knows sites whose axes stand in the order layers, inputs, columns.
+    knows sites whose axes stand in the order layers, inputs, columns. Sites that ``visible`` lacks
+    are left alone.
     """
 
     def fill(tree, sites, visible, value):
@@ -81,7 +82,8 @@ def set_hidden() -> Callable[[Any, Sites, Any, float], Any]:
             for parent in parents:
                 node = node[parent]
             flat = node[name].reshape(site.layers, site.fan_in, site.columns)
-            for layer, column in np.argwhere(~np.asarray(visible[site.path])):
+            hidden = ~np.asarray(visible.get(site.path, True))
+            for layer, column in np.argwhere(hidden) if hidden.ndim else ():
                 flat[layer, :, column] = value
                 if site.bias_path is not None:
                     node["bias"].reshape(site.layers, site.columns)[layer, column] = value

@@ -466,12 +466,20 @@ def test_curves_survive_a_run_that_diverged(tmp_path):
     assert pixels(tmp_path / "b.png").std() > 1
 
 
-def test_a_failed_picture_leaves_the_old_one(tmp_path, history):
+def test_a_failed_picture_leaves_the_old_one(tmp_path, history, monkeypatch):
     path = tmp_path / "accuracy.svg"
     plots.accuracy_curves(history, path, "old")
-    assert path.read_text().startswith("<?xml")
-    with pytest.raises(ValueError, match="nonsense"):
-        plots.accuracy_curves(history, tmp_path / "accuracy.nonsense", "new")
+    old = path.read_text()
+    assert old.startswith("<?xml")
+
+    def fill_the_disk(figure, file, **settings):
+        file.write_text("half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(plots.Figure, "savefig", fill_the_disk)
+    with pytest.raises(OSError, match="no space"):
+        plots.accuracy_curves(history, path, "new")
+    assert path.read_text() == old
     assert [each.name for each in tmp_path.iterdir()] == ["accuracy.svg"]
 
 

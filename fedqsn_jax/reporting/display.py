@@ -67,6 +67,7 @@ class Display:
         width = max((len(purpose) for purpose, _ in costs.memory), default=0)
         for purpose, count in costs.memory:
             self.message(f"  {purpose:<{width}}  {bytes_text(count):>10}")
+        self.message("")
 
     def progress(self, total: int, start: int = 0, score: str = "accuracy") -> Progress:
         """Shows progress inside a ``with`` block; tell it of rounds by ``update(round, metrics)``.
@@ -84,6 +85,7 @@ class Display:
         Args:
           summary: What `summary.summarize` returned.
         """
+        self.message("")
         score = summary["score"]
         table = self._table()
         table.add_column("view")

@@ -1,0 +1,201 @@
+"""The command line: every mistake is one line and exit code 2, and leaves nothing behind."""
+
+import json
+import os
+import stat
+
+import pytest
+
+from fedqsn_jax import command_line
+from fedqsn_jax.main import main
+
+SMALL = [
+    "--config=configs/digits.py",
+    "--config.rounds=4",
+    "--config.rounds_per_call=2",
+    "--config.evaluation.every=2",
+    "--config.evaluation.proxy_samples=2",
+    "--config.checkpoint.every=2",
+    "--config.pretraining.steps=5",
+    "--config.client.steps=1",
+    "--config.cohort.size=3",
+    "--config.model.hidden=(16,)",
+]
+
+MISTAKES = {
+    "unknown field": (["--config.cohort.sise=3"], "unknown field cohort.sise; did you mean cohort.size"),
+    "a section": (["--config.model=mlp"], "model"),
+    "p1 = 1": (["--config.p1=1.0"], "p1 = 1.0: allowed is 0 to below 1"),
+    "p1 < 0": (["--config.p1=-0.1"], "p1 = -0.1: allowed is 0 to below 1"),
+    "p2 is no number": (["--config.p2=nan"], "p2 = 'nan'"),
+    "bits = 0": (["--config.bits=0"], "bits = 0: allowed is 1 to 8"),
+    "bits = 9": (["--config.bits=9"], "bits = 9: allowed is 1 to 8"),
+    "block_size = 0": (["--config.block_size=0"], "block_size = 0: allowed is 1 or more"),
+    "large cohort": (["--config.cohort.size=21"], "cohort.size = 21: allowed is at most"),
+    "many attackers": (["--config.evaluation.attackers=(1,21)"], "evaluation.attackers = (1, 21)"),
+    "algorithm": (["--config.algorithm=fedfoo"], "algorithm = 'fedfoo': allowed are fedavg"),
+    "data set": (["--config.data.name=imagenet"], "data.name = 'imagenet': allowed are digits"),
+    "model": (["--config.model.name=gpt"], "model.name = 'gpt': allowed are mlp, cnn"),
+    "type": (["--config.rounds=many"], "rounds = 'many': allowed is a value of type int"),
+    "fraction": (["--config.rounds=1.5"], "rounds = 1.5: allowed is a value of type int"),
+    "no value": (["--config.rounds"], "--config.rounds: a value is missing"),
+    "stray": (["stray"], "unexpected argument stray"),
+    "option": (["--worksdir=x"], "unexpected argument --worksdir=x"),
+    "rule": (["--config.site_rules=('x',)"], "site rule 'x' is not"),
+    "rule for nothing": (["--config.site_rules=('x: none',)"], "matches no tensor"),
+    "no site": (["--config.site_rules=('*: none',)"], "no mask site found"),
+    "private rows": (["--config.data.private_rows=5000"], "data.private_rows = 5000"),
+    "absent data": (["--config.data.name=mnist", "--config.data.directory=nowhere"], "nowhere"),
+    "natural digits": (["--config.data.partition=natural"], "data.partition = 'natural'"),
+}
+
+
+def refusal(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(mistake, tmp_path, capsys):
+    arguments, expected = MISTAKES[mistake]
+    directory = tmp_path / "run"
+    message = refusal(capsys, [*SMALL, f"--workdir={directory}", *arguments])
+    assert expected in message
+    assert not directory.exists()
+
+
+def test_a_missing_config(tmp_path, capsys):
+    directory = tmp_path / "run"
+    assert "no --config" in refusal(capsys, [f"--workdir={directory}"])
+    missing = tmp_path / "missing.py"
+    assert f"--config={missing}: no such file" in refusal(
+        capsys, [f"--config={missing}", f"--workdir={directory}"]
+    )
+    assert "no --workdir" in refusal(capsys, ["--config=configs/digits.py"])
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1 +", "SyntaxError"),
+        ("x = 1", "it defines no function get_config"),
+        ("def get_config():\n    return 1 / 0", "ZeroDivisionError"),
+        ("def get_config():\n    return {}", "returned no ConfigDict"),
+    ],
+)
+def test_a_broken_config_file(text, expected, tmp_path, capsys):
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    assert expected in refusal(capsys, [f"--config={file}", f"--workdir={tmp_path / 'run'}"])
+
+
+def test_an_argument_for_a_config_that_takes_none(tmp_path, capsys):
+    file = tmp_path / "plain.py"
+    file.write_text("def get_config():\n    return None")
+    message = refusal(capsys, [f"--config={file}:fedavg", f"--workdir={tmp_path / 'run'}"])
+    assert "takes no argument" in message
+
+
+def test_a_directory_that_cannot_serve(tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    arguments = [*SMALL, f"--workdir={tmp_path / 'file'}"]
+    assert "is not a directory" in refusal(capsys, arguments)
+    arguments = [*SMALL, f"--workdir={tmp_path / 'file' / 'below'}"]
+    assert "cannot be written" in refusal(capsys, arguments)
+    assert "holds other files" in refusal(capsys, [*SMALL, f"--workdir={tmp_path}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_packaged_config_stands_in_for_a_missing_one(tmp_path, monkeypatch):
+    packaged = tmp_path / "package"
+    packaged.mkdir()
+    (packaged / "digits.py").write_text(
+        "from fedqsn_jax.config import default_config\n\n\n"
+        "def get_config():\n    config = default_config()\n    config.rounds = 123\n"
+        "    return config\n"
+    )
+    monkeypatch.setattr(command_line, "PACKAGED_CONFIGS", packaged)
+    monkeypatch.chdir(tmp_path)
+    assert command_line.read_config("configs/digits.py", []).rounds == 123
+
+
+def test_a_dry_run_shows_sites_bytes_and_memory_and_writes_nothing(tmp_path, capsys):
+    assert main([*SMALL, f"--workdir={tmp_path / 'run'}", "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    # 64 -> 16 -> 10: the hidden layer has 16 columns, each with probability .8 * .8 in a proxy.
+    assert "hidden_0/kernel" in shown
+    assert "36.0%" in shown
+    assert "4-bit NormalFloat, block 64" in shown
+    fedavg = 4 * (64 * 16 + 16 + 16 * 10 + 10) + 48
+    assert f"{fedavg:,}" in shown
+    column_down = 64 // 2 + 2 + 4
+    down = 48 + 2 + 4 + 0.64 * 16 * column_down + 4 * (16 * 10 + 10)
+    assert f"{down:,.0f}" in shown
+    assert "memory" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys):
+    directory = tmp_path / "run"
+    arguments = [*SMALL, f"--workdir={directory}"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    written = {path.name for path in directory.iterdir()}
+    assert written == {
+        "accuracy.png",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "tensorboard",
+    }
+    history = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["round"] for entry in history] == [0, 2, 4]
+    views = ("global", "server", "proxy", "attacker_1", "attacker_10")
+    wanted = {f"{view}/{metric}" for view in views for metric in ("accuracy", "loss")}
+    wanted |= {"round", "proxy/accuracy_std", "train/loss", "seconds"}
+    wanted |= {"bytes/down_per_client", "bytes/up_per_client"}
+    assert set(history[-1]) == wanted
+
+    assert main(arguments) == 0
+    assert "finished at round 4" in capsys.readouterr().out
+
+    before = (directory / "metrics.jsonl").read_bytes()
+    message = refusal(capsys, [*arguments, "--config.p1=0.5", "--config.seed=9"])
+    assert "p1 = 0.5 (there: 0.2)" in message
+    assert "seed = 9 (there: 0)" in message
+    message = refusal(capsys, [*arguments, "--config.rounds=2"])
+    assert "rounds = 2" in message
+    assert (directory / "metrics.jsonl").read_bytes() == before
+
+    assert main([*arguments, "--config.rounds=6"]) == 0
+    longer = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert longer[:3] == history
+    assert [entry["round"] for entry in longer] == [0, 2, 4, 6]
+
+
+def test_a_checkpoint_of_another_structure_is_refused(tmp_path, capsys):
+    directory = tmp_path / "run"
+    assert main([*SMALL, f"--workdir={directory}"]) == 0
+    capsys.readouterr()
+    # Whoever edits the stored configuration gets past the comparison of fields, not past this.
+    file = directory / "config.json"
+    stored = json.loads(file.read_text())
+    stored["model"]["hidden"] = [24]
+    file.write_text(json.dumps(stored))
+    arguments = [*SMALL, f"--workdir={directory}", "--config.model.hidden=(24,)"]
+    message = refusal(capsys, arguments)
+    assert "head/kernel is stored as float32[16,10], but float32[24,10] is expected" in message
+
+
+def test_a_directory_without_permission(tmp_path, capsys, monkeypatch):
+    # The administrator may write anywhere, so that permission bits alone prove nothing here.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "cannot be written" in refusal(capsys, [*SMALL, f"--workdir={tmp_path / 'run'}"])
