@@ -124,6 +124,7 @@ class Checkpoints:
         Raises:
           CheckpointError: This save could not begin, or the one in flight failed.
           TypeError: A leaf of the state is no array, or the history is no JSON.
+          ValueError: The state has no tensors, or two of one name.
         """
         leaves = _named_leaves(state)
         # Orbax serializes JSON later, in its thread, when the caller may have appended to it.
@@ -138,6 +139,9 @@ class Checkpoints:
         plain = leaves | {name: jax.random.key_data(key) for name, key in keys.items()}
         # Orbax refuses empty arrays; their type says all about them.
         plain = {name: leaf for name, leaf in plain.items() if leaf.size}
+        if not plain:
+            # Orbax would refuse it too, but only after it has started threads, which then hang.
+            raise ValueError("the state has no tensors to save")
         try:
             # On a CPU device_get gives views of the devices' own memory. Orbax copies them before
             # it returns: deepcopy_host_arrays, in the context of the writer.
@@ -328,10 +332,13 @@ def _unreadable(path: Path, round: int, rounds: list[int], error: Exception) -> 
 
 def _one_line(error: BaseException) -> str:
     """Returns what went wrong first: what Orbax wraps around it tells of its own handlers."""
+    chain: list[BaseException] = []
     inner: BaseException | None = error
-    while inner is not None:
-        error = inner
-        inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    # An exception that is raised again can come to stand in its own chain.
+    while inner is not None and inner not in chain:
+        chain.append(inner)
+        inner = inner.__cause__ or (None if inner.__suppress_context__ else inner.__context__)
+    error = chain[-1]
     text = " ".join(str(error).split()).partition(" [tensorstore_spec=")[0]
     # TensorStore tells the place first and the reason last.
     text = text if len(text) <= 300 else f"{text[:80]} ... {text[-200:]}"

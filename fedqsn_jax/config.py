@@ -124,7 +124,7 @@ class CheckpointConfig:
 
     every: int = _field(10, _range(1), "rounds between saves; the last round is always saved")
     keep_latest: int = _field(2, _range(1), "latest saves kept")
-    keep_best: int = _field(1, _range(0), "further saves kept, by the global view's accuracy")
+    keep_best: int = _field(1, _range(0), "best saves kept, by the global score")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -267,9 +267,8 @@ def _encode_tensor(tensor: TensorLayout, leaf: Any, visible: Mapping[str, np.nda
         return np.asarray(leaf).astype(jnp.dtype(tensor.dtype)).tobytes()
     seen = visible.get(site.path, np.ones((site.layers, site.columns), bool))
     if tensor.quantizer is not None:
-        scales = _columns(np.asarray(leaf.scales), seen)
+        codes, scales = (_columns(np.asarray(x), seen) for x in (leaf.codes, leaf.scales))
         _require_scales(f"a scale of {tensor.path!r}", scales)
-        codes = _columns(np.asarray(leaf.codes), seen)
         packed = [pack(codes[rows], tensor.quantizer.bits) for rows in _slices(codes.shape)]
         return b"".join(part.tobytes() for part in [*packed, scales])
     values: Any = np.asarray(leaf).astype(jnp.dtype(tensor.dtype))
@@ -317,8 +316,8 @@ def _decode_tensor(tensor: TensorLayout, reader: _Reader) -> Any:
     count = int(seen.sum())
 
     def read(entries: int, kind: Any) -> np.ndarray:
-        octets = reader.take(count * entries * kind.itemsize)
-        return np.frombuffer(octets, kind).reshape(count, entries)
+        data = reader.take(count * entries * kind.itemsize)
+        return np.frombuffer(data, kind).reshape(count, entries)
 
     if tensor.quantizer is not None:
         quantizer = tensor.quantizer
@@ -334,15 +333,16 @@ def _decode_tensor(tensor: TensorLayout, reader: _Reader) -> Any:
     return site.from_matrices(_matrices(read(site.fan_in, dtype), seen))
 
 
+# A forged scale may be a signalling NaN, of which NumPy warns: an exception under -W error.
+@np.errstate(invalid="ignore")
 def _require_scales(what: str, values: np.ndarray) -> None:
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise ValueError(f"{what} is negative or not finite, expected a finite number of 0 or more")
 
 
 def _as_tree(layout: Layout, values: Mapping[str, Any]) -> Params:
-    structure = layout.structure
-    paths = leaves_by_path(structure.unflatten(range(structure.num_leaves)))
-    return jax.tree.map(jnp.asarray, structure.unflatten([values[path] for path in paths]))
+    paths = leaves_by_path(layout.structure.unflatten(range(len(values))))
+    return jax.tree.map(jnp.asarray, layout.structure.unflatten([values[path] for path in paths]))
 
 
 def _seal(kind: int, layout: Layout, body: bytes) -> bytes:
@@ -395,6 +395,6 @@ def _read_bitmaps(body: memoryview, layout: Layout) -> tuple[dict[str, np.ndarra
         bits = np.unpackbits(np.frombuffer(octets, np.uint8), bitorder="little")
         count = site.layers * site.columns
         if len(octets) != _bitmap_size(site) or bits[count:].any():
-            raise ValueError(f"payload: the bitmap of {site.path!r} is damaged")
+            raise ValueError(f"payload: bitmap of {site.path!r} damaged, expected {count} bits")
         visible[site.path] = bits[:count].astype(bool).reshape(site.layers, site.columns)
     return visible, offset

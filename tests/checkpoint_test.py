@@ -70,6 +70,11 @@ def weights(value: float, size: int = 3) -> dict[str, jax.Array]:
     return {"weights": jnp.full(size, value, jnp.float32)}
 
 
+def noise(size: int = 1 << 18) -> dict[str, jax.Array]:
+    """Does not compress, so that it takes its time and its space on disk."""
+    return {"weights": jax.random.normal(jax.random.key(0), (size,))}
+
+
 def assert_one_line(error: pytest.ExceptionInfo) -> str:
     message = str(error.value)
     assert "\n" not in message
@@ -310,8 +315,11 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path):
         checkpoints.save(5, weights(5.0), [], score=0.5)
     # Orbax's own name for a step that is being written, found here and not assumed.
     with Checkpoints(tmp_path, keep_latest=2, keep_best=1) as checkpoints:
-        checkpoints.save(10, weights(0.0, 1 << 22), [], score=0.6)
-        (unfinished,) = {path.name for path in tmp_path.iterdir()} - {"5"}
+        checkpoints.save(10, noise(1 << 23), [], score=0.6)
+        others: set[str] = set()
+        while not others:  # The directory is made in the background too.
+            others = {path.name for path in tmp_path.iterdir()} - {"5"}
+    (unfinished,) = others
     assert unfinished != "10"
     # Killed at the last moment: all is written but the name. And killed early.
     (tmp_path / "10").rename(tmp_path / unfinished)
@@ -348,10 +356,6 @@ def full_disk():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def noise() -> dict[str, jax.Array]:
-    return {"weights": jax.random.normal(jax.random.key(0), (1 << 18,))}
 
 
 def test_a_save_that_fails_is_reported_once_and_later_saves_work(tmp_path, capfd):
@@ -397,7 +401,19 @@ def test_what_cannot_be_saved_is_refused_at_once(tmp_path):
             checkpoints.save(1, weights(1.0), [{"loss": jnp.float32(1)}], score=0)
         with pytest.raises(ValueError, match="two tensors of the state have the name a/b"):
             checkpoints.save(1, {"a/b": jnp.zeros(1), "a": {"b": jnp.zeros(1)}}, [], score=0)
+        with pytest.raises(ValueError, match="the state has no tensors to save"):
+            checkpoints.save(1, {"a": (), "b": jnp.zeros((0, 3))}, [], score=0)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dtype_that_cannot_be_stored_is_told_in_one_line(tmp_path, capfd):
+    with Checkpoints(tmp_path, keep_latest=1, keep_best=0) as checkpoints:
+        checkpoints.save(1, {"codes": jnp.zeros(4, jnp.uint4)}, [], score=0)
+        with pytest.raises(CheckpointError, match="uint4") as error:
+            checkpoints.wait()
+        assert_one_line(error)
+        assert checkpoints.latest_round() is None
+    assert capfd.readouterr() == ("", "")
 
 
 def test_nothing_is_printed_or_logged_even_at_verbosity_info(tmp_path, capfd, caplog):

@@ -23,7 +23,10 @@ SMALL = [
 ]
 
 MISTAKES = {
-    "unknown field": (["--config.cohort.sise=3"], "unknown field cohort.sise; did you mean cohort.size"),
+    "unknown field": (
+        ["--config.cohort.sise=3"],
+        "unknown field cohort.sise; did you mean cohort.size",
+    ),
     "a section": (["--config.model=mlp"], "model"),
     "p1 = 1": (["--config.p1=1.0"], "p1 = 1.0: allowed is 0 to below 1"),
     "p1 < 0": (["--config.p1=-0.1"], "p1 = -0.1: allowed is 0 to below 1"),

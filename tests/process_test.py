@@ -66,7 +66,9 @@ def metrics(directory: Path) -> list[dict]:
 
 def saved_state(directory: Path) -> dict:
     latest = max(int(path.name) for path in (directory / "checkpoints").glob("[0-9]*"))
-    return orbax.load_checkpointables(directory / "checkpoints" / str(latest), {"state": None})["state"]
+    return orbax.load_checkpointables(directory / "checkpoints" / str(latest), {"state": None})[
+        "state"
+    ]
 
 
 def test_interrupted_runs_end_as_an_uninterrupted_one_does(tmp_path):
