@@ -147,7 +147,10 @@ def path_of(key_path: Sequence[Any]) -> str:
 def leaves_by_path(tree: Params, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Returns the leaves of a tree by their path, in the tree's order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return {path_of(path): leaf for path, leaf in leaves}
+    named = {path_of(path): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ValueError("two tensors have the same path; rename one, or keep '/' out of names")
+    return named
 
 
 def find_sites(
@@ -197,7 +200,21 @@ def find_sites(
             f"no mask site found with sites={selection!r}; add a rule such as "
             f"'PATTERN: input column' for one of: {', '.join(leaves)}"
         )
-    return tuple(sites)
+    return tuple(_without_shared_biases(sites))
+
+
+def _without_shared_biases(sites: list[MaskSite]) -> list[MaskSite]:
+    """Gives a bias that several tensors could claim to the one that is named ``kernel``."""
+
+    def claimed_elsewhere(site: MaskSite) -> bool:
+        rivals = [other.path for other in sites if other.bias_path == site.bias_path]
+        owner = next((path for path in rivals if path.rpartition("/")[2] == "kernel"), rivals[0])
+        return site.bias_path is not None and owner != site.path
+
+    return [
+        dataclasses.replace(site, bias_path=None) if claimed_elsewhere(site) else site
+        for site in sites
+    ]
 
 
 def parse_rule(rule: str) -> tuple[str, tuple[str, ...]]:

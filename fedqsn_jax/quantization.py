@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import statistics
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -77,7 +78,9 @@ class Uniform(Quantizer):
     @property
     def levels(self) -> tuple[float, ...]:
         """The codebook, ascending, in [-1, 1]."""
-        return tuple(np.linspace(-1.0, 1.0, 2**self.bits).tolist())
+        last = 2**self.bits - 1
+        # Exactly symmetric, which the rounding of a linspace is not.
+        return tuple((2 * code - last) / last for code in range(last + 1))
 
 
 @functools.cache
@@ -115,7 +118,7 @@ def quantize(quantizer: Quantizer, matrices: Array) -> Quantized:
     A block of zeros has scale 0.
     """
     blocked = _to_blocks(quantizer, matrices.astype(jnp.float32))
-    scales = jnp.max(jnp.abs(blocked), axis=2).astype(quantizer.scale_dtype)
+    scales = _round_to(jnp.max(jnp.abs(blocked), axis=2), quantizer.scale_dtype)
     divisor = scales.astype(jnp.float32)[:, :, None, :]
     relative = blocked / jnp.where(divisor == 0, 1.0, divisor)
     # Comparing against every threshold fuses into one pass over the weights; a binary search
@@ -134,6 +137,17 @@ def dequantize(quantized: Quantized) -> Array:
     inputs = quantized.codes.shape[1]
     scales = jnp.repeat(quantized.scales.astype(jnp.float32), quantizer.block_size, axis=1)
     return levels[quantized.codes] * scales[:, :inputs]
+
+
+def _round_to(values: Array, dtype: str) -> Array:
+    """Rounds to a narrower dtype, at most to its largest number, and stays rounded.
+
+    A plain conversion there and back is one that XLA may leave out (it allows itself excess
+    precision): then a simulation would compute with other scales than it sends.
+    """
+    facts = jnp.finfo(dtype)
+    bounded = jnp.minimum(values, float(facts.max))
+    return jax.lax.reduce_precision(bounded, facts.nexp, facts.nmant).astype(dtype)
 
 
 def _to_blocks(quantizer: Quantizer, matrices: Array) -> Array:
@@ -166,13 +180,14 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
       of the little-endian bit string, unused bits are zero.
     """
     count = codes.shape[-1]
-    padded = np.zeros((*codes.shape[:-1], -(-count // 8) * 8), np.uint64)
+    groups = -(-count // 8)
+    padded = np.zeros((*codes.shape[:-1], groups * 8), np.uint64)
     padded[..., :count] = codes
     # Eight codes of `bits` bits are exactly `bits` bytes of one 64-bit word.
     shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
-    words = np.bitwise_or.reduce(padded.reshape(*codes.shape[:-1], -1, 8) << shifts, axis=-1)
+    words = np.bitwise_or.reduce(padded.reshape(*codes.shape[:-1], groups, 8) << shifts, axis=-1)
     octets = words.astype("<u8")[..., None].view(np.uint8)[..., :bits]
-    return octets.reshape(*codes.shape[:-1], -1)[..., : packed_size(count, bits)]
+    return octets.reshape(*codes.shape[:-1], groups * bits)[..., : packed_size(count, bits)]
 
 
 def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -184,4 +199,4 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     words[..., :bits] = octets.reshape(*packed.shape[:-1], groups, bits)
     shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
     codes = (words.view("<u8") >> shifts) & np.uint64(2**bits - 1)
-    return codes.astype(np.uint8).reshape(*packed.shape[:-1], -1)[..., :count]
+    return codes.astype(np.uint8).reshape(*packed.shape[:-1], groups * 8)[..., :count]

@@ -1,5 +1,7 @@
 """A multilayer perceptron."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -29,8 +31,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
         """Returns logits ``[rows, classes]`` of ``images`` ``[rows, ...]``."""
+        # He's initial weights keep the variance through ReLU (arXiv 1502.01852).
+        dense = functools.partial(nn.Dense, kernel_init=nn.initializers.he_normal())
         values = as_floats(images).reshape(images.shape[0], -1)
         for index, width in enumerate(self.hidden):
-            values = nn.relu(nn.Dense(width, name=f"hidden_{index}")(values))
+            values = nn.relu(dense(width, name=f"hidden_{index}")(values))
             values = nn.Dropout(self.dropout, deterministic=not train)(values)
-        return nn.Dense(self.classes, name="head")(values)
+        return dense(self.classes, name="head")(values)
