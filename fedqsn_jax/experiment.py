@@ -114,7 +114,13 @@ def _prepare(config: Config) -> _Experiment:
     classes = splits.num_classes
     example = {name: rows[:1] for name, rows in splits.test.items()}
     module = make_model(config.model, classes, config.client.dropout)
-    params = linen_init(module, fold_in_name(root_key(config), "model"), example)
+    try:
+        params = linen_init(module, fold_in_name(root_key(config), "model"), example)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.name = {config.model.name!r} does not fit data.name = {config.data.name!r}: "
+            f"{error}"
+        ) from error
     pretraining = make_model(config.model, classes, config.pretraining.dropout)
     simulation = make_simulation(
         config, linen_apply(module), classification(), params, splits.clients.clients

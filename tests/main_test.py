@@ -39,6 +39,7 @@ MISTAKES = {
     "algorithm": (["--config.algorithm=fedfoo"], "algorithm = 'fedfoo': allowed are fedavg"),
     "data set": (["--config.data.name=imagenet"], "data.name = 'imagenet': allowed are digits"),
     "model": (["--config.model.name=gpt"], "model.name = 'gpt': allowed are mlp, cnn"),
+    "misfit": (["--config.model.name=cnn"], "model.name = 'cnn' does not fit data.name = 'digits'"),
     "type": (["--config.rounds=many"], "rounds = 'many': allowed is a value of type int"),
     "fraction": (["--config.rounds=1.5"], "rounds = 1.5: allowed is a value of type int"),
     "no value": (["--config.rounds"], "--config.rounds: a value is missing"),

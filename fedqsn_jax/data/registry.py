@@ -12,6 +12,13 @@ _STREAM = 0x64617461  # Keeps this generator apart from others with the same see
 def load(config: DataConfig, seed: int) -> Splits:
     """Loads a data set and divides it; the seed fixes the division.
 
+    Args:
+      config: Which data, and how it is divided.
+      seed: Fixes every draw.
+
+    Returns:
+      The splits, on the default device.
+
     Raises:
       ConfigError: The data set is not there, or cannot be divided as configured.
     """

@@ -5,9 +5,11 @@ import numpy as np
 
 from fedqsn_jax.config import ConfigError, DataConfig
 from fedqsn_jax.data import partition
-from fedqsn_jax.data.federated import Splits, from_clients
+from fedqsn_jax.data.federated import FederatedData, Splits
+from fedqsn_jax.types import Batch
 
 Rows = dict[str, np.ndarray]
+"""Named arrays ``[rows, ...]`` on the host."""
 
 CLIENT_COLUMN = "client_id"
 """The array that says which client a row belongs to, for the natural partition."""
@@ -41,41 +43,46 @@ def make_splits(
             f"that are left for training"
         )
     order = generator.permutation(count)
-    private = take(train, order[: config.private_rows])
-    rest = take(train, order[config.private_rows :])
-    parts = _deal(rest, config, generator)
-    if config.partition != "natural" and len(rest["label"]) < config.clients:
-        raise ConfigError(
-            f"data.clients = {config.clients}: allowed is at most the {len(rest['label'])} rows "
-            f"that are left for clients"
-        )
-
-    def passed_on(rows: Rows) -> Rows:
-        return {name: array for name, array in rows.items() if name != CLIENT_COLUMN}
-
-    def on_device(rows: Rows) -> dict:
-        return {name: jnp.asarray(array) for name, array in passed_on(rows).items()}
-
-    clients = from_clients([passed_on(take(rest, part)) for part in parts])
-    return Splits(clients, on_device(private), on_device(test), classes)
+    private, rest = order[: config.private_rows], order[config.private_rows :]
+    ids = train[CLIENT_COLUMN][rest] if CLIENT_COLUMN in train else None
+    parts = _deal(train["label"][rest], ids, config, generator)
+    offsets = np.cumsum([0, *map(len, parts)])
+    # One gather for all clients: copies a client would hold a large data set twice.
+    clients = FederatedData(
+        _on_device(take(train, rest[np.concatenate(parts)])), jnp.asarray(offsets, jnp.int32)
+    )
+    return Splits(clients, _on_device(take(train, private)), _on_device(test), classes)
 
 
-def _deal(rest: Rows, config: DataConfig, generator: np.random.Generator) -> partition.Parts:
-    labels = rest["label"]
-    if config.partition == "iid":
-        return partition.iid(len(labels), config.clients, generator)
-    if config.partition == "dirichlet":
-        return partition.dirichlet(labels, config.clients, config.alpha, generator)
-    if config.partition == "shards":
-        try:
-            return partition.shards(labels, config.clients, config.shards_per_client, generator)
-        except ValueError as error:
-            raise ConfigError(
-                f"data.shards_per_client = {config.shards_per_client}: {error}"
-            ) from error
-    if CLIENT_COLUMN not in rest:
-        raise ConfigError(
-            f"data.partition = 'natural': {config.name} does not say whose its rows are; "
-            f"allowed are dirichlet, shards, iid"
-        )
-    return partition.natural(rest[CLIENT_COLUMN])
+def _on_device(rows: Rows) -> Batch:
+    return {name: jnp.asarray(array) for name, array in rows.items() if name != CLIENT_COLUMN}
+
+
+def _deal(
+    labels: np.ndarray,
+    client_ids: np.ndarray | None,
+    config: DataConfig,
+    generator: np.random.Generator,
+) -> partition.Parts:
+    if config.partition == "natural":
+        if client_ids is None:
+            raise ConfigError(no_client_ids(config.name))
+        return partition.natural(client_ids)
+    setting = f"data.clients = {config.clients}"
+    try:
+        if config.partition == "iid":
+            return partition.iid(len(labels), config.clients, generator)
+        if config.partition == "dirichlet":
+            return partition.dirichlet(labels, config.clients, config.alpha, generator)
+        setting += f", data.shards_per_client = {config.shards_per_client}"
+        return partition.shards(labels, config.clients, config.shards_per_client, generator)
+    except ValueError as error:
+        raise ConfigError(f"{setting}: {error}") from error
+
+
+def no_client_ids(name: str) -> str:
+    """The message for a natural partition of data that does not say whose its rows are."""
+    return (
+        f"data.partition = 'natural': {name} does not say whose its rows are; "
+        f"allowed are dirichlet, shards, iid"
+    )

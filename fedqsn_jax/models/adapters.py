@@ -1,5 +1,6 @@
 """From framework modules to pure functions ``(params, batch, key) -> outputs``."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
+from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
 
 _NO_STATISTICS = (
@@ -28,12 +30,15 @@ def linen_init(module: linen.Module, key: Key, batch: Batch, inputs: str = "imag
       The parameters as nested dictionaries.
 
     Raises:
-      ValueError: The module has collections other than parameters.
+      ValueError: The module has collections other than parameters, or no parameters.
     """
-    variables = jax.jit(module.init)(key, batch[inputs])
+    init = functools.partial(module.init, **_mode(module, training=False))
+    variables = jax.jit(init)(key, batch[inputs])
     others = sorted(set(variables) - {"params"})
     if others:
         raise ValueError(f"{type(module).__name__} has collection {others[0]!r}: {_NO_STATISTICS}")
+    if "params" not in variables:
+        raise ValueError(f"{type(module).__name__} has no parameters: there is nothing to train")
     return linen.unbox(variables["params"])
 
 
@@ -43,64 +48,91 @@ def linen_apply(module: linen.Module, inputs: str = "image") -> ApplyFn:
     The module is called as ``module(batch[inputs])``; if its ``__call__`` takes ``train`` or
     ``training``, that is True where a key is given, and ``deterministic`` is False there. The key
     is the ``dropout`` one.
+
+    Args:
+      module: The module.
+      inputs: The name of the model's input in a batch.
     """
-    parameters = inspect.signature(type(module).__call__).parameters
 
     def apply(params: Params, batch: Batch, key: Key | None) -> Array:
-        mode: dict[str, Any] = {
-            name: key is not None for name in ("train", "training") if name in parameters
-        }
-        if "deterministic" in parameters:
-            mode["deterministic"] = key is None
         rngs = None if key is None else {"dropout": key}
-        return jnp.asarray(module.apply({"params": params}, batch[inputs], rngs=rngs, **mode))
+        mode = _mode(module, training=key is not None)
+        outputs: Any = module.apply({"params": params}, batch[inputs], rngs=rngs, **mode)
+        return outputs
 
     return apply
+
+
+def _mode(module: linen.Module, training: bool) -> dict[str, Any]:
+    """The arguments by which a module is told whether it trains, as far as it takes any."""
+    parameters = inspect.signature(type(module).__call__).parameters
+    mode = {"train": training, "training": training, "deterministic": not training}
+    return {name: value for name, value in mode.items() if name in parameters}
 
 
 def nnx_split(module: nnx.Module, inputs: str = "image") -> tuple[Params, ApplyFn]:
     """Splits an nnx module into parameters and a pure function, once.
 
     The module is called as ``module(batch[inputs])``, in training mode where a key is given, which
-    then seeds its dropout; otherwise in evaluation mode.
+    then seeds its dropout, every layer's differently; otherwise in evaluation mode.
+
+    Args:
+      module: The module; it is not changed, now or later.
+      inputs: The name of the model's input in a batch.
 
     Returns:
-      The parameters as nested dictionaries of arrays, and the function.
+      The parameters as nested dictionaries of arrays (lists of layers have numbers as text), and
+      the function.
 
     Raises:
       ValueError: The module has variables other than parameters and random streams.
     """
-    graph, parameters, streams, rest = nnx.split(  # type: ignore[misc]
-        module, nnx.Param, nnx.RngState, ...
-    )
+    split: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    graph, parameters, streams, rest = split
     for path, variable in nnx.to_flat_state(rest):
-        name = "/".join(map(str, path))
-        raise ValueError(f"{name} is a {type(variable).__name__}: {_NO_STATISTICS}")
+        raise ValueError(f"{_text(path)} is a {type(variable).__name__}: {_NO_STATISTICS}")
+    flat_parameters = nnx.to_flat_state(parameters)
+    flat_streams = nnx.to_flat_state(streams)
 
     def apply(params: Params, batch: Batch, key: Key | None) -> Array:
-        state = jax.tree.unflatten(structure, jax.tree.leaves(params))
-        # A view shares no variables with the module outside, so that nothing leaks from a trace.
-        merged = nnx.merge(graph, state, _reseeded(streams, key), rest)
-        merged.train() if key is not None else merged.eval()
+        # By path and not by order: as text, layer 10 sorts before layer 2.
+        values = [(path, v.replace(_at(params, path))) for path, v in flat_parameters]
+        seeded = [(path, _reseeded(path, v, key)) for path, v in flat_streams]
+        # Merging makes new variables, so that nothing leaks from a trace into the module.
+        merged = nnx.merge(graph, nnx.from_flat_state(values), nnx.from_flat_state(seeded))
+        if key is None:
+            merged.eval()
+        else:
+            merged.train()
         return merged(batch[inputs])
 
-    structure = jax.tree.structure(parameters)
     return _plain(nnx.to_pure_dict(parameters)), apply
 
 
+def _text(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
+
+
+def _at(params: Params, path: tuple[Any, ...]) -> Array:
+    for name in path:
+        params = params[str(name)]
+    return params
+
+
 def _plain(tree: Any) -> Any:
-    """Nested dictionaries with text keys (lists of layers have numbers), in the same order."""
+    """Nested dictionaries with text keys."""
     if isinstance(tree, dict):
         return {str(name): _plain(branch) for name, branch in tree.items()}
     return tree
 
 
-def _reseeded(streams: Any, key: Key | None) -> Any:
+def _reseeded(path: tuple[Any, ...], variable: Any, key: Key | None) -> Any:
+    """A random stream's variable as a training step finds it: its own key, nothing drawn yet."""
     if key is None:
-        return streams
-
-    def reseed(variable: Any) -> Any:
-        is_key = jax.dtypes.issubdtype(variable.dtype, jax.dtypes.prng_key)
-        return key if is_key else jnp.zeros_like(variable)
-
-    return jax.tree.map(reseed, streams)
+        return variable
+    if not jnp.issubdtype(variable.dtype, jax.dtypes.prng_key):
+        return variable.replace(jnp.zeros_like(variable[...]))
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    # Layers that were made from one ``nnx.Rngs`` must not drop the same units.
+    return variable.replace(fold_in_name(key, _text(path)))

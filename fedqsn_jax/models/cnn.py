@@ -30,7 +30,17 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        """Returns logits ``[rows, classes]`` of ``images`` ``[rows, height, width, channels]``."""
+        """Returns logits ``[rows, classes]`` of ``images`` ``[rows, height, width, channels]``.
+
+        Raises:
+          ValueError: The images have another number of axes, or too few pixels for the poolings.
+        """
+        smallest = 2 ** len(self.channels)
+        if images.ndim != 4 or min(images.shape[1:3]) < smallest:
+            raise ValueError(
+                f"a CNN with {len(self.channels)} poolings needs images [height, width, channels] "
+                f"of {smallest}x{smallest} pixels or more; these are {list(images.shape[1:])}"
+            )
         values = as_floats(images)
         for index, channels in enumerate(self.channels):
             values = Conv(channels, name=f"conv_{index}")(values)

@@ -22,8 +22,13 @@ def convolve(images: Array, kernel: Array, stride: int = 1, padding: str = "SAME
 
     Returns:
       ``[rows, out height, out width, out]``.
+
+    Raises:
+      ValueError: The padding is unknown, or the window does not fit into the images.
     """
     height, width, inputs, outputs = kernel.shape
+    if padding not in ("SAME", "VALID"):
+        raise ValueError(f"padding = {padding!r}: allowed are SAME, VALID")
     if padding == "SAME":
         images = jnp.pad(
             images,
@@ -36,6 +41,8 @@ def convolve(images: Array, kernel: Array, stride: int = 1, padding: str = "SAME
         )
     out_height = (images.shape[1] - height) // stride + 1
     out_width = (images.shape[2] - width) // stride + 1
+    if out_height < 1 or out_width < 1:
+        raise ValueError(f"a {height}x{width} window does not fit into images {images.shape[1:3]}")
     patches = [
         images[
             :,
