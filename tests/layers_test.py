@@ -1,0 +1,70 @@
+"""Who may import whom: arrows point down, and secrets stay on the server's side."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "fedqsn_jax"
+
+# Lowest first; a module may import those on lines above its own, and its own folder's.
+FLOORS = (
+    ("types",),
+    ("randomness", "config"),
+    ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir"),
+    ("metrics", "models", "data", "masking"),
+    ("cohort", "heads", "proxy"),
+    ("client", "aggregation", "views", "wire"),
+    ("rounds", "traffic"),
+    ("algorithms",),
+    ("simulation",),
+    ("costs",),
+    ("experiment", "own_model"),
+    ("main", "__init__"),
+)
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+# What a client's process runs: it must work without anything that knows the server's state.
+CLIENT_SIDE = ("client", "wire")
+SERVER_STATE = ("rounds", "aggregation", "views", "algorithms", "simulation", "experiment")
+
+
+def imports(file: Path) -> set[str]:
+    """The first part, after the package's name, of every import inside the package."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("fedqsn_jax.")}
+    return found
+
+
+def unit(file: Path) -> str:
+    relative = file.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def test_arrows_point_down():
+    files = [file for file in PACKAGE.rglob("*.py") if "configs" not in file.parts]
+    assert {unit(file) for file in files} == set(FLOOR)
+    wrong = [
+        f"{unit(file)} imports {other}"
+        for file in files
+        for other in imports(file)
+        if other != unit(file) and FLOOR[other] >= FLOOR[unit(file)]
+    ]
+    assert not wrong
+
+
+def test_what_clients_run_knows_nothing_of_the_server():
+    reached, todo = set(), list(CLIENT_SIDE)
+    while todo:
+        name = todo.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        module = PACKAGE / f"{name}.py"
+        files = [module] if module.exists() else list((PACKAGE / name).glob("*.py"))
+        todo += [other for file in files for other in imports(file)]
+    assert reached.isdisjoint(SERVER_STATE)
