@@ -109,10 +109,15 @@ def make_client_update(
 
         carry = (initial, optimizer.init(_pull_back(initial, factors)), jnp.float32(0))
         final, _, loss_sum = jax.lax.fori_loop(jnp.int32(0), bound, body, carry)
+        # XLA may compute the start twice, once with fused multiply-adds: without a step the
+        # difference could be a rounding error, and it must be zero.
         difference = jax.tree.map(
-            lambda end, begin: (end - begin).astype(jnp.float32), final, initial
+            lambda end, begin: jnp.where(count > 0, end - begin, 0).astype(jnp.float32),
+            final,
+            initial,
         )
-        return ClientResult(_pull_back(difference, factors), loss_sum / jnp.maximum(count, 1), rows)
+        delta = _pull_back(difference, factors)
+        return ClientResult(delta, loss_sum / jnp.maximum(count, 1), rows)
 
     return ClientUpdate(step_count, update)
 

@@ -131,25 +131,7 @@ def test_step_count(data, batch_size, epochs, steps):
     np.testing.assert_array_equal(counts, expected)
 
 
-# Against a plain loop in NumPy: backpropagation by hand, float64.
-
-
-def numpy_loss_and_gradient(params, x, labels):
-    names = ["hidden_0", "hidden_1", "head"]
-    inputs = []
-    for name in names:
-        inputs.append(x)
-        x = x @ params[name]["kernel"] + params[name]["bias"]
-        x = x if name == "head" else np.tanh(x)
-    odds = np.exp(x - x.max(axis=1, keepdims=True))
-    odds /= odds.sum(axis=1, keepdims=True)
-    loss = -np.log(odds[np.arange(len(labels)), labels]).mean()
-    error = (odds - np.eye(odds.shape[1])[labels]) / len(labels)
-    gradient = {}
-    for index, name in reversed(list(enumerate(names))):
-        gradient[name] = {"kernel": inputs[index].T @ error, "bias": error.sum(axis=0)}
-        error = (error @ params[name]["kernel"].T) * (1 - inputs[index] ** 2)
-    return loss, gradient
+# Against a plain loop in NumPy, float64.
 
 
 def numpy_factors(proxy):
@@ -162,7 +144,7 @@ def numpy_factors(proxy):
     return factors
 
 
-def numpy_client(proxy, data, batches, rate):
+def numpy_client(loss_and_gradient, proxy, data, batches, rate):
     """Masked SGD on theta, whose loss sees theta * scale; the delta and the losses."""
     x, labels = np.asarray(data.examples["x"], np.float64), np.asarray(data.examples["label"])
     factors = numpy_factors(proxy)
@@ -170,7 +152,7 @@ def numpy_client(proxy, data, batches, rate):
     theta, losses = start, []
     for batch in batches:
         effective = jax.tree.map(np.multiply, theta, factors)
-        loss, gradient = numpy_loss_and_gradient(effective, x[batch], labels[batch])
+        loss, gradient = loss_and_gradient(effective, x[batch], labels[batch])
         theta = jax.tree.map(lambda t, g, f: t - rate * f * g, theta, gradient, factors)
         losses.append(loss)
     return jax.tree.map(np.subtract, theta, start), losses
@@ -184,14 +166,14 @@ def assert_close(tree, expected, tolerance=1e-5):
     )
 
 
-def test_sgd_is_the_numpy_loop(model, masked, data):
+def test_sgd_is_the_numpy_loop(model, masked, data, numpy_loss_and_gradient):
     rate, batch_size, epochs = 0.2, 5, 3
     optimizer = optax.sgd(rate)
     update = make_client_update(model.apply_fn, classification(), optimizer, 5, epochs=epochs)
     for client_id in (2, 0, 5, 6):
         result = train(update, masked, data, client_id)
         batches = recorded_batches(data, client_id, batch_size, epochs=epochs)
-        delta, losses = numpy_client(masked, data, batches, rate)
+        delta, losses = numpy_client(numpy_loss_and_gradient, masked, data, batches, rate)
         assert_close(result.delta, delta)
         np.testing.assert_allclose(result.loss, np.mean(losses), rtol=1e-5)
         assert int(result.examples) == batches.any(axis=0).sum()
@@ -200,9 +182,7 @@ def test_sgd_is_the_numpy_loop(model, masked, data):
 
 OPTIMIZERS = {
     "adamw": optax.adamw(0.01, weight_decay=0.1),
-    "adam": optax.adam(0.01),
-    "momentum": optax.sgd(0.1, 0.9),
-    "clipped": optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(0.5)),
+    "clipped_momentum": optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(0.5, 0.9)),
 }
 
 
@@ -245,31 +225,32 @@ def test_optimizers_act_on_the_received_values(model, masked, data, set_hidden, 
         np.testing.assert_array_equal(changed, masked.visible[site.path][0])
 
 
-ADAMW = optax.adamw(0.01, weight_decay=0.1)
+@pytest.fixture(scope="module", params=[{"epochs": 2}, {"steps": 3}], ids=str)
+def exact(request, model, masked, data):
+    """``(client_id, extra) -> ClientResult``, compiled as a user's program is."""
+    optimizer = optax.adamw(0.01, weight_decay=0.1)
+    update = make_client_update(model.apply_fn, classification(), optimizer, 4, **request.param)
+    run = compiled(update)
+    return lambda client_id, extra: run(KEY, masked, data, client_id, extra)
 
 
-@pytest.mark.parametrize("length", [{"epochs": 2}, {"steps": 3}], ids=str)
-def test_steps_beyond_a_clients_own_change_nothing(model, masked, data, length):
-    run = compiled(make_client_update(model.apply_fn, classification(), ADAMW, 4, **length))
-    for client_id in (0, 1, 2, 5):
-        exact = run(KEY, masked, data, client_id, 0)
-        for extra in (1, 9):
-            longer = run(KEY, masked, data, client_id, extra)
-            jax.tree.map(np.testing.assert_array_equal, exact, longer)
+@pytest.mark.parametrize("client_id", [0, 1, 2, 5])
+def test_steps_beyond_a_clients_own_change_nothing(exact, client_id):
+    for extra in (1, 9):
+        longer = exact(client_id, extra)
+        jax.tree.map(np.testing.assert_array_equal, longer, exact(client_id, 0))
 
 
-@pytest.mark.parametrize("length", [{"epochs": 2}, {"steps": 3}], ids=str)
-def test_a_client_without_rows_brings_nothing(model, masked, data, length):
-    run = compiled(make_client_update(model.apply_fn, classification(), ADAMW, 4, **length))
+def test_a_client_without_rows_brings_nothing(exact, model):
     for extra in (0, 2):
-        result = run(KEY, masked, data, 1, extra)
+        result = exact(1, extra)
         for leaf in jax.tree.leaves(result):
             np.testing.assert_array_equal(leaf, 0)
         assert jax.tree.map(jnp.shape, result.delta) == jax.tree.map(jnp.shape, model.params)
 
 
 def test_vmapped_clients_are_the_clients_alone(model, masked, data):
-    update = make_client_update(model.apply_fn, classification(), OPTIMIZERS["adam"], 5, epochs=3)
+    update = make_client_update(model.apply_fn, classification(), OPTIMIZERS["adamw"], 5, epochs=3)
     ids, keys = np.arange(8, dtype=np.int32), jax.random.split(KEY, 8)
     axes = (0, None, None, 0, None)
     batched = jax.jit(jax.vmap(update.update, in_axes=axes), compiler_options=FAST)
@@ -279,16 +260,16 @@ def test_vmapped_clients_are_the_clients_alone(model, masked, data):
         assert_close(jax.tree.map(lambda leaf, i=index: leaf[i], together), one)
 
 
-def test_training_starts_from_dequantized_values(model, data):
+def test_training_starts_from_dequantized_values(model, data, numpy_loss_and_gradient):
     """A quantized proxy trains as the proxy of the values that its codes stand for."""
     transform = chain(quantize(NormalFloat(3, 4)), server_mask(0.3))
     whole = whole_proxy(model.params, model.sites)
     proxy = transform.prepare(transform.init(KEY, whole), whole)
     update = make_client_update(model.apply_fn, classification(), optax.sgd(0.2), 5, epochs=3)
     result = train(update, proxy, data, 2)
+    batches = recorded_batches(data, 2, 5, epochs=3)
     values = dequantize_proxy(proxy)
-    assert_close(result, train(update, values, data, 2))
-    delta, _ = numpy_client(values, data, recorded_batches(data, 2, 5, epochs=3), 0.2)
+    delta, _ = numpy_client(numpy_loss_and_gradient, values, data, batches, 0.2)
     assert_close(result.delta, delta)
 
 

@@ -90,3 +90,27 @@ def set_hidden() -> Callable[[Any, Sites, Any, float], Any]:
         return jax.tree.map(jnp.asarray, tree)
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def numpy_loss_and_gradient() -> Callable[[Any, np.ndarray, np.ndarray], tuple[float, Any]]:
+    """``(params, x, labels)``: the model's mean cross-entropy, by backpropagation by hand."""
+
+    def loss_and_gradient(params, x, labels):
+        names = ["hidden_0", "hidden_1", "head"]
+        inputs = []
+        for name in names:
+            inputs.append(x)
+            x = x @ params[name]["kernel"] + params[name]["bias"]
+            x = x if name == "head" else np.tanh(x)
+        odds = np.exp(x - x.max(axis=1, keepdims=True))
+        odds /= odds.sum(axis=1, keepdims=True)
+        loss = -np.log(odds[np.arange(len(labels)), labels]).mean()
+        error = (odds - np.eye(odds.shape[1])[labels]) / len(labels)
+        gradient = {}
+        for index, name in reversed(list(enumerate(names))):
+            gradient[name] = {"kernel": inputs[index].T @ error, "bias": error.sum(axis=0)}
+            error = (error @ params[name]["kernel"].T) * (1 - inputs[index] ** 2)
+        return loss, gradient
+
+    return loss_and_gradient
