@@ -17,7 +17,7 @@ FLOORS = (
     ("algorithms",),
     ("simulation",),
     ("costs",),
-    ("experiment", "own_model"),
+    ("experiment", "own_model", "benchmark"),
     ("main", "__init__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
