@@ -1,6 +1,7 @@
 """The main job: data, the server's own training, rounds, checkpoints and reports."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,10 @@ def run(config: Config, directory: Path, display: Display) -> None:
     work.check(config)
     experiment = _prepare(config)
     settings = config.checkpoint
-    with Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints:
+    with (
+        _stop_signals() as stopped,
+        Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints,
+    ):
         resumed = checkpoints.latest_round()
         if resumed is not None and resumed > config.rounds:
             raise ConfigError(
@@ -102,7 +106,7 @@ def run(config: Config, directory: Path, display: Display) -> None:
             )
             state = initial_state(experiment.simulation, params)
             history = [first_entry(experiment.simulation, state, experiment.splits.test)]
-        finished = _train(experiment, state, history, work, checkpoints, display)
+        finished = _train(experiment, state, history, work, checkpoints, display, stopped)
     if finished == config.rounds:
         _finish(experiment, work, history, display)
     else:
@@ -144,6 +148,7 @@ def _train(
     work: WorkDirectory,
     checkpoints: Checkpoints,
     display: Display,
+    stopped: threading.Event,
 ) -> int:
     """Runs the rounds that are left, adding to ``history``; returns the last finished round."""
     config, simulation, splits = experiment.config, experiment.simulation, experiment.splits
@@ -159,7 +164,6 @@ def _train(
     )
     with (
         board,
-        _stop_signals() as stopped,
         display.progress(config.rounds, finished, simulation.task.score) as progress,
     ):
         for after, new_state, entries in calls:
@@ -188,6 +192,7 @@ def _stop_signals() -> Iterator[threading.Event]:
 
     def request(number: int, frame: FrameType | None) -> None:
         stopped.set()
+        print("stopping after the rounds that are running; once more: at once", file=sys.stderr)
         # A second one acts as it would have without us.
         signal.signal(number, previous[number])
 

@@ -1,11 +1,15 @@
 """The main job: ``python -m fedqsn_jax.main --config=configs/digits.py --workdir=DIR``."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedqsn_jax.command_line import Parser, read_config
 from fedqsn_jax.config import Config, ConfigError, flatten
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code after a second Ctrl-C, by the shell's convention."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: What follows the program's name; by default the process's own.
 
     Returns:
-      The exit code: 0, or 2 after a mistake of the user's, which is told in one line.
+      The exit code: 0; 2 after a mistake of the user's, which is told in one line; `INTERRUPTED`.
     """
     parser = Parser(
         "Federated learning in which the model is the secret.",
@@ -43,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             experiment.run(config, Path(options.workdir), Display())
     except (ConfigError, CheckpointError) as error:
         return _refuse(error)
+    except KeyboardInterrupt:
+        print("fedqsn_jax: interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
