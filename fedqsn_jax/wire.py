@@ -162,7 +162,7 @@ def decode_proxy(payload: bytes, layout: Layout) -> Proxy:
     _require_scales("payload: a site's factor", factors)
     values = {t.path: _decode_tensor(t, reader) for t in layout.tensors}
     scale = {path: jnp.float32(x) for path, x in zip(layout.scaled, factors, strict=True)}
-    visible = {path: jnp.asarray(mask) for path, mask in reader.visible.items()}
+    visible = {path: jax.device_put(mask) for path, mask in reader.visible.items()}
     return Proxy(_as_tree(layout, values), visible, scale, layout.sites)
 
 
@@ -200,7 +200,7 @@ def decode_update(payload: bytes, layout: Layout) -> tuple[Params, Columns]:
     """
     reader = _open(payload, _UPDATE, layout)
     values = {t.path: _decode_tensor(t, reader) for t in layout.update_tensors}
-    visible = {path: jnp.asarray(mask) for path, mask in reader.visible.items()}
+    visible = {path: jax.device_put(mask) for path, mask in reader.visible.items()}
     return _as_tree(layout, values), visible
 
 

@@ -23,7 +23,7 @@ from fedqsn_jax.proxy import (
 from fedqsn_jax.quantization import NormalFloat, Quantized, Uniform
 from fedqsn_jax.quantization import quantize as quantize_matrices
 
-NF4 = NormalFloat(4, 4)
+NF4, NF2 = NormalFloat(4, 4), NormalFloat(2, 4)
 RULES = ["stack/kernel: layer input column", "embed/embedding: whole column input"]
 HIDEABLE = {"query/kernel", "stack/kernel"}
 FAST = {"xla_backend_optimization_level": 0}
@@ -35,14 +35,14 @@ SERVER_KEY = jax.random.key(2)
 TRANSFORMS = {
     "identity": (identity(), 0, 0, ""),
     "quantize_normal_float": (quantize(NF4), 0, 0, ""),
-    "quantize_uniform": (quantize(Uniform(3, 64)), 0, 0, ""),
+    "quantize_uniform": (quantize(Uniform(2, 64)), 0, 0, ""),
     "server_mask": (server_mask(0.4), 0.4, 0, "bernoulli"),
     "server_mask_fixed": (server_mask(0.4, "fixed_count"), 0.4, 0, "fixed_count"),
     "client_mask": (client_mask(0.3), 0, 0.3, "bernoulli"),
     "client_mask_fixed": (client_mask(0.3, "fixed_count"), 0, 0.3, "fixed_count"),
     "chain_of_none": (chain(), 0, 0, ""),
     "quantize_between_masks": (
-        chain(server_mask(0.4), quantize(NF4), client_mask(0.3)),
+        chain(server_mask(0.4), quantize(NF2), client_mask(0.3)),
         0.4,
         0.3,
         "bernoulli",
@@ -55,10 +55,10 @@ TRANSFORMS = {
     ),
     "fedavg": (algorithms.fedavg().transform, 0, 0, ""),
     "fedsn": (algorithms.fedsn(0.4, 0.3).transform, 0.4, 0.3, "bernoulli"),
-    "fedq": (algorithms.fedq(NF4).transform, 0, 0, ""),
+    "fedq": (algorithms.fedq(NF2).transform, 0, 0, ""),
     "fedqsn": (algorithms.fedqsn(NF4, 0.4, 0.3).transform, 0.4, 0.3, "bernoulli"),
     "fedqsn_fixed": (
-        algorithms.fedqsn(NF4, 0.4, 0.3, "fixed_count").transform,
+        algorithms.fedqsn(NF2, 0.4, 0.3, "fixed_count").transform,
         0.4,
         0.3,
         "fixed_count",
