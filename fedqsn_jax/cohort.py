@@ -97,7 +97,7 @@ def sum_over_clients(
     chunks = -(-ids.shape[0] // axis.chunk_size)
     padding = chunks * axis.chunk_size - ids.shape[0]
     # The padding stands first, among the clients with the fewest steps.
-    order = jnp.pad(order, (padding, 0))
+    order = jnp.pad(order, (padding, 0), mode="edge")
     real = jnp.arange(order.shape[0]) >= padding
     chunked = jax.tree.map(
         lambda leaf: leaf.reshape(chunks, axis.chunk_size), (ids[order], steps[order], real)

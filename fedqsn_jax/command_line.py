@@ -103,6 +103,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not separator:
         raise ConfigError(f"{override}: a value is missing; write {override}=VALUE")
     defaults = flatten(Config())
+    fields = [known for known in defaults if known.startswith(f"{name}.")]
+    if fields:
+        raise ConfigError(f"{name}: it is a section; name one of its fields, such as {fields[0]}")
     if name not in defaults:
         raise unknown_field(name)
     section, _, field = name.rpartition(".")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn")
 CODEBOOKS = ("normal_float", "uniform")
@@ -192,6 +193,11 @@ def resolve(values: Mapping[str, Any]) -> Config:
       ConfigError: A field is unknown, or its value has the wrong type or is out of range.
     """
     config = _resolve_section(Config, values, "")
+    for name in ("p1", "p2"):
+        if np.float32(getattr(config, name)) >= 1:
+            raise ConfigError(
+                f"{name} = {getattr(config, name)!r}: allowed is 0 to below 1, float32"
+            )
     if config.data.partition != "natural" and config.cohort.size > config.data.clients:
         raise ConfigError(
             f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
@@ -250,6 +256,8 @@ def _check_range(name: str, value: Any, allowed: Any) -> None:
             raise ConfigError(f"{name} = {value!r}: allowed are {', '.join(allowed['one_of'])}")
     elif allowed:
         low, high, below = allowed["low"], allowed["high"], allowed["below"]
+        if isinstance(value, int) and high is None and below is None:
+            high = 2**31 - 1  # Counts are 32-bit integers on the device.
         # Written so that NaN is refused.
         if not (
             value >= low and (high is None or value <= high) and (below is None or value < below)

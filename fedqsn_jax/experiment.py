@@ -1,5 +1,6 @@
 """The main job: data, the server's own training, rounds, checkpoints and reports."""
 
+import math
 import signal
 import sys
 import threading
@@ -220,6 +221,8 @@ def _finish(
     plots.accuracy_curves(history, work.picture, title, score)
     write_json(work.summary, summary)
     display.final_table(summary)
+    if not math.isfinite(history[-1]["global/loss"]):
+        display.warning("the training diverged; its loss is no number. Lower the learning rates")
     display.message(f"written to {work.path}")
 
 

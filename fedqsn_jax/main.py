@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fedqsn_jax.reporting.display import Display
     except ConfigError as error:
         return _refuse(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     try:
         if options.dry_run:
             experiment.dry_run(config, Display())

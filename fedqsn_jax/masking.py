@@ -39,6 +39,11 @@ DEFAULT_RULES: tuple[str, ...] = (
     "*key/kernel: input column column",
     "*value/kernel: input column column",
     "*out/kernel: input input column",
+    # The same in a scanned stack.
+    "*query/kernel: layer input column column",
+    "*key/kernel: layer input column column",
+    "*value/kernel: layer input column column",
+    "*out/kernel: layer input input column",
     # Convolutions: spatial axes and input channels are inputs.
     "*conv*/kernel: input input column",
     "*/kernel: input input input column",
@@ -169,7 +174,8 @@ def find_sites(
       The sites, in the order of the tree.
 
     Raises:
-      ValueError: A rule is malformed or matches nothing, or no site was found.
+      ValueError: A rule is malformed or matches nothing, no rule decides on a tensor named
+        ``kernel`` (it would travel whole), or no site was found.
     """
     user_rules = [parse_rule(rule) for rule in rules]
     default_rules = [parse_rule(rule) for rule in DEFAULT_RULES]
@@ -181,6 +187,11 @@ def find_sites(
         if by_user is not None:
             unused.discard(by_user[0])
         rule = by_user or _first_match(default_rules, path, leaf.ndim)
+        if rule is None and path.endswith("kernel") and selection == "all":
+            raise ValueError(
+                f"no rule says which axes of {path!r}, shape {tuple(leaf.shape)}, are columns; add "
+                f"one such as '{path}: layer input column', or '{path}: none' to send it whole"
+            )
         if rule is None or rule[1] == ("none",):
             continue
         if (

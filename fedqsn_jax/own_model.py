@@ -11,8 +11,9 @@ from flax import linen, nnx
 
 from fedqsn_jax.config import Config, ConfigError, resolve
 from fedqsn_jax.costs import expected_costs, tensor_rows
-from fedqsn_jax.data.federated import from_clients
+from fedqsn_jax.data.federated import FederatedData, from_clients
 from fedqsn_jax.heads import find_heads
+from fedqsn_jax.masking import leaves_by_path
 from fedqsn_jax.models.adapters import linen_apply, linen_init, nnx_split
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.reporting.summary import Costs, TensorRow
@@ -28,7 +29,7 @@ from fedqsn_jax.simulation import (
     run_rounds,
 )
 from fedqsn_jax.tasks import Task, classification
-from fedqsn_jax.types import ApplyFn, Params
+from fedqsn_jax.types import ApplyFn, Array, Params
 
 Arrays = Mapping[str, Any]
 """Named arrays ``[rows, ...]``, NumPy's or JAX's."""
@@ -96,17 +97,22 @@ def federate(
     """
     data = from_clients([{name: np.asarray(a) for name, a in rows.items()} for rows in clients])
     config = _resolve(settings, data.clients)
-    held_out = {name: jnp.asarray(array) for name, array in test.items()}
+    held_out = _checked(test, data, "test")
     example = {name: array[:1] for name, array in held_out.items()}
     apply_fn, own_params = _as_function(model, config, example, inputs)
     start = own_params if params is None else jax.tree.map(jnp.asarray, params)
     task = task or classification()
     heads = find_heads(apply_fn, start, example, fold_in_name(root_key(config), "heads"))
+    if not heads and not config.site_rules:
+        raise ConfigError(
+            "site_rules: no task head was found; name it by a rule such as 'PATH: none', with a "
+            f"path of: {', '.join(leaves_by_path(start))}"
+        )
     rules = (*config.site_rules, *(f"{path}: none" for path in heads))
     config = dataclasses.replace(config, site_rules=rules)
     simulation = make_simulation(config, apply_fn, task, start, data.clients)
     if private is not None:
-        rows = {name: jnp.asarray(array) for name, array in private.items()}
+        rows = _checked(private, data, "private")
         start = pretrain(config, apply_fn, task, start, rows)
     state = initial_state(simulation, start)
     history = [first_entry(simulation, state, held_out)]
@@ -123,6 +129,18 @@ def federate(
         state,
         simulation,
     )
+
+
+def _checked(rows: Arrays, data: FederatedData, name: str) -> dict[str, Array]:
+    """The rows on the device, once names, dtypes, shapes and numbers of rows agree."""
+    joined = from_clients([{key: np.asarray(array) for key, array in rows.items()}]).examples
+    ours = {key: (array.dtype, array.shape[1:]) for key, array in joined.items()}
+    theirs = {key: (array.dtype, array.shape[1:]) for key, array in data.examples.items()}
+    if ours != theirs:
+        raise ValueError(f"{name} has arrays {ours}, the clients have {theirs}")
+    if not jax.tree.leaves(joined)[0].shape[0]:
+        raise ValueError(f"{name} has no rows")
+    return joined
 
 
 def _resolve(settings: Mapping[str, Any], population: int) -> Config:

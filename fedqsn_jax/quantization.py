@@ -136,7 +136,8 @@ def dequantize(quantized: Quantized) -> Array:
     levels = jnp.asarray(quantizer.levels, jnp.float32)
     inputs = quantized.codes.shape[1]
     scales = jnp.repeat(quantized.scales.astype(jnp.float32), quantizer.block_size, axis=1)
-    return levels[quantized.codes] * scales[:, :inputs]
+    # A scale of zero gives plain zeros, whatever the level's sign.
+    return jnp.where(scales[:, :inputs] == 0, 0, levels[quantized.codes] * scales[:, :inputs])
 
 
 def _round_to(values: Array, dtype: str) -> Array:

@@ -43,6 +43,8 @@ def keyed_permutation(key: Key, positions: Array, length: Array | int) -> Array:
     Returns:
       int32 ``[...]``, distinct for distinct positions, in ``[0, length)``.
     """
+    if isinstance(length, int) and length == 1:
+        return jnp.zeros_like(positions, jnp.int32)
     size = jnp.asarray(length, jnp.uint32)
     words = jax.random.bits(key, (_PERMUTATION_ROUNDS, 2), jnp.uint32)
     pivots, salts = words[:, 0] % jnp.maximum(size, 1), words[:, 1]

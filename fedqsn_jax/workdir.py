@@ -50,6 +50,12 @@ class WorkDirectory:
           ConfigError: It belongs to another configuration, holds other things, or cannot be
             written.
         """
+        try:
+            self._check(config)
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
+
+    def _check(self, config: Config) -> None:
         path = self.path
         if path.exists() and not path.is_dir():
             raise ConfigError(f"--workdir={path}: it exists and is not a directory")
@@ -106,7 +112,7 @@ class WorkDirectory:
                 f"--workdir={self.path}: it was made with another configuration: "
                 + ", ".join(differing)
             )
-        if config.rounds < theirs["rounds"]:
+        if config.rounds < theirs.get("rounds", 0):
             raise ConfigError(
                 f"rounds = {config.rounds}: the run in {self.path} has {theirs['rounds']}; "
                 f"allowed are as many or more"

@@ -249,6 +249,14 @@ def test_scales_are_rounded_inside_one_compiled_call_too(scale_dtype):
     assert distance.max() < 1e-6
 
 
+def test_weights_beyond_the_scales_range_stay_finite():
+    """float16 ends at 65504: larger weights are cut there."""
+    matrices = jnp.asarray([1e5, -1e5, 1.0, -3e4]).reshape(1, 4, 1)
+    values = dequantize(quantize(NormalFloat(4, 4, "float16"), matrices)).ravel()
+    np.testing.assert_array_equal(values[:2], [65504, -65504])
+    assert np.isfinite(values).all()
+
+
 # Invariant 7.
 FIGURES = [
     (4, 64, 0.00847),
