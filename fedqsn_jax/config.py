@@ -256,8 +256,9 @@ def _check_range(name: str, value: Any, allowed: Any) -> None:
             raise ConfigError(f"{name} = {value!r}: allowed are {', '.join(allowed['one_of'])}")
     elif allowed:
         low, high, below = allowed["low"], allowed["high"], allowed["below"]
-        if isinstance(value, int) and high is None and below is None:
-            high = 2**31 - 1  # Counts are 32-bit integers on the device.
+        # Counts are 32-bit integers on the device.
+        if isinstance(value, int) and high is None and below is None and value >= 2**31:
+            high = 2**31 - 1
         # Written so that NaN is refused.
         if not (
             value >= low and (high is None or value <= high) and (below is None or value < below)
