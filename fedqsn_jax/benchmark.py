@@ -10,6 +10,7 @@ not depend on them. ``cnn`` is `EmnistCNN`, ``dense`` an MLP 784-200-200-62. Fed
 
 import argparse
 import contextlib
+import itertools
 import json
 import platform
 import statistics
@@ -30,8 +31,9 @@ from fedqsn_jax.data.federated import FederatedData, from_clients
 from fedqsn_jax.models.adapters import linen_apply, linen_init
 from fedqsn_jax.models.emnist_cnn import EmnistCNN
 from fedqsn_jax.models.mlp import MLP
-from fedqsn_jax.simulation import initial_state, make_simulation
+from fedqsn_jax.simulation import Simulation, initial_state, make_simulation
 from fedqsn_jax.tasks import classification
+from fedqsn_jax.types import Batch, Params
 
 CLASSES = 62
 WORKLOADS: dict[str, nn.Module] = {
@@ -90,16 +92,28 @@ def round_seconds(
     simulation = make_simulation(
         config, linen_apply(module), classification(), params, data.clients
     )
+    return timed_calls(simulation, params, data, example)
+
+
+def timed_calls(
+    simulation: Simulation, params: Params, data: FederatedData, rows: Batch
+) -> Iterator[float]:
+    """Runs call after call and yields the seconds of a round; the first call compiles.
+
+    Args:
+      simulation: What to run; its configured number of rounds is not obeyed.
+      params: The parameters to start from.
+      data: The clients' rows.
+      rows: Held-out rows, for rounds that are evaluated.
+    """
+    per_call = simulation.config.rounds_per_call
     state = initial_state(simulation, params)
-    last = jax.device_put(np.int32(never))
-    stop = 0
-    while True:
-        stop += rounds_per_call
+    last = jax.device_put(np.int32(2**31 - 1))
+    for stop in itertools.count(per_call, per_call):
         began = time.perf_counter()
-        target = jax.device_put(np.int32(stop))
-        state, result = simulation.run(state, data, example, target, last)
+        state, result = simulation.run(state, data, rows, jax.device_put(np.int32(stop)), last)
         jax.block_until_ready((state, result))
-        yield (time.perf_counter() - began) / rounds_per_call
+        yield (time.perf_counter() - began) / per_call
 
 
 def measure(

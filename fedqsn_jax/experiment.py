@@ -39,8 +39,16 @@ from fedqsn_jax.types import ApplyFn, Params
 from fedqsn_jax.workdir import WorkDirectory
 
 
-class _Experiment(NamedTuple):
-    """A configuration with its data and its untrained model."""
+class Experiment(NamedTuple):
+    """A configuration with its data and its untrained model.
+
+    Attributes:
+      config: What to run.
+      splits: The data, divided.
+      params: The model's initial parameters.
+      pretraining_apply: The model with the dropout of the server's own training.
+      simulation: The method.
+    """
 
     config: Config
     splits: Splits
@@ -55,7 +63,7 @@ def dry_run(config: Config, display: Display) -> None:
     Raises:
       ConfigError: The run would be refused.
     """
-    _show(_prepare(config), display)
+    _show(prepare(config), display)
 
 
 def run(config: Config, directory: Path, display: Display) -> None:
@@ -72,18 +80,13 @@ def run(config: Config, directory: Path, display: Display) -> None:
     """
     work = WorkDirectory(directory)
     work.check(config)
-    experiment = _prepare(config)
+    experiment = prepare(config)
     settings = config.checkpoint
     with (
         _stop_signals() as stopped,
         Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints,
     ):
         resumed = checkpoints.latest_round()
-        if resumed is not None and resumed > config.rounds:
-            raise ConfigError(
-                f"rounds = {config.rounds}: {work.checkpoints} holds round {resumed}; allowed are "
-                f"as many or more"
-            )
         restored = _restore(experiment, checkpoints)
         work.create(config)
         display.message(f"{directory}: only you may read it; it holds the hidden model")
@@ -114,7 +117,12 @@ def run(config: Config, directory: Path, display: Display) -> None:
         display.message(f"stopped after round {finished}; the same command goes on from there")
 
 
-def _prepare(config: Config) -> _Experiment:
+def prepare(config: Config) -> Experiment:
+    """Loads the data, initializes the model and composes the method; writes nothing.
+
+    Raises:
+      ConfigError: The configuration is not possible.
+    """
     splits = registry.load(config.data, config.seed)
     classes = splits.num_classes
     example = {name: rows[:1] for name, rows in splits.test.items()}
@@ -130,11 +138,11 @@ def _prepare(config: Config) -> _Experiment:
     simulation = make_simulation(
         config, linen_apply(module), classification(), params, splits.clients.clients
     )
-    return _Experiment(config, splits, params, linen_apply(pretraining), simulation)
+    return Experiment(config, splits, params, linen_apply(pretraining), simulation)
 
 
 def _restore(
-    experiment: _Experiment, checkpoints: Checkpoints
+    experiment: Experiment, checkpoints: Checkpoints
 ) -> tuple[ServerState, list[Entry]] | None:
     if checkpoints.latest_round() is None:
         return None
@@ -143,7 +151,7 @@ def _restore(
 
 
 def _train(
-    experiment: _Experiment,
+    experiment: Experiment,
     state: ServerState,
     history: list[Entry],
     work: WorkDirectory,
@@ -209,7 +217,7 @@ def _stop_signals() -> Iterator[threading.Event]:
 
 
 def _finish(
-    experiment: _Experiment, work: WorkDirectory, history: list[Entry], display: Display
+    experiment: Experiment, work: WorkDirectory, history: list[Entry], display: Display
 ) -> None:
     """Writes and shows the final table and the curves."""
     from fedqsn_jax.reporting import plots  # Slow to import, and only needed at the end.
@@ -226,7 +234,7 @@ def _finish(
     display.message(f"written to {work.path}")
 
 
-def _show(experiment: _Experiment, display: Display) -> None:
+def _show(experiment: Experiment, display: Display) -> None:
     simulation, config = experiment.simulation, experiment.config
     display.message(
         f"{config.algorithm} on {config.data.name}: {experiment.splits.clients.clients} clients, "
@@ -241,5 +249,5 @@ def _show(experiment: _Experiment, display: Display) -> None:
     display.overview(tensor_rows(simulation, experiment.params), _costs(experiment))
 
 
-def _costs(experiment: _Experiment) -> Costs:
+def _costs(experiment: Experiment) -> Costs:
     return expected_costs(experiment.simulation, experiment.params, experiment.splits.clients)

@@ -84,6 +84,7 @@ def chain(*transforms: ProxyTransform) -> ProxyTransform:
     """Composes transforms; each sees what the ones before it made.
 
     A transform derives its keys from its own name, so its draws do not depend on its neighbours.
+    A chain may hold each kind of mask once: two of a kind would draw the same mask twice.
     """
 
     def init(key: Key, proxy: Proxy) -> tuple[Any, ...]:

@@ -135,7 +135,8 @@ def dequantize(quantized: Quantized) -> Array:
     quantizer = quantized.quantizer
     levels = jnp.asarray(quantizer.levels, jnp.float32)
     inputs = quantized.codes.shape[1]
-    scales = jnp.repeat(quantized.scales.astype(jnp.float32), quantizer.block_size, axis=1)
+    block_size = min(quantizer.block_size, inputs)
+    scales = jnp.repeat(quantized.scales.astype(jnp.float32), block_size, axis=1)
     # A scale of zero gives plain zeros, whatever the level's sign.
     return jnp.where(scales[:, :inputs] == 0, 0, levels[quantized.codes] * scales[:, :inputs])
 
@@ -153,10 +154,10 @@ def _round_to(values: Array, dtype: str) -> Array:
 
 def _to_blocks(quantizer: Quantizer, matrices: Array) -> Array:
     layers, inputs, columns = matrices.shape
-    blocks = quantizer.blocks(inputs)
-    padding = blocks * quantizer.block_size - inputs
+    blocks, block_size = quantizer.blocks(inputs), min(quantizer.block_size, inputs)
+    padding = blocks * block_size - inputs
     padded = jnp.pad(matrices, ((0, 0), (0, padding), (0, 0)))
-    return padded.reshape(layers, blocks, quantizer.block_size, columns)
+    return padded.reshape(layers, blocks, block_size, columns)
 
 
 def _from_blocks(blocked: Array, inputs: int) -> Array:

@@ -318,3 +318,16 @@ def test_hide_zeroes_whatever_columns_hold(model, set_hidden):
     for value in (np.nan, np.inf, 1.0):
         filled = set_hidden(model.params, model.sites, masks, value)
         jax.tree.map(np.testing.assert_array_equal, hide(filled, model.sites, masks), expected)
+
+
+def test_scanned_attention_is_known_and_other_stacks_are_refused():
+    """A leading layer axis must not be taken for an input axis, nor a stack travel unnoticed."""
+    shapes = {"query": (3, 8, 2, 4), "key": (3, 8, 2, 4), "out": (3, 2, 4, 8)}
+    params = {name: {"kernel": np.zeros(shape)} for name, shape in shapes.items()}
+    facts = {site.path: (site.layers, site.fan_in, site.columns) for site in find_sites(params)}
+    assert facts == {path + "/kernel": (3, 8, 8) for path in shapes}
+    params["up"] = {"kernel": np.zeros((3, 8, 16))}
+    with pytest.raises(ValueError, match="no rule says which axes of 'up/kernel'"):
+        find_sites(params)
+    rules = ["up/kernel: layer input column"]
+    assert {site.path for site in find_sites(params, rules)} == {*facts, "up/kernel"}

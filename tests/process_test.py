@@ -94,8 +94,8 @@ def test_interrupted_runs_end_as_an_uninterrupted_one_does(tmp_path):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    if "stopped after round" in output:
-        finish(stopped)
+    assert "stopped after round" in output
+    finish(stopped)
 
     expected = saved_state(whole)
     for directory in (killed, stopped):

@@ -8,44 +8,21 @@ round, their quartiles, and the median of the ratios of neighbouring calls.
 
 import argparse
 import statistics
-import time
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 
+from fedqsn_jax.benchmark import timed_calls
 from fedqsn_jax.command_line import read_config
-from fedqsn_jax.data import registry
-from fedqsn_jax.models.adapters import linen_apply, linen_init
-from fedqsn_jax.models.registry import make_model
-from fedqsn_jax.randomness import fold_in_name
-from fedqsn_jax.simulation import initial_state, make_simulation, root_key
-from fedqsn_jax.tasks import classification
-
-ROUNDS_A_CALL = 5
+from fedqsn_jax.experiment import prepare
 
 
 def calls(algorithm: str) -> Iterator[float]:
     """Runs call after call and yields the seconds of a round; the first call compiles."""
-    never = ["--config.evaluation.every=1000000", "--config.rounds=1000000"]
-    config = read_config(f"configs/digits.py:{algorithm}", never)
-    splits = registry.load(config.data, config.seed)
-    module = make_model(config.model, splits.num_classes, config.client.dropout)
-    example = {name: rows[:1] for name, rows in splits.test.items()}
-    params = linen_init(module, fold_in_name(root_key(config), "model"), example)
-    simulation = make_simulation(
-        config, linen_apply(module), classification(), params, splits.clients.clients
-    )
-    state = initial_state(simulation, params)
-    last = jax.device_put(np.int32(config.rounds))
-    stop = 0
-    while True:
-        stop += ROUNDS_A_CALL
-        began = time.perf_counter()
-        target = jax.device_put(np.int32(stop))
-        state, result = simulation.run(state, splits.clients, splits.test, target, last)
-        jax.block_until_ready((state, result))
-        yield (time.perf_counter() - began) / ROUNDS_A_CALL
+    never = ["--config.evaluation.every=1000000"]
+    ready = prepare(read_config(f"configs/digits.py:{algorithm}", never))
+    splits = ready.splits
+    return timed_calls(ready.simulation, ready.params, splits.clients, splits.test)
 
 
 def main() -> None:

@@ -13,15 +13,12 @@ import math
 import statistics
 
 import jax
+from scipy import stats
 
 from fedqsn_jax.command_line import read_config
 from fedqsn_jax.config import Config
-from fedqsn_jax.data import registry
-from fedqsn_jax.models.adapters import linen_apply, linen_init
-from fedqsn_jax.models.registry import make_model
-from fedqsn_jax.randomness import fold_in_name
-from fedqsn_jax.simulation import initial_state, make_simulation, pretrain, root_key, run_rounds
-from fedqsn_jax.tasks import classification
+from fedqsn_jax.experiment import prepare
+from fedqsn_jax.simulation import initial_state, pretrain, run_rounds
 
 SETTINGS = {
     "fedavg": ["fedavg"],
@@ -30,27 +27,19 @@ SETTINGS = {
     "fedqsn p=.2": ["fedqsn"],
     "fedqsn p=.3": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3"],
 }
-# Quantiles of Student's t at 97.5% by degrees of freedom; beyond them the normal distribution's.
-_T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 19: 2.093}
 
 
 def last_metrics(config: Config, seeds: int) -> list[dict[str, float]]:
     """The last round's metrics of each seed; all seeds share one compiled program."""
     results = []
-    simulation = None
+    compiled = None
     for seed in range(seeds):
-        seeded = dataclasses.replace(config, seed=seed)
-        splits = registry.load(seeded.data, seed)
-        module = make_model(seeded.model, splits.num_classes, seeded.client.dropout)
-        example = {name: rows[:1] for name, rows in splits.test.items()}
-        params = linen_init(module, fold_in_name(root_key(seeded), "model"), example)
-        if simulation is None:
-            simulation = make_simulation(
-                seeded, linen_apply(module), classification(), params, splits.clients.clients
-            )
-        teacher = make_model(seeded.model, splits.num_classes, seeded.pretraining.dropout)
-        params = pretrain(seeded, linen_apply(teacher), classification(), params, splits.private)
-        state = initial_state(simulation._replace(config=seeded), params)
+        ready = prepare(dataclasses.replace(config, seed=seed))
+        compiled = compiled or ready.simulation
+        simulation = compiled._replace(config=ready.config)
+        task, splits = simulation.task, ready.splits
+        params = pretrain(ready.config, ready.pretraining_apply, task, ready.params, splits.private)
+        state = initial_state(simulation, params)
         for _, _, entries in run_rounds(simulation, state, splits.clients, splits.test):
             last = entries
         results.append(last[-1])
@@ -59,10 +48,8 @@ def last_metrics(config: Config, seeds: int) -> list[dict[str, float]]:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half the width of its 95% confidence interval."""
-    if len(values) < 2:
-        return values[0], math.nan
-    t = _T.get(len(values) - 1, 1.96)
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+    quantile = stats.t.ppf(0.975, len(values) - 1)
+    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def main() -> None:
