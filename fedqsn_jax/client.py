@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedqsn_jax.data.federated import FederatedData
+from fedqsn_jax.data.federated import ClientData
 from fedqsn_jax.masking import spread
 from fedqsn_jax.proxy import Proxy, effective_params
 from fedqsn_jax.randomness import fold_in_name, keyed_permutation
 from fedqsn_jax.tasks import Task
-from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
+from fedqsn_jax.types import ApplyFn, Array, Key, Params
 
 
 @struct.dataclass
@@ -39,18 +39,56 @@ class ClientResult:
     examples: Array
 
 
+@struct.dataclass
+class Training:
+    """A client in the midst of its local training.
+
+    Attributes:
+      params: The effective parameters ``theta * scale``, in the parameters' dtypes.
+      optimizer_state: The optimizer's, which acts on ``theta``.
+      loss: Sum of the losses of the steps so far, float32 scalar.
+    """
+
+    params: Params
+    optimizer_state: optax.OptState
+    loss: Array
+
+
 class ClientUpdate(NamedTuple):
-    """Local training as two pure functions.
+    """Local training as pure functions of one client, cut at its steps.
+
+    So a round can train several clients side by side, whatever their numbers of steps; see
+    `cohort.sum_over_clients`. `train` is all of it for one client.
 
     Attributes:
       step_count: ``rows -> steps``, int32: how many steps a client with so many rows takes.
-      update: ``(key, proxy, data, client_id, bound) -> ClientResult``. ``bound`` is at least the
-        client's number of steps; steps beyond the client's own change nothing, so that clients of
-        one vmapped chunk can share the bound of the longest.
+      start: ``proxy -> Training``.
+      step: ``(key, proxy, data, client_id, index, training) -> training``: the step that is
+        numbered ``index``, from 0 on. Of the proxy it looks at what is visible and scales only.
+      finish: ``(proxy, rows, training) -> ClientResult`` of a client with so many rows.
     """
 
     step_count: Callable[[Array], Array]
-    update: Callable[[Key, Proxy, FederatedData, Array, Array], ClientResult]
+    start: Callable[[Proxy], Training]
+    step: Callable[[Key, Proxy, ClientData, Array, Array, Training], Training]
+    finish: Callable[[Proxy, Array, Training], ClientResult]
+
+    def train(self, key: Key, proxy: Proxy, data: ClientData, client_id: Array) -> ClientResult:
+        """Trains one client from start to finish.
+
+        Args:
+          key: The client's key in this round.
+          proxy: What it received.
+          data: The population's rows.
+          client_id: The client, int32 scalar.
+        """
+        rows = data.rows(client_id)
+
+        def body(index: Array, training: Training) -> Training:
+            return self.step(key, proxy, data, client_id, index, training)
+
+        training = jax.lax.fori_loop(0, self.step_count(rows), body, self.start(proxy))
+        return self.finish(proxy, rows, training)
 
 
 def make_client_update(
@@ -78,48 +116,48 @@ def make_client_update(
         count = jnp.int32(steps) if steps else epochs * _steps_per_epoch(rows, batch_size)
         return jnp.where(rows > 0, count, 0).astype(jnp.int32)
 
-    def update(
-        key: Key, proxy: Proxy, data: FederatedData, client_id: Array, bound: Array
-    ) -> ClientResult:
-        start, rows = data.start(client_id), data.rows(client_id)
+    def start(proxy: Proxy) -> Training:
+        params = effective_params(proxy)
+        theta = _pull_back(params, _factors(proxy, params))
+        return Training(params, optimizer.init(theta), jnp.float32(0))
+
+    def step(
+        key: Key,
+        proxy: Proxy,
+        data: ClientData,
+        client_id: Array,
+        index: Array,
+        training: Training,
+    ) -> Training:
+        indices, valid = _minibatch(
+            fold_in_name(key, "batches"), index, data.rows(client_id), batch_size
+        )
+        batch = data.gather(client_id, indices)
+        dropout_key = jax.random.fold_in(fold_in_name(key, "dropout"), index)
+
+        def loss_fn(params: Params) -> Array:
+            return task.loss(apply_fn(params, batch, dropout_key), batch, valid)
+
+        loss, gradient = jax.value_and_grad(loss_fn)(training.params)
+        factors = _factors(proxy, training.params)
+        params, optimizer_state = _wrapped_step(
+            optimizer, gradient, training.optimizer_state, training.params, factors
+        )
+        return Training(params, optimizer_state, training.loss + loss)
+
+    def finish(proxy: Proxy, rows: Array, training: Training) -> ClientResult:
         count = step_count(rows)
-        initial = effective_params(proxy)
-        factors = _factors(proxy, initial)
-        batch_key, dropout_key = fold_in_name(key, "batches"), fold_in_name(key, "dropout")
-
-        def loss_fn(params: Params, batch: Batch, valid: Array, step: Array) -> Array:
-            outputs = apply_fn(params, batch, jax.random.fold_in(dropout_key, step))
-            return task.loss(outputs, batch, valid)
-
-        def body(step: Array, carry: tuple) -> tuple:
-            params, optimizer_state, loss_sum = carry
-            indices, valid = _minibatch(batch_key, step, rows, batch_size)
-            batch = data.gather(start + indices)
-            loss, gradient = jax.value_and_grad(loss_fn)(params, batch, valid, step)
-            new_params, new_state = _wrapped_step(
-                optimizer, gradient, optimizer_state, params, factors
-            )
-            active = step < count
-            params, optimizer_state = jax.tree.map(
-                lambda new, old: jnp.where(active, new, old),
-                (new_params, new_state),
-                (params, optimizer_state),
-            )
-            return params, optimizer_state, loss_sum + jnp.where(active, loss, 0)
-
-        carry = (initial, optimizer.init(_pull_back(initial, factors)), jnp.float32(0))
-        final, _, loss_sum = jax.lax.fori_loop(jnp.int32(0), bound, body, carry)
         # XLA may compute the start twice, once with fused multiply-adds: without a step the
         # difference could be a rounding error, and it must be zero.
         difference = jax.tree.map(
             lambda end, begin: jnp.where(count > 0, end - begin, 0).astype(jnp.float32),
-            final,
-            initial,
+            training.params,
+            effective_params(proxy),
         )
-        delta = _pull_back(difference, factors)
-        return ClientResult(delta, loss_sum / jnp.maximum(count, 1), rows)
+        delta = _pull_back(difference, _factors(proxy, difference))
+        return ClientResult(delta, training.loss / jnp.maximum(count, 1), rows)
 
-    return ClientUpdate(step_count, update)
+    return ClientUpdate(step_count, start, step, finish)
 
 
 def _steps_per_epoch(rows: Array, batch_size: int) -> Array:

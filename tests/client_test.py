@@ -33,13 +33,8 @@ def masked(model):
 
 
 def compiled(update, options=None):
-    """One program for every client and key; ``extra`` are steps beyond the client's own."""
-
-    def run(key, proxy, data, client_id, extra):
-        bound = update.step_count(data.rows(client_id)) + extra
-        return update.update(key, proxy, data, client_id, bound)
-
-    return jax.jit(run, compiler_options=options)
+    """One program for every client and key."""
+    return jax.jit(update.train, compiler_options=options)
 
 
 compiled_fast = functools.cache(lambda update: compiled(update, FAST))
@@ -47,7 +42,7 @@ compiled_fast = functools.cache(lambda update: compiled(update, FAST))
 
 def train(update, proxy, data, client_id, key=KEY):
     """One client's result, for comparisons up to rounding."""
-    return compiled_fast(update)(key, proxy, data, client_id, 0)
+    return compiled_fast(update)(key, proxy, data, client_id)
 
 
 # A task that records: its gradient says which rows a step has seen.
@@ -233,36 +228,21 @@ def test_optimizers_act_on_the_received_values(model, masked, data, set_hidden, 
         np.testing.assert_array_equal(changed, masked.visible[site.path][0])
 
 
-@pytest.fixture(scope="module")
-def exact(model, masked, data):
-    """``(client_id, extra) -> ClientResult``, compiled as a user's program is."""
+def test_a_client_without_rows_brings_nothing(model, masked, data):
+    """Compiled as a user's program is: not even a rounding error."""
     optimizer = optax.adamw(0.01, weight_decay=0.1)
     update = make_client_update(model.apply_fn, classification(), optimizer, 4, epochs=2)
-    run = compiled(update)
-    return lambda client_id, extra: run(KEY, masked, data, client_id, extra)
-
-
-@pytest.mark.parametrize("client_id", [0, 1, 2, 5])
-def test_steps_beyond_a_clients_own_change_nothing(exact, client_id):
-    for extra in (1, 9):
-        longer = exact(client_id, extra)
-        jax.tree.map(np.testing.assert_array_equal, longer, exact(client_id, 0))
-
-
-def test_a_client_without_rows_brings_nothing(exact, model):
-    for extra in (0, 2):
-        result = exact(1, extra)
-        for leaf in jax.tree.leaves(result):
-            np.testing.assert_array_equal(leaf, 0)
-        assert jax.tree.map(jnp.shape, result.delta) == jax.tree.map(jnp.shape, model.params)
+    result = compiled(update)(KEY, masked, data, 1)
+    for leaf in jax.tree.leaves(result):
+        np.testing.assert_array_equal(leaf, 0)
+    assert jax.tree.map(jnp.shape, result.delta) == jax.tree.map(jnp.shape, model.params)
 
 
 def test_vmapped_clients_are_the_clients_alone(masked, data, updates):
     update = updates["adamw"]
     ids, keys = np.arange(8, dtype=np.int32), jax.random.split(KEY, 8)
-    axes = (0, None, None, 0, None)
-    batched = jax.jit(jax.vmap(update.update, in_axes=axes), compiler_options=FAST)
-    together = jax.device_get(batched(keys, masked, data, ids, np.int32(9)))
+    batched = jax.jit(jax.vmap(update.train, in_axes=(0, None, None, 0)), compiler_options=FAST)
+    together = jax.device_get(batched(keys, masked, data, ids))
     for index in ids:
         one = train(update, masked, data, index, keys[index])
         assert_close(jax.tree.map(lambda leaf, i=index: leaf[i], together), one)
