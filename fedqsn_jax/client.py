@@ -7,6 +7,7 @@ round, so the loop carries ``u`` and the optimizer is wrapped: gradients are pul
 decay, no change.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,11 +17,11 @@ import optax
 from flax import struct
 
 from fedqsn_jax.data.federated import ClientData
-from fedqsn_jax.masking import spread
+from fedqsn_jax.masking import Sites, spread
 from fedqsn_jax.proxy import Proxy, effective_params
 from fedqsn_jax.randomness import fold_in_name, keyed_permutation
 from fedqsn_jax.tasks import Task
-from fedqsn_jax.types import ApplyFn, Array, Key, Params
+from fedqsn_jax.types import ApplyFn, Array, Columns, Key, Params
 
 
 @struct.dataclass
@@ -47,11 +48,21 @@ class Training:
       params: The effective parameters ``theta * scale``, in the parameters' dtypes.
       optimizer_state: The optimizer's, which acts on ``theta``.
       loss: Sum of the losses of the steps so far, float32 scalar.
+      factors: What ``theta`` is multiplied by in the model, float32 ``[layers, columns]`` a site:
+        the site's scale, zero where hidden; a site that is absent has factor 1.
+      sites: The mask sites (static).
     """
 
     params: Params
     optimizer_state: optax.OptState
     loss: Array
+    factors: Columns
+    sites: Sites = struct.field(pytree_node=False)
+
+    @property
+    def factor_tree(self) -> Params:
+        """The factors over the tree of the parameters, each to broadcast against its tensor."""
+        return spread(self.factors, self.params, self.sites, 1.0)
 
 
 class ClientUpdate(NamedTuple):
@@ -63,14 +74,14 @@ class ClientUpdate(NamedTuple):
     Attributes:
       step_count: ``rows -> steps``, int32: how many steps a client with so many rows takes.
       start: ``proxy -> Training``.
-      step: ``(key, proxy, data, client_id, index, training) -> training``: the step that is
-        numbered ``index``, from 0 on. Of the proxy it looks at what is visible and scales only.
+      step: ``(key, data, client_id, index, training) -> training``: the step that is numbered
+        ``index``, from 0 on.
       finish: ``(proxy, rows, training) -> ClientResult`` of a client with so many rows.
     """
 
     step_count: Callable[[Array], Array]
     start: Callable[[Proxy], Training]
-    step: Callable[[Key, Proxy, ClientData, Array, Array, Training], Training]
+    step: Callable[[Key, ClientData, Array, Array, Training], Training]
     finish: Callable[[Proxy, Array, Training], ClientResult]
 
     def train(self, key: Key, proxy: Proxy, data: ClientData, client_id: Array) -> ClientResult:
@@ -85,7 +96,7 @@ class ClientUpdate(NamedTuple):
         rows = data.rows(client_id)
 
         def body(index: Array, training: Training) -> Training:
-            return self.step(key, proxy, data, client_id, index, training)
+            return self.step(key, data, client_id, index, training)
 
         training = jax.lax.fori_loop(0, self.step_count(rows), body, self.start(proxy))
         return self.finish(proxy, rows, training)
@@ -117,17 +128,12 @@ def make_client_update(
         return jnp.where(rows > 0, count, 0).astype(jnp.int32)
 
     def start(proxy: Proxy) -> Training:
-        params = effective_params(proxy)
-        theta = _pull_back(params, _factors(proxy, params))
-        return Training(params, optimizer.init(theta), jnp.float32(0))
+        params, factors = effective_params(proxy), _factors(proxy)
+        theta = _pull_back(params, spread(factors, params, proxy.sites, 1.0))
+        return Training(params, optimizer.init(theta), jnp.float32(0), factors, proxy.sites)
 
     def step(
-        key: Key,
-        proxy: Proxy,
-        data: ClientData,
-        client_id: Array,
-        index: Array,
-        training: Training,
+        key: Key, data: ClientData, client_id: Array, index: Array, training: Training
     ) -> Training:
         indices, valid = _minibatch(
             fold_in_name(key, "batches"), index, data.rows(client_id), batch_size
@@ -139,11 +145,12 @@ def make_client_update(
             return task.loss(apply_fn(params, batch, dropout_key), batch, valid)
 
         loss, gradient = jax.value_and_grad(loss_fn)(training.params)
-        factors = _factors(proxy, training.params)
         params, optimizer_state = _wrapped_step(
-            optimizer, gradient, training.optimizer_state, training.params, factors
+            optimizer, gradient, training.optimizer_state, training.params, training.factor_tree
         )
-        return Training(params, optimizer_state, training.loss + loss)
+        return dataclasses.replace(
+            training, params=params, optimizer_state=optimizer_state, loss=training.loss + loss
+        )
 
     def finish(proxy: Proxy, rows: Array, training: Training) -> ClientResult:
         count = step_count(rows)
@@ -154,7 +161,7 @@ def make_client_update(
             training.params,
             effective_params(proxy),
         )
-        delta = _pull_back(difference, _factors(proxy, difference))
+        delta = _pull_back(difference, training.factor_tree)
         return ClientResult(delta, training.loss / jnp.maximum(count, 1), rows)
 
     return ClientUpdate(step_count, start, step, finish)
@@ -175,14 +182,13 @@ def _minibatch(key: Key, step: Array, rows: Array, batch_size: int) -> tuple[Arr
     return keyed_permutation(permutation_key, jnp.minimum(positions, last), last + 1), valid
 
 
-def _factors(proxy: Proxy, params: Params) -> Params:
-    """What theta is multiplied by in the model, over the tree: the scale, zero where hidden."""
+def _factors(proxy: Proxy) -> Columns:
     factors = {}
     for site in proxy.sites:
         if site.path in proxy.visible or site.path in proxy.scale:
             visible = proxy.visible.get(site.path, jnp.ones((site.layers, site.columns), bool))
             factors[site.path] = jnp.where(visible, proxy.scale.get(site.path, 1.0), 0.0)
-    return spread(factors, params, proxy.sites, 1.0)
+    return factors
 
 
 def _pull_back(tree: Params, factors: Params) -> Params:

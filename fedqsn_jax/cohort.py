@@ -44,10 +44,16 @@ class ClientAxis:
 
     Attributes:
       chunk_size: Clients that are trained at once on a device; with 1, one after the other.
+      refills: Places that may be refilled after a step: about as many as become free by then. A
+        place that comes too late waits for the next step. 0: all of them.
+      steps: The number of steps that every client takes, if it is the same for all (those without
+        rows left out); otherwise 0.
       mesh: Devices that share the cohort, with the one axis `CLIENTS_AXIS`; None: no more than one.
     """
 
     chunk_size: int = 1
+    refills: int = 0
+    steps: int = 0
     mesh: Mesh | None = None
 
     @property
@@ -89,7 +95,7 @@ def sum_over_clients(work: ClientWork, context: Any, steps: Array, axis: ClientA
     # The longest first: later ones fill the places that become free.
     order = jnp.argsort(-steps).astype(jnp.int32)
     if axis.mesh is None:
-        return _sum_on_device(work, context, steps, order, axis.chunk_size)
+        return _sum_on_device(work, context, steps, order, axis)
     # Device d gets every n-th client, so that all get long and short ones; a place of -1 is empty.
     share = -(-steps.shape[0] // axis.devices)
     padding = share * axis.devices - steps.shape[0]
@@ -97,8 +103,7 @@ def sum_over_clients(work: ClientWork, context: Any, steps: Array, axis: ClientA
     dealt = dealt.reshape(share, axis.devices).T.reshape(-1)
 
     def on_each_device(context: Any, steps: Array, dealt: Array) -> Any:
-        own = _sum_on_device(work, context, steps, dealt, min(axis.chunk_size, share))
-        return jax.lax.psum(own, CLIENTS_AXIS)
+        return jax.lax.psum(_sum_on_device(work, context, steps, dealt, axis), CLIENTS_AXIS)
 
     everywhere, shared = PartitionSpec(), PartitionSpec(CLIENTS_AXIS)
     return jax.shard_map(
@@ -111,7 +116,7 @@ def sum_over_clients(work: ClientWork, context: Any, steps: Array, axis: ClientA
 
 
 def _sum_on_device(
-    work: ClientWork, context: Any, steps: Array, order: Array, chunk_size: int
+    work: ClientWork, context: Any, steps: Array, order: Array, axis: ClientAxis
 ) -> Any:
     """Sums over the clients in ``order``, those without steps last; -1 is no client."""
     counts = jnp.where(order >= 0, steps[order], 0)
@@ -122,9 +127,9 @@ def _sum_on_device(
         order[0],
     )
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    if chunk_size == 1:
+    if axis.chunk_size == 1:
         return _one_by_one(work, context, order, counts, clients, zero)
-    return _side_by_side(work, context, order, counts, clients, zero, chunk_size)
+    return _side_by_side(work, context, order, counts, clients, zero, axis)
 
 
 def _one_by_one(
@@ -169,55 +174,82 @@ def _side_by_side(
     counts: Array,
     clients: Array,
     zero: Any,
-    chunk_size: int,
+    axis: ClientAxis,
 ) -> Any:
-    last = order.shape[0] - 1
+    size, last = min(axis.chunk_size, order.shape[0]), order.shape[0] - 1
+    refills = size if axis.steps else min(axis.refills or size, size)
     start = jax.vmap(work.start, in_axes=(None, 0))
     step = jax.vmap(work.step, in_axes=(None, 0, 0, 0))
     finish = jax.vmap(work.finish, in_axes=(None, 0, 0))
 
     def client_in(position: Array) -> Array:
-        # An empty place goes on with some client's rows; nothing of that is used.
+        # An empty place stands for some client; nothing that it does is used.
         return jnp.maximum(order[jnp.minimum(position, last)], 0)
 
-    def turn(chunk: _Chunk) -> _Chunk:
-        """Steps until a client is done, then fills the places that became free."""
-        client, taken = client_in(chunk.position), chunk.position < clients
+    def steps_left(chunk: _Chunk) -> Array:
         left = counts[jnp.minimum(chunk.position, last)] - chunk.steps_done
-        count = jnp.where(taken, left, jnp.iinfo(jnp.int32).max).min()
-        carry = jax.lax.fori_loop(
-            0,
-            count,
-            lambda offset, carry: step(context, client, chunk.steps_done + offset, carry),
-            chunk.carry,
+        return jnp.where(chunk.position < clients, left, 0)
+
+    def one_step(chunk: _Chunk) -> _Chunk:
+        active = steps_left(chunk) > 0
+        carry = step(context, client_in(chunk.position), chunk.steps_done, chunk.carry)
+        carry = jax.tree.map(
+            lambda new, old: jnp.where(_along(active, old), new, old), carry, chunk.carry
         )
-        done = taken & (left == count)
+        return chunk._replace(carry=carry, steps_done=chunk.steps_done + active)
+
+    def refill(chunk: _Chunk) -> _Chunk:
+        """Counts in those that are done, and lets others take their places."""
+        done = (chunk.position < clients) & (steps_left(chunk) == 0)
+        # Of the places that are done the first few; behind them, ones that are not.
+        place = jnp.argsort(~done)[:refills].astype(jnp.int32)
+        served = done[place]
+        carry = jax.tree.map(lambda leaf: leaf[place], chunk.carry)
+        contributions = finish(context, client_in(chunk.position[place]), carry)
 
         def add(total: Array, each: Array) -> Array:
-            return total + jnp.where(_along(done, each), each, 0).sum(axis=0, dtype=each.dtype)
+            each = jnp.where(_along(served, each), each, 0)
+            # The compiler's loop over a short axis waits for every load; in one expression they
+            # overlap.
+            for one in each[:_UNROLLED]:
+                total += one
+            rest = each[_UNROLLED:]
+            return total + rest.sum(axis=0, dtype=rest.dtype) if len(rest) else total
 
-        total = jax.tree.map(add, chunk.total, finish(context, client, carry))
-        position = jnp.where(
-            done, chunk.following + jnp.cumsum(done, dtype=jnp.int32) - 1, chunk.position
-        )
-        carry = jax.tree.map(
-            lambda new, old: jnp.where(_along(done, old), new, old),
-            start(context, client_in(position)),
-            carry,
-        )
-        steps_done = jnp.where(done, 0, chunk.steps_done + count)
-        following = chunk.following + done.sum(dtype=jnp.int32)
-        return _Chunk(position, steps_done, carry, following, total)
+        total = jax.tree.map(add, chunk.total, contributions)
+        position = chunk.following + jnp.arange(refills, dtype=jnp.int32)
+        # A place that is not served keeps what it has: an index beyond the chunk is dropped.
+        target = jnp.where(served, place, size + jnp.arange(refills, dtype=jnp.int32))
 
-    position = jnp.arange(chunk_size, dtype=jnp.int32)
+        def put(old: Array, new: Array) -> Array:
+            return old.at[target].set(new, mode="drop", unique_indices=True)
+
+        return _Chunk(
+            put(chunk.position, position),
+            put(chunk.steps_done, jnp.zeros_like(position)),
+            jax.tree.map(put, chunk.carry, start(context, client_in(position))),
+            chunk.following + served.sum(dtype=jnp.int32),
+            total,
+        )
+
+    def turn(chunk: _Chunk) -> _Chunk:
+        # With a number of steps that is known beforehand the device need not ask the host.
+        chunk = jax.lax.fori_loop(0, axis.steps or 1, lambda _, chunk: one_step(chunk), chunk)
+        return refill(chunk)
+
+    position = jnp.arange(size, dtype=jnp.int32)
     first = _Chunk(
         position,
         jnp.zeros_like(position),
         start(context, client_in(position)),
-        jnp.int32(chunk_size),
+        jnp.int32(size),
         zero,
     )
     return jax.lax.while_loop(lambda chunk: (chunk.position < clients).any(), turn, first).total
+
+
+_UNROLLED = 16
+"""Contributions of a chunk that are added in one expression."""
 
 
 def _along(flags: Array, leaf: Array) -> Array:

@@ -21,12 +21,14 @@ class Workload:
 
     Attributes:
       steps: Local steps of clients of the population (a sample of them is enough), int ``[n]``.
+      equal_steps: The number of steps, if it is the same for all clients with rows; otherwise 0.
       client_bytes: What one more client of a chunk takes; see `memory.client_bytes`.
       fixed_bytes: What a device holds whatever the chunk.
       device_bytes: What a device has.
     """
 
     steps: np.ndarray
+    equal_steps: int
     client_bytes: int
     fixed_bytes: int
     device_bytes: int
@@ -88,10 +90,15 @@ def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) 
             f"{_gib(workload.device_bytes)}; the largest that fits is "
             f"{max(workload.largest_chunk, 1)}"
         )
+    busy = workload.steps[workload.steps > 0]
+    mean_steps = float(busy.mean()) if busy.size else 1.0
+    # Steps end where they end: leave room for some more than the mean.
+    refills = min(math.ceil(1.5 * chunk / mean_steps), chunk)
     mesh = Mesh(np.asarray(jax.devices()[:devices]), (CLIENTS_AXIS,)) if wants_mesh else None
     at_once = "one client at a time" if chunk == 1 else f"{chunk} clients at once"
     where = f"{devices} devices, {at_once} on each" if wants_mesh else at_once
-    return Choice(ClientAxis(chunk, mesh), f"{where} ({why})")
+    axis = ClientAxis(chunk, refills, workload.equal_steps, mesh)
+    return Choice(axis, f"{where} ({why})")
 
 
 def _chunk_size(

@@ -155,7 +155,7 @@ def make_federation(
     def step(context: _Context, client: Array, index: Array, training: Training) -> Training:
         client_id = context.ids[client]
         key = jax.random.fold_in(context.training_key, client_id)
-        return update.step(key, proxy_of(context, client), context.data, client_id, index, training)
+        return update.step(key, context.data, client_id, index, training)
 
     def finish(context: _Context, client: Array, training: Training) -> dict[str, Any]:
         rows = context.data.rows(context.ids[client])

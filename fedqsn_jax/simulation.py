@@ -131,7 +131,13 @@ def make_simulation(
     a_client = client_bytes(apply_fn, task, optimizer, params, batch)
     fixed = _fixed_memory(federation_of(client_axis=ClientAxis()), params, sites, config, data)
     steps = update.step_count(data.rows(_some_clients(population)))
-    workload = Workload(np.asarray(steps), a_client, sum(fixed.values()), device_bytes())
+    workload = Workload(
+        steps=np.asarray(steps),
+        equal_steps=config.client.steps,
+        client_bytes=a_client,
+        fixed_bytes=sum(fixed.values()),
+        device_bytes=device_bytes(),
+    )
     choice = choose_client_axis(config.cohort, workload, jax.default_backend())
     at_once = choice.axis.chunk_size
     memory = {**fixed, f"training of {at_once} client(s) at once": at_once * a_client}

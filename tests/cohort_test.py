@@ -42,7 +42,7 @@ def test_strategies_differ_by_rounding_only(model, data):
 
     task = classification()
     results, state = {}, None
-    for chunk in (1, 2, 3, POPULATION):
+    for axis in (ClientAxis(1), ClientAxis(2), ClientAxis(3, refills=1), ClientAxis(POPULATION)):
         federation = make_federation(
             fedqsn(NormalFloat(2, 4), 0.3, 0.4).transform,
             make_client_update(apply_fn, task, optax.sgd(0.2), 4, epochs=2),
@@ -51,7 +51,7 @@ def test_strategies_differ_by_rounding_only(model, data):
             model.sites,
             population=POPULATION,
             cohort=POPULATION,
-            client_axis=ClientAxis(chunk),
+            client_axis=axis,
             proxy_samples=3,
             attackers=(1, 4),
             score=task.score,
@@ -63,8 +63,8 @@ def test_strategies_differ_by_rounding_only(model, data):
             after.params,
             state.params,
         )
-        results[chunk] = leaves_by_path(delta), facts, after.attackers
-    expected, expected_facts, expected_attackers = results.pop(1)
+        results[axis] = leaves_by_path(delta), facts, after.attackers
+    expected, expected_facts, expected_attackers = results.pop(ClientAxis(1))
     for delta, facts, attackers in results.values():
         for path, leaf in delta.items():
             distance = np.linalg.norm(leaf - expected[path]) / np.linalg.norm(expected[path])
@@ -107,13 +107,17 @@ def counting_work(ids):
     return ClientWork(start, step, finish)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize(
+    "axis",
+    [ClientAxis(1), *(ClientAxis(chunk, refills) for chunk in (2, 3, 7) for refills in (0, 1))],
+    ids=lambda axis: f"{axis.chunk_size}_{axis.refills}",
+)
 @pytest.mark.parametrize(
     "steps", [(3, 0, 8, 1, 8, 2, 0), (4,) * 7, (0,) * 7, (0, 0, 0, 9, 0, 0, 0)], ids=str
 )
-def test_each_client_is_counted_once_with_its_own_steps(chunk, steps):
+def test_each_client_is_counted_once_with_its_own_steps(axis, steps):
     ids = jnp.int32([4, 9, 2, 7, 0, 5, 1])
-    run = fast(lambda steps: sum_over_clients(work, jnp.float32(100), steps, ClientAxis(chunk)))
+    run = fast(lambda steps: sum_over_clients(work, jnp.float32(100), steps, axis))
     work = counting_work(ids)
     total = run(jnp.int32(steps))
     expected = np.zeros(10, int)
@@ -121,6 +125,18 @@ def test_each_client_is_counted_once_with_its_own_steps(chunk, steps):
     np.testing.assert_array_equal(total["steps"], expected)
     np.testing.assert_array_equal(total["seen"], expected > 0)
     assert float(total["sum"]) == 100 * np.count_nonzero(steps) + sum(steps)
+
+
+@pytest.mark.parametrize("chunk", [2, 5, 7])
+def test_equal_steps_may_be_said_beforehand(chunk):
+    """The same sums, also with clients without rows."""
+    ids, steps = jnp.int32([4, 9, 2, 7, 0, 5, 1]), jnp.int32([4, 4, 0, 4, 4, 0, 4])
+    axis = ClientAxis(chunk, steps=4)
+    total = fast(lambda: sum_over_clients(counting_work(ids), jnp.float32(9), steps, axis))()
+    expected = np.zeros(10, int)
+    expected[np.asarray(ids)] = steps
+    np.testing.assert_array_equal(total["steps"], expected)
+    assert float(total["sum"]) == 9 * 5 + 4 * 5
 
 
 def test_a_place_that_is_free_does_not_wait_for_the_longest():
