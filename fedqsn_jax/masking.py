@@ -44,6 +44,8 @@ DEFAULT_RULES: tuple[str, ...] = (
     "*key/kernel: layer input column column",
     "*value/kernel: layer input column column",
     "*out/kernel: layer input input column",
+    # Feed-forward layers in a scanned stack.
+    "*layers/mlp/*/kernel: layer input column",
     # Convolutions: spatial axes and input channels are inputs.
     "*conv*/kernel: input input column",
     "*/kernel: input input input column",
