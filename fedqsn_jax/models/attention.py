@@ -167,9 +167,7 @@ def attend(
       ``[rows, queries, heads, size]``.
     """
     if dropout_key is not None:
-        return _attend_with_dropout(
-            query, key, value, mask, bias, scale, causal, dropout_key, rate
-        )
+        return _attend_with_dropout(query, key, value, mask, bias, scale, causal, dropout_key, rate)
     if attention == "auto":
         attention = "cudnn" if bias is None and _cudnn_applies(query, key) else "xla"
     if attention == "cudnn" and mask is not None:

@@ -5,6 +5,8 @@ slots in every row, padding included; a mask says which slots hold real tokens, 
 those only. So rows of different lengths need no alignment, and padding may stand on either side.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -27,6 +29,15 @@ class Cache:
     value: Array
     mask: Array
     used: Array
+
+    @property
+    def arrays(self) -> tuple[Array, Array]:
+        """Keys and values, as layers carry them."""
+        return self.key, self.value
+
+    def written(self, arrays: tuple[Array, Array], count: int) -> "Cache":
+        """Returns the cache after the layers wrote ``count`` tokens to its arrays."""
+        return dataclasses.replace(self, key=arrays[0], value=arrays[1], used=self.used + count)
 
     def take_rows(self, rows: Array) -> "Cache":
         """Gathers rows, int32 ``[any]``, which may repeat."""
@@ -76,7 +87,7 @@ def attendable(mask: Array, cache: Cache | None) -> tuple[Array, Cache | None]:
     last = cache.used + jnp.arange(length, dtype=jnp.int32)
     causal = jnp.arange(slots, dtype=jnp.int32).reshape(1, -1) <= last.reshape(-1, 1)
     pairs = jnp.expand_dims(seen, (1, 2)) & jnp.expand_dims(causal, (0, 1))
-    return pairs, cache.replace(mask=seen)
+    return pairs, dataclasses.replace(cache, mask=seen)
 
 
 def write(stacked: Array, layer: Array, used: Array, new: Array) -> tuple[Array, Array]:

@@ -8,7 +8,14 @@ from flax import linen as nn
 
 from fedqsn_jax.models.attention import Attention
 from fedqsn_jax.models.cache import positions_of
-from fedqsn_jax.models.hugging_face import Settings, Tensor, embedding, layer_norm, linear, token_ids
+from fedqsn_jax.models.hugging_face import (
+    Settings,
+    Tensor,
+    embedding,
+    layer_norm,
+    linear,
+    token_ids,
+)
 from fedqsn_jax.models.transformer import (
     Dropout,
     Embed,
@@ -97,10 +104,11 @@ class EncoderConfig:
     def ignored(self) -> tuple[str, ...]:
         """Patterns of tensors that a file may hold and that are not read.
 
-        A pooler is read where it is part of BERT's classifier; the other heads are those of
-        pre-training.
+        These are parts of a classification head that another pooling does without, and the heads
+        of pre-training.
         """
-        return ("embeddings.position_ids", "pooler.dense.*", "cls.*", "lm_head.*")
+        heads = ("pooler.dense.*", "classifier.*", "cls.*", "lm_head.*")
+        return ("embeddings.position_ids", *heads)
 
     def with_dropout(self, rate: float) -> Self:
         """Returns the same with one dropout rate everywhere."""
@@ -163,7 +171,9 @@ class EncoderConfig:
             "bos_token_id": self.bos_token_id,
             "eos_token_id": token_ids(self.eos_token_ids),
             "pooling": self.pooling,
-        } | ({"id2label": names, "label2id": {v: int(k) for k, v in names.items()}} if names else {})
+        } | (
+            {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}} if names else {}
+        )
 
     def tensors(self) -> list[Tensor]:
         """Returns how every tensor is written down."""
@@ -276,9 +286,7 @@ class _Layer(nn.Module):
         attended = Dropout(config.hidden_dropout, self.train)(attended)
         norm = nn.LayerNorm(config.norm_epsilon, dtype, name="attention_norm")
         hidden = norm(hidden + attended)
-        mlp = Mlp(
-            config.inner, config.activation, self.execution, stddev=config.stddev, name="mlp"
-        )
+        mlp = Mlp(config.inner, config.activation, self.execution, stddev=config.stddev, name="mlp")
         changed = Dropout(config.hidden_dropout, self.train)(mlp(hidden))
         norm = nn.LayerNorm(config.norm_epsilon, dtype, name="mlp_norm")
         return norm(hidden + changed), None

@@ -8,7 +8,14 @@ from flax import linen as nn
 
 from fedqsn_jax.models.attention import Attention, Slots
 from fedqsn_jax.models.cache import Cache, attendable, last_real, positions_of
-from fedqsn_jax.models.hugging_face import Settings, Tensor, embedding, layer_norm, linear, token_ids
+from fedqsn_jax.models.hugging_face import (
+    Settings,
+    Tensor,
+    embedding,
+    layer_norm,
+    linear,
+    token_ids,
+)
 from fedqsn_jax.models.transformer import (
     Dropout,
     Embed,
@@ -216,13 +223,12 @@ class GPT2(nn.Module):
         seen, cache = attendable(mask, cache)
         layers = stack(_Layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
-        arrays = None if cache is None else (cache.key, cache.value)
+        arrays = None if cache is None else cache.arrays
         used = None if cache is None else cache.used
         each = jnp.arange(config.layers, dtype=jnp.int32)
         (hidden, arrays), _ = layers((hidden, arrays), each, (seen, used))
         if cache is not None:
-            key, value = arrays
-            cache = cache.replace(key=key, value=value, used=cache.used + tokens.shape[1])
+            cache = cache.written(arrays, tokens.shape[1])
         hidden = nn.LayerNorm(config.norm_epsilon, dtype, name="final_norm")(hidden)
         if last_only:
             hidden = last_real(hidden, mask)
@@ -251,7 +257,7 @@ class _Layer(nn.Module):
             causal=True,
             name="attention",
         )
-        slots = None if arrays is None else Slots(*arrays, layer, used)
+        slots = None if arrays is None else Slots(arrays[0], arrays[1], layer, used)
         normed = nn.LayerNorm(config.norm_epsilon, dtype, name="attention_norm")(hidden)
         attended, arrays = attention(normed, seen, slots=slots)
         hidden += Dropout(config.residual_dropout, self.train)(attended)

@@ -116,10 +116,9 @@ def _causal(config: GPT2Config | LlamaConfig, execution: Execution) -> LanguageM
         rows, slots = tokens.shape[0], tokens.shape[1] + new_tokens
         check_length(slots, config.max_length)
         cache = empty_cache(config.layers, rows, slots, heads, size, execution.dtype)
-        logits, cache = module.apply(
-            {"params": params}, tokens, batch.get("mask"), cache, last_only=True
-        )
-        return logits[:, 0], cache
+        inputs = tokens, batch.get("mask"), cache
+        logits, filled = module.apply({"params": params}, *inputs, last_only=True)
+        return logits[:, 0], filled
 
     def step(params: Params, tokens: Array, cache: Any) -> tuple[Array, Any]:
         logits, cache = module.apply({"params": params}, tokens[:, None], None, cache)

@@ -256,13 +256,12 @@ class Llama(nn.Module):
         seen, cache = attendable(mask, cache)
         layers = stack(_Layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
-        arrays = None if cache is None else (cache.key, cache.value)
+        arrays = None if cache is None else cache.arrays
         used = None if cache is None else cache.used
         each = jnp.arange(config.layers, dtype=jnp.int32)
         (hidden, arrays), _ = layers((embed(tokens), arrays), each, (seen, used, rotation))
         if cache is not None:
-            key, value = arrays
-            cache = cache.replace(key=key, value=value, used=cache.used + tokens.shape[1])
+            cache = cache.written(arrays, tokens.shape[1])
         hidden = nn.RMSNorm(config.norm_epsilon, dtype, name="final_norm")(hidden)
         if last_only:
             hidden = last_real(hidden, mask)
@@ -293,7 +292,7 @@ class _Layer(nn.Module):
             causal=True,
             name="attention",
         )
-        slots = None if arrays is None else Slots(*arrays, layer, used)
+        slots = None if arrays is None else Slots(arrays[0], arrays[1], layer, used)
         normed = nn.RMSNorm(config.norm_epsilon, dtype, name="attention_norm")(hidden)
         attended, arrays = attention(normed, seen, rotation=rotation, slots=slots)
         hidden += attended

@@ -7,6 +7,7 @@ another shape is an error that names it.
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedqsn_jax.masking import leaves_by_path
+from fedqsn_jax.models.encoder import EncoderConfig
 from fedqsn_jax.models.hugging_face import PretrainedError, Settings, Tensor
 from fedqsn_jax.models.language import FAMILIES, LanguageConfig, make_language_model
 from fedqsn_jax.randomness import fold_in_name
@@ -232,9 +234,7 @@ def _names(tensor: Tensor, shape: tuple[int, ...], prefix: str) -> list[str]:
     return [name.replace("{}", str(layer)) for layer in range(shape[0])]
 
 
-def _read(
-    files: _Files, tensor: Tensor, names: list[str], shape: tuple[int, ...]
-) -> np.ndarray:
+def _read(files: _Files, tensor: Tensor, names: list[str], shape: tuple[int, ...]) -> np.ndarray:
     """One tensor of ours, float32."""
     layer_shape = shape[1:] if tensor.stacked else shape
     expected = tensor.there(layer_shape)
@@ -255,14 +255,12 @@ def _read(
     return result if tensor.stacked else result[0]
 
 
-def _untied_where_they_differ(
-    config: LanguageConfig, files: _Files, prefix: str
-) -> LanguageConfig:
+def _untied_where_they_differ(config: LanguageConfig, files: _Files, prefix: str) -> LanguageConfig:
     """Keeps an output layer that is not the embedding which the configuration says it is.
 
     The transformers library decides so too, and writes T5 1.1 down in this way.
     """
-    if not getattr(config, "tied", False) or _OUTPUT_LAYER not in files.where:
+    if isinstance(config, EncoderConfig) or not config.tied or _OUTPUT_LAYER not in files.where:
         return config
     table = next(tensor for tensor in config.tensors() if tensor.path.startswith("token_embed"))
     name = _names(table, (), prefix)[0]
@@ -271,9 +269,10 @@ def _untied_where_they_differ(
     head, embedding = (files.where[n].handle.get_tensor(n) for n in (_OUTPUT_LAYER, name))
     if np.array_equal(head, embedding):
         return config
-    return dataclasses.replace(config, tied=False)  # type: ignore[call-arg]
+    return dataclasses.replace(config, tied=False)
 
 
+@functools.cache
 def _shapes(config: LanguageConfig) -> dict[str, tuple[int, ...]]:
     shapes = jax.eval_shape(make_language_model(config).init, jax.random.key(0))
     return {path: tuple(leaf.shape) for path, leaf in leaves_by_path(shapes).items()}

@@ -235,6 +235,7 @@ class T5(nn.Module):
     execution: Execution = Execution()
 
     def setup(self) -> None:
+        """Makes the parts that several methods share."""
         config, dtype = self.config, self.execution.dtype
         self.token_embed = Embed(config.vocab_size, config.width, dtype, 1.0)
         self.encoder = _Encoder(config, self.execution)
@@ -271,8 +272,9 @@ class T5(nn.Module):
 
     def decode(self, tokens: Array, cache: T5Cache) -> tuple[Array, T5Cache]:
         """Returns logits ``[rows, length, vocab]`` after new decoder tokens ``[rows, length]``."""
+        own: Any
         hidden, own = self.decoder(self.token_embed(tokens), None, cache.mask, cache, False)
-        return self._logits(hidden), cache.replace(own=own)
+        return self._logits(hidden), dataclasses.replace(cache, own=own)
 
     def _logits(self, hidden: Array) -> Array:
         if self.config.scaled_output:
@@ -314,7 +316,7 @@ class _Decoder(nn.Module):
         own, arrays, used = None if cache is None else cache.own, None, jnp.int32(0)
         positions = slots = jnp.arange(length, dtype=jnp.int32)
         if own is not None:
-            arrays, used = (own.key, own.value), own.used
+            arrays, used = own.arrays, own.used
             positions += used
             slots = jnp.arange(own.mask.shape[1], dtype=jnp.int32)
         seen, own = attendable(jnp.ones(hidden.shape[:2], bool), own)
@@ -327,7 +329,7 @@ class _Decoder(nn.Module):
         shared = (seen, bias, used, encoded, jnp.expand_dims(encoded_mask, (1, 2)))
         (hidden, arrays), _ = layers((hidden, arrays), each, shared)
         if own is not None:
-            own = own.replace(key=arrays[0], value=arrays[1], used=used + length)
+            own = own.written(arrays, length)
         hidden = nn.RMSNorm(config.norm_epsilon, self.execution.dtype, name="final_norm")(hidden)
         return Dropout(config.dropout, train)(hidden), own
 
@@ -396,7 +398,7 @@ class _DecoderLayer(_Layer):
     def __call__(self, carry: Any, each: Any, shared: Any) -> tuple[Any, None]:
         (hidden, arrays), (layer, key_value) = carry, each
         seen, bias, used, encoded, encoded_mask = shared
-        slots = None if arrays is None else Slots(*arrays, layer, used)
+        slots = None if arrays is None else Slots(arrays[0], arrays[1], layer, used)
         attended, arrays = self.attention("self_attention", causal=True)(
             self.norm("self_attention_norm")(hidden), seen, bias=bias, slots=slots
         )

@@ -136,6 +136,7 @@ class Embed(nn.Module):
     stddev: float
 
     def setup(self) -> None:
+        """Makes the table."""
         shape = (self.entries, self.width)
         self.embedding = self.param("embedding", nn.initializers.normal(self.stddev), shape)
 
