@@ -68,20 +68,23 @@ def positions_of(mask: Array, cache: Cache | None = None) -> Array:
     return jnp.maximum(counts - 1, 0)
 
 
-def attendable(mask: Array, cache: Cache | None) -> tuple[Array, Cache | None]:
+def attendable(
+    mask: Array, cache: Cache | None, padded: bool = True
+) -> tuple[Array | None, Cache | None]:
     """Says what new tokens may attend to, and notes them in the cache.
 
     Args:
       mask: bool ``[rows, length]``: which of the new tokens are real.
       cache: What was seen before them.
+      padded: Whether any may be padding.
 
     Returns:
-      bool ``[rows, 1, 1, length]`` without a cache (causality is left to the attention), and with
-      one bool ``[rows, 1, length, slots]``, causal; and the cache with the new tokens' mask, their
-      keys and values still to be written at ``used``.
+      Without a cache, bool ``[rows, 1, 1, length]``, or None where nothing is padding; causality is
+      left to the attention. With one, bool ``[rows, 1, length, slots]``, causal; and the cache with
+      the new tokens' mask, their keys and values still to be written at ``used``.
     """
     if cache is None:
-        return jnp.expand_dims(mask, (1, 2)), None
+        return jnp.expand_dims(mask, (1, 2)) if padded else None, None
     length, slots = mask.shape[1], cache.mask.shape[1]
     seen = jax.lax.dynamic_update_slice(cache.mask, mask, (0, cache.used))
     last = cache.used + jnp.arange(length, dtype=jnp.int32)

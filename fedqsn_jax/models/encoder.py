@@ -234,6 +234,7 @@ class Encoder(nn.Module):
         """
         config, dtype = self.config, self.execution.dtype
         check_length(tokens.shape[1], config.max_length)
+        seen = None if mask is None else jnp.expand_dims(mask.astype(bool), (1, 2))
         mask = real_tokens(tokens, mask)
 
         def embed(entries: int, name: str) -> Embed:
@@ -248,7 +249,7 @@ class Encoder(nn.Module):
         hidden = Dropout(config.hidden_dropout, train)(hidden)
         layers = stack(_Layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
-        hidden, _ = layers(hidden, None, jnp.expand_dims(mask, (1, 2)))
+        hidden, _ = layers(hidden, None, seen)
         return self._classify(hidden.astype(jnp.float32), mask, train)
 
     def _classify(self, hidden: Array, mask: Array, train: bool) -> Array:
@@ -270,7 +271,7 @@ class _Layer(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, hidden: Array, each: None, mask: Array) -> tuple[Array, None]:
+    def __call__(self, hidden: Array, each: None, mask: Array | None) -> tuple[Array, None]:
         config, dtype = self.config, self.execution.dtype
         attention = Attention(
             config.heads,

@@ -213,14 +213,14 @@ class GPT2(nn.Module):
         """
         config, dtype = self.config, self.execution.dtype
         check_length(tokens.shape[1], config.max_length)
-        mask = real_tokens(tokens, mask)
+        padded, mask = mask is not None, real_tokens(tokens, mask)
         embed = Embed(config.vocab_size, config.width, dtype, config.stddev, name="token_embed")
         positions = Embed(
             config.positions, config.width, dtype, config.stddev, name="position_embed"
         )
         hidden = embed(tokens) + positions(positions_of(mask, cache))
         hidden = Dropout(config.embedding_dropout, train)(hidden)
-        seen, cache = attendable(mask, cache)
+        seen, cache = attendable(mask, cache, padded)
         layers = stack(_Layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
         arrays = None if cache is None else cache.arrays

@@ -249,11 +249,11 @@ class Llama(nn.Module):
         """
         config, dtype = self.config, self.execution.dtype
         check_length(tokens.shape[1], config.max_length)
-        mask = real_tokens(tokens, mask)
+        padded, mask = mask is not None, real_tokens(tokens, mask)
         embed = Embed(config.vocab_size, config.width, dtype, config.stddev, name="token_embed")
         frequencies = rope_frequencies(config.head_size, config.rope_base, config.rope_scaling)
         rotation = rotation_of(positions_of(mask, cache), frequencies)
-        seen, cache = attendable(mask, cache)
+        seen, cache = attendable(mask, cache, padded)
         layers = stack(_Layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
         arrays = None if cache is None else cache.arrays

@@ -319,7 +319,7 @@ class _Decoder(nn.Module):
             arrays, used = own.arrays, own.used
             positions += used
             slots = jnp.arange(own.mask.shape[1], dtype=jnp.int32)
-        seen, own = attendable(jnp.ones(hidden.shape[:2], bool), own)
+        seen, own = attendable(jnp.ones(hidden.shape[:2], bool), own, padded=False)
         bias = _RelativeBias(config, False, name="relative_embed")(positions, slots)
         hidden = Dropout(config.dropout, train)(hidden)
         layers = stack(_DecoderLayer, config.decoder_layers, self.execution)
