@@ -1,5 +1,7 @@
 """Tiny language models of every family, with random parameters, for several tests."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from fedqsn_jax.models.llama import LlamaConfig
 from fedqsn_jax.models.t5 import T5Config
 
 VOCAB = 20
+# Compiling is most of what these tests take.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CONFIGS = {
     "bert": EncoderConfig("bert", VOCAB, 8, 2, 2, 12, positions=16, classes=3),
     "roberta": EncoderConfig(

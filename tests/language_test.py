@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from language_cases import CONFIGS, VOCAB, batch_of, random_params
+from language_cases import CONFIGS, VOCAB, batch_of, jit, random_params
 
 from fedqsn_jax.models.attention import (
     RopeScaling,
@@ -51,7 +51,7 @@ def gradient_of(name, execution=None):
 @functools.cache
 def plain(function, name):
     """What a function of a model, `logits_of` or `gradient_of`, gives with default settings."""
-    return jax.jit(function(name))(random_params(CONFIGS[name]), batch_of())
+    return jit(function(name))(random_params(CONFIGS[name]), batch_of())
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_stacked_parameters_compute_what_single_ones_do(function, name):
     both = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), random_params(config), random_params(config, seed=1)
     )
-    mapped = jax.jit(jax.vmap(function(name), in_axes=(0, None)))(both, batch)
+    mapped = jit(jax.vmap(function(name), in_axes=(0, None)))(both, batch)
     close(jax.tree.map(lambda leaf: leaf[0], mapped), plain(function, name))
 
 
@@ -77,7 +77,7 @@ def test_stacked_parameters_compute_what_single_ones_do(function, name):
     ],
 )
 def test_unrolled_and_rematerialized_layers_are_the_same(function, name, execution):
-    again = jax.jit(function(name, execution))(random_params(CONFIGS[name]), batch_of())
+    again = jit(function(name, execution))(random_params(CONFIGS[name]), batch_of())
     close(again, plain(function, name))
 
 
@@ -85,7 +85,7 @@ def test_unrolled_and_rematerialized_layers_are_the_same(function, name, executi
 def test_bfloat16_is_close_and_keeps_parameters_float32(name):
     params, exact = random_params(CONFIGS[name]), plain(logits_of, name)
     execution = Execution(dtype="bfloat16")
-    logits = jax.jit(logits_of(name, execution))(params, batch_of())
+    logits = jit(logits_of(name, execution))(params, batch_of())
     assert logits.dtype == jnp.float32
     assert 0 < np.linalg.norm(logits - exact) / np.linalg.norm(exact) < 0.05
     model = make_language_model(CONFIGS[name], execution)
@@ -96,7 +96,7 @@ def test_bfloat16_is_close_and_keeps_parameters_float32(name):
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_dropout_acts_with_a_key(name):
     params, (key, other) = random_params(CONFIGS[name]), jax.random.split(jax.random.key(0))
-    dropping = jax.jit(make_language_model(CONFIGS[name], dropout=0.3).apply_fn)
+    dropping = jit(make_language_model(CONFIGS[name], dropout=0.3).apply_fn)
     drawn = dropping(params, batch_of(), key)
     np.testing.assert_array_equal(drawn, dropping(params, batch_of(), key))
     assert np.abs(drawn - dropping(params, batch_of(), other)).max() > 1e-3
@@ -123,7 +123,7 @@ def test_steps_with_a_cache_equal_the_whole_sequence(name):
     new = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, (4, 3)), jnp.int32)
     rows = jnp.asarray([2, 0, 0, 1], jnp.int32)
 
-    @jax.jit
+    @jit
     def stepwise(params, batch):
         def step(cache, tokens):
             return model.decoder.step(params, tokens, cache)[::-1]
@@ -132,7 +132,7 @@ def test_steps_with_a_cache_equal_the_whole_sequence(name):
         _, others = jax.lax.scan(step, model.decoder.take_rows(cache, rows), new.T)
         return jnp.concatenate([first[rows][:, None], others.swapaxes(0, 1)], axis=1)
 
-    @jax.jit
+    @jit
     def whole(params, batch):
         batch = {key: array[rows] for key, array in batch.items()}
         if name == "t5":
@@ -212,6 +212,38 @@ def test_attention_is_what_the_formula_says(dropping, causal):
     seen = mask & np.tril(np.ones((5, 5), bool)) if causal else mask
     expected = attention_by_hand(query, key, value, seen, bias, 0.7)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flash_attention_of_cudnn_equals_that_of_xla(causal, kv_heads):
+    """With its gradients, with padding on either side, mapped over clients and not."""
+    rng = np.random.default_rng(0)
+
+    def normal(heads):
+        return jnp.asarray(rng.normal(size=(2, 3, 16, heads, 16)), jnp.bfloat16)
+
+    arrays = normal(4), normal(kv_heads), normal(kv_heads)
+    mask = np.ones((2, 3, 1, 1, 16), bool)
+    mask[:, 1, ..., -5:] = False
+    mask[:, 2, ..., :3] = False
+    # Queries at padding see nothing that counts.
+    weights = jnp.asarray(mask.reshape(2, 3, 16, 1, 1) * rng.normal(size=(2, 3, 16, 4, 16)))
+
+    def loss(arrays, mask, weights, attention):
+        attended = attend(*arrays, mask, None, scale=0.3, causal=causal, attention=attention)
+        return (attended.astype(jnp.float32) * weights).sum()
+
+    def gradients(attention):
+        one = functools.partial(jax.value_and_grad(loss), attention=attention)
+        first = jax.tree.map(lambda array: array[0], (arrays, mask, weights))
+        return jax.jit(one)(*first), jax.jit(jax.vmap(one))(arrays, mask, weights)
+
+    def as_float32(tree):
+        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree)
+
+    close(as_float32(gradients("cudnn")), as_float32(gradients("xla")), 0.03)
 
 
 def test_a_row_that_sees_nothing_is_finite():

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from language_cases import jit
 from safetensors.numpy import load_file
 
 from fedqsn_jax.models.language import make_language_model
@@ -49,7 +50,7 @@ def test_logits_equal_those_of_transformers(name):
     found = golden(name)
     loaded = load(name)
     assert loaded.fresh == ()
-    apply_fn = jax.jit(functools.partial(make_language_model(loaded.config).apply_fn, key=None))
+    apply_fn = jit(functools.partial(make_language_model(loaded.config).apply_fn, key=None))
     for mask in ("mask", "mask_left"):
         logits = f"logits{mask.removeprefix('mask')}"
         if logits in found:
@@ -66,7 +67,7 @@ def test_logits_equal_those_of_transformers(name):
 def test_pooled_states_equal_those_of_transformers(name, pooling):
     found = golden(name)
     loaded = load_pretrained(GOLDENS / name, jax.random.key(0), classes=0, pooling=pooling)
-    pooled = jax.jit(functools.partial(make_language_model(loaded.config).apply_fn, key=None))
+    pooled = jit(functools.partial(make_language_model(loaded.config).apply_fn, key=None))
     hidden, mask = found["hidden"], found["mask"][..., None]
     expected = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
     np.testing.assert_allclose(pooled(loaded.params, batch_of(found)), expected, atol=TOLERANCE)
@@ -79,7 +80,7 @@ def test_greedy_tokens_equal_those_of_transformers(name):
     decoder = make_language_model(loaded.config).decoder
     count = found["generated"].shape[1]
 
-    @jax.jit
+    @jit
     def generate(params, batch):
         def step(carry, _):
             logits, cache = carry
