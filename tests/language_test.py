@@ -168,12 +168,20 @@ def test_a_model_without_positions_for_a_sequence_refuses_it():
     [
         ({"dtype": "float16"}, "float32, bfloat16"),
         ({"attention": "flash"}, "auto, xla, cudnn"),
+        ({"attention": "cudnn"}, "'cudnn' with dtype = 'float32': allowed is bfloat16"),
         ({"unroll": 0}, "unroll = 0: allowed is 1 or more"),
     ],
 )
 def test_wrong_execution_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Execution(**settings)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="this device has it")
+def test_flash_attention_on_another_device_is_refused():
+    execution = Execution("bfloat16", "cudnn")
+    with pytest.raises(ValueError, match="attention = 'cudnn' needs a GPU; this is a cpu"):
+        jax.eval_shape(logits_of("bert", execution), random_params(CONFIGS["bert"]), batch_of())
 
 
 # Attention, against the formula in NumPy.

@@ -155,10 +155,11 @@ def attend(
       key: ``[rows, keys, key heads, size]``.
       value: The same.
       mask: bool, broadcasts to ``[rows, heads, queries, keys]``, or None.
-      bias: Added to the scaled products, the same shape, or None.
+      bias: Added to the scaled products, the same shape, or None. Where there is one, XLA's
+        attention is used: cuDNN's has no gradients for a bias that is masked too.
       scale: What products are multiplied by.
       causal: Whether query i sees keys up to i only.
-      attention: See `Execution`.
+      attention: See `Execution`; ``cudnn`` on another device is a ValueError.
       dropout_key: With a key, probabilities are dropped. JAX's attention cannot do that, so it is
         then written out here.
       rate: The rate of that.
@@ -168,8 +169,12 @@ def attend(
     """
     if dropout_key is not None:
         return _attend_with_dropout(query, key, value, mask, bias, scale, causal, dropout_key, rate)
-    if attention == "auto":
-        attention = "cudnn" if bias is None and _cudnn_applies(query, key) else "xla"
+    if bias is not None:
+        attention = "xla"
+    elif attention == "auto":
+        attention = "cudnn" if _cudnn_applies(query, key) else "xla"
+    if attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(f"attention = 'cudnn' needs a GPU; this is a {jax.default_backend()}")
     if attention == "cudnn" and mask is not None:
         # cuDNN takes the mask as a bias and wants its last two axes whole.
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))

@@ -227,8 +227,7 @@ class T5(nn.Module):
 
     Attributes:
       config: The architecture.
-      execution: How it is computed. A learned bias in the attention means XLA's everywhere but in
-        cross-attention.
+      execution: How it is computed.
     """
 
     config: T5Config
