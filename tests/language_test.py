@@ -18,7 +18,7 @@ from fedqsn_jax.models.attention import (
 )
 from fedqsn_jax.models.cache import attendable, empty_cache, last_real, positions_of
 from fedqsn_jax.models.language import make_language_model
-from fedqsn_jax.models.t5 import relative_buckets
+from fedqsn_jax.models.relative_positions import relative_buckets
 from fedqsn_jax.models.transformer import Execution, drop
 
 

@@ -1,7 +1,6 @@
 """T5 (arXiv 1910.10683), its version 1.1 and Flan-T5: encoder, decoder, relative positions."""
 
 import dataclasses
-import math
 from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from flax import struct
 from fedqsn_jax.models.attention import Attention, Slots
 from fedqsn_jax.models.cache import Cache, attendable
 from fedqsn_jax.models.hugging_face import Settings, Tensor, embedding, linear, token_ids
+from fedqsn_jax.models.relative_positions import RelativeBias
 from fedqsn_jax.models.transformer import Dropout, Embed, Execution, Head, Mlp, real_tokens, stack
 from fedqsn_jax.types import Array, Params
 
@@ -289,7 +289,7 @@ class _Encoder(nn.Module):
     def __call__(self, hidden: Array, mask: Array, train: bool) -> Array:
         config = self.config
         positions = jnp.arange(hidden.shape[1], dtype=jnp.int32)
-        bias = _RelativeBias(config, True, name="relative_embed")(positions, positions)
+        bias = _relative_bias(config, bidirectional=True)(positions, positions)
         hidden = Dropout(config.dropout, train)(hidden)
         layers = stack(_EncoderLayer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
@@ -319,7 +319,7 @@ class _Decoder(nn.Module):
             positions += used
             slots = jnp.arange(own.mask.shape[1], dtype=jnp.int32)
         seen, own = attendable(jnp.ones(hidden.shape[:2], bool), own, padded=False)
-        bias = _RelativeBias(config, False, name="relative_embed")(positions, slots)
+        bias = _relative_bias(config, bidirectional=False)(positions, slots)
         hidden = Dropout(config.dropout, train)(hidden)
         layers = stack(_DecoderLayer, config.decoder_layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
@@ -413,47 +413,12 @@ class _DecoderLayer(_Layer):
         return (hidden, arrays), None
 
 
-class _RelativeBias(nn.Module):
-    config: T5Config
-    bidirectional: bool
-
-    @nn.compact
-    def __call__(self, queries: Array, keys: Array) -> Array:
-        """Returns float32 ``[1, heads, queries, keys]`` of int32 positions."""
-        config = self.config
-        distances = keys.reshape(1, -1) - queries.reshape(-1, 1)
-        buckets = relative_buckets(
-            distances, self.bidirectional, config.buckets, config.max_distance
-        )
-        shape = (config.buckets, config.heads)
-        table = self.param("embedding", nn.initializers.normal(config.width**-0.5), shape)
-        return jnp.take(table, buckets, axis=0).transpose(2, 0, 1)[None]
-
-
-def relative_buckets(
-    distances: Array, bidirectional: bool, buckets: int, max_distance: int
-) -> Array:
-    """Returns the bucket, int32, of each distance from a query to a key.
-
-    Half of the buckets are for one distance each, the other half for ranges that grow with the
-    distance, up to ``max_distance`` and beyond.
-
-    Args:
-      distances: int32, key's position less query's.
-      bidirectional: Whether keys behind the query have buckets of their own (half of all), or
-        count as distance 0.
-      buckets: Their number.
-      max_distance: From here on all distances share the last one.
-    """
-    offset: Array | int = 0
-    if bidirectional:
-        buckets //= 2
-        offset = jnp.where(distances > 0, buckets, 0)
-        distances = jnp.abs(distances)
-    else:
-        distances = jnp.maximum(-distances, 0)
-    exact = buckets // 2
-    growth = jnp.log(jnp.maximum(distances, 1).astype(jnp.float32) / exact)
-    wide = exact + growth / math.log(max_distance / exact) * (buckets - exact)
-    wide = jnp.minimum(wide.astype(jnp.int32), buckets - 1)
-    return offset + jnp.where(distances < exact, distances, wide)
+def _relative_bias(config: T5Config, bidirectional: bool) -> RelativeBias:
+    return RelativeBias(
+        config.heads,
+        bidirectional,
+        config.buckets,
+        config.max_distance,
+        stddev=config.width**-0.5,
+        name="relative_embed",
+    )
