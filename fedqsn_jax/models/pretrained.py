@@ -137,7 +137,7 @@ def load_pretrained(source: str | Path, key: Key, **overrides: Any) -> Pretraine
                 f"{files.where[name].path}: tensor {name} is unexpected in a {config.family} of "
                 f"{_CONFIG}'s sizes"
             )
-    return Pretrained(config, _nested(flat), tuple(fresh))
+    return Pretrained(config, nested(flat), tuple(fresh))
 
 
 def save_pretrained(directory: str | Path, config: LanguageConfig, params: Params) -> None:
@@ -182,6 +182,18 @@ def save_pretrained(directory: str | Path, config: LanguageConfig, params: Param
         (directory / _CONFIG).write_text(text)
     except OSError as error:
         raise PretrainedError(f"{directory}: {error.strerror}") from error
+
+
+def nested(flat: Mapping[str, np.ndarray]) -> Params:
+    """Returns nested dictionaries of tensors that are named by their paths."""
+    tree: dict[str, Any] = {}
+    for path, array in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = array
+    return tree
 
 
 class _Files(NamedTuple):
@@ -283,17 +295,6 @@ def _draw(key: Key, path: str, shape: tuple[int, ...], config: LanguageConfig) -
         return np.zeros(shape, np.float32)
     stddev = getattr(config, "stddev", 0.02)
     return np.asarray(stddev * jax.random.normal(fold_in_name(key, path), shape), np.float32)
-
-
-def _nested(flat: Mapping[str, np.ndarray]) -> Params:
-    tree: dict[str, Any] = {}
-    for path, array in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = array
-    return tree
 
 
 def _read_json(file: Path) -> dict[str, Any]:
