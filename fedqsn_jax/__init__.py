@@ -10,7 +10,7 @@ from typing import Any
 _PUBLIC = {
     "own_model": ("Federated", "federate"),
     "config": ("Config", "ConfigError", "default_config", "resolve"),
-    "masking": ("MaskSite", "draw_masks", "find_sites", "hide"),
+    "masking": ("MaskSite", "draw_masks", "embedding_rules", "find_sites", "hide"),
     "quantization": ("NormalFloat", "Quantized", "Uniform"),
     "proxy": (
         "Proxy",
@@ -35,6 +35,9 @@ _PUBLIC = {
     "tasks": ("Task", "classification"),
     "data.federated": ("ClientData", "FederatedData", "from_clients"),
     "models.adapters": ("linen_apply", "linen_init", "nnx_split"),
+    "models.language": ("LanguageModel", "make_language_model"),
+    "models.pretrained": ("Pretrained", "load_pretrained", "read_config", "save_pretrained"),
+    "models.transformer": ("Execution",),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
 
