@@ -171,7 +171,7 @@ def _e2e_prompt(meaning: Any) -> str:
     elif "[" in meaning:
         pairs = re.findall(r"([^,\[\]]+)\[([^\]]*)\]", meaning)
     else:
-        pairs = [tuple(each.split(":", 1)) for each in meaning.split("|")]  # type: ignore[misc]
+        pairs = [tuple(each.split(":", 1)) for each in meaning.split("|")]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{meaning!r} is not 'key : value | ...' or 'key[value], ...'")
     shown = {"eatType": "Type", "priceRange": "price"}
@@ -192,9 +192,7 @@ def _dart_prompt(triples: Any) -> str:
 def _table(value: dict[str, Any]) -> list[tuple[str, str, Any]]:
     """Header, content and row number of each cell of one of TFDS's tables."""
     table = value["table"]
-    return list(
-        zip(table["column_header"], table["content"], table["row_number"], strict=True)
-    )
+    return list(zip(table["column_header"], table["content"], table["row_number"], strict=True))
 
 
 def _plain_prompt(*values: Any) -> str:
@@ -253,4 +251,4 @@ FORMATS: dict[str, TextFormat] = {
         (("topic",), ("dialogue",)), ("summary",), 400, prompt=_plain_prompt, test_split="test"
     ),
 }
-"""The paper's tasks by name. MNLI's length is the one that is usual for it; the paper has no MNLI."""
+"""The paper's tasks by name, and MNLI, which it has not, with the length usual for it."""
