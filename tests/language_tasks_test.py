@@ -13,6 +13,11 @@ ROWS, LENGTH, VOCABULARY = 5, 7, 11
 VALID = jnp.asarray([True, True, False, True, True])
 
 
+def jitted(task):
+    """The same task, compiled: one operation after the other would take seconds to compile."""
+    return task._replace(loss=jax.jit(task.loss), statistics=jax.jit(task.statistics))
+
+
 def example(encoder_decoder):
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(0, 2, (ROWS, LENGTH, VOCABULARY)), jnp.float32)
@@ -38,7 +43,7 @@ def counted(logits, batch, encoder_decoder):
 @pytest.mark.parametrize("encoder_decoder", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_generation_weighs_every_token_the_same(encoder_decoder, smoothing):
-    task = conditional_generation(smoothing, encoder_decoder)
+    task = jitted(conditional_generation(smoothing, encoder_decoder))
     logits, batch = example(encoder_decoder)
     each = list(counted(logits, batch, encoder_decoder))
     nats = np.mean([-log_odds[token] for log_odds, token in each])
@@ -57,7 +62,7 @@ def test_generation_weighs_every_token_the_same(encoder_decoder, smoothing):
 
 def test_smoothing_is_optaxs():
     logits, batch = example(True)
-    task = conditional_generation(0.1, encoder_decoder=True)
+    task = jitted(conditional_generation(0.1, encoder_decoder=True))
     smoothed = optax.smooth_labels(jax.nn.one_hot(batch["target_tokens"], VOCABULARY), 0.1)
     each = optax.softmax_cross_entropy(logits, smoothed)
     counts = batch["target_mask"] & VALID[:, None]
@@ -73,7 +78,7 @@ def test_statistics_add_up_over_batches(task):
 
     def part(rows):
         some = {name: array[rows] for name, array in batch.items()}
-        return task.statistics(logits[rows], some, VALID[rows])
+        return jax.jit(task.statistics)(logits[rows], some, VALID[rows])
 
     first, second, whole = part(slice(0, 2)), part(slice(2, 5)), part(slice(0, 5))
     assert set(first) == set(whole)
@@ -87,16 +92,16 @@ def test_nothing_valid_is_zero_and_has_no_gradient(task):
     if task.score == "accuracy":
         logits, batch = logits[:, 0, :2], {"label": batch["tokens"][:, 0] % 2}
     nothing = jnp.zeros(ROWS, bool)
-    value, gradient = jax.value_and_grad(task.loss)(logits, batch, nothing)
+    value, gradient = jax.jit(jax.value_and_grad(task.loss))(logits, batch, nothing)
     assert float(value) == 0
     assert not gradient.any()
-    metrics = task.summarize(task.statistics(logits, batch, nothing))
+    metrics = task.summarize(jitted(task).statistics(logits, batch, nothing))
     assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_masked_rows_have_no_gradient():
     logits, batch = example(False)
-    gradient = jax.grad(conditional_generation(0.1).loss)(logits, batch, VALID)
+    gradient = jax.jit(jax.grad(conditional_generation(0.1).loss))(logits, batch, VALID)
     mask = np.asarray(batch["loss_mask"])
     moved = np.asarray(jnp.abs(gradient).sum(axis=-1) > 0)
     expected = np.roll(mask, -1, axis=1)
@@ -110,7 +115,7 @@ def test_f1_is_scikit_learns():
     logits = rng.normal(size=(40, 2)).astype(np.float32)
     labels = rng.integers(0, 2, 40)
     valid = rng.random(40) < 0.7
-    task = sequence_classification(f1=True)
+    task = jitted(sequence_classification(f1=True))
     sums = task.statistics(
         jnp.asarray(logits), {"label": jnp.asarray(labels, jnp.int32)}, jnp.asarray(valid)
     )
