@@ -257,9 +257,16 @@ def test_generation_is_divided(tmp_path):
     tokenizer = tiny_tokenizer(tmp_path, "none", max_length=128)
     data = load(tmp_path, write_e2e(tmp_path), tokenizer, task="e2e", length=16)
     assert data.splits.num_classes == 0
-    assert data.splits.test["loss_mask"].shape == (5, 16)
+    # Five rows are asked for; the second prompt's three rows stay together.
+    assert data.splits.test["loss_mask"].shape == (6, 16)
     held_out = np.asarray(data.splits.test["tokens"])
-    assert sum(map(len, data.prompts.references)) == 5
+    assert list(map(len, data.prompts.references)) == [3, 3]
+    trained = np.concatenate(
+        [data.splits.private["tokens"], data.splits.clients.examples["tokens"]]
+    )
+    assert len(trained) == 9
+    names = [{int(row[2]) for row in rows} for rows in (held_out, trained)]
+    assert (len(names[0]), len(names[1]), names[0] & names[1]) == (2, 3, set())
     # Every held-out row, decoded, is one of the prompts followed by one of its references.
     expected = {
         tuple(ids(f"{prompt} {reference}".replace(":", " :").replace("\n", " ")))

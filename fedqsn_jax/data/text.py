@@ -21,7 +21,7 @@ from fedqsn_jax.data.federated import Splits
 from fedqsn_jax.data.packing import PackingOptions, pack
 from fedqsn_jax.data.prompts import Prompts, make_prompts
 from fedqsn_jax.data.splits import Rows, make_splits, take
-from fedqsn_jax.data.text_formats import FORMATS, TextFormat, own_format
+from fedqsn_jax.data.text_formats import FORMATS, TextFormat, generation_example, own_format
 from fedqsn_jax.data.text_sources import Row, TextSource, open_source
 from fedqsn_jax.data.tokenization import TextTokenizer
 
@@ -41,7 +41,8 @@ class TextSettings:
       task: A name in `text_formats.FORMATS`, or `OWN`.
       train: The source of training rows; see `text_sources`.
       test: The source of test rows. Empty: the test split of a TFDS source; of a file,
-        ``data.test_rows`` of its rows.
+        ``data.test_rows`` of its rows, and for generation as many more as have the last one's
+        prompt, so that no prompt is trained on and tested.
       columns: Input columns, where they are not the task's own.
       target: Column of the label or completion, where it is not the task's own.
       labels: Names of the labels; for `OWN` they make it classification.
@@ -134,16 +135,13 @@ def load(
         if kind.generates:
             test_rows = test_source.rows()
     else:
-        count = len(train["tokens"])
-        if config.test_rows >= count:
-            raise ConfigError(
-                f"data.test_rows = {config.test_rows}: allowed is less than the {count} rows of "
-                f"{train_source.name}"
-            )
-        order = generator.permutation(count)
-        held_out, rest = order[: config.test_rows], order[config.test_rows :]
+        groups = np.arange(len(train["tokens"]))
         if kind.generates:
             every = list(train_source.rows())
+            prompts_of_rows = [generation_example(row, kind)[0] for row in every]
+            groups = np.unique(prompts_of_rows, return_inverse=True)[1]
+        held_out, rest = _hold_out(groups, config.test_rows, train_source.name, generator)
+        if kind.generates:
             test_rows = [every[index] for index in held_out]
         test, train = take(train, held_out), take(train, rest)
     prompts = None
@@ -186,6 +184,23 @@ def text_format(settings: TextSettings) -> TextFormat:
         labels=settings.labels or kind.labels,
         length=settings.length or kind.length,
     )
+
+
+def _hold_out(
+    groups: np.ndarray, test_rows: int, name: str, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows for testing and the rest, at random, but no group (rows of one prompt) on both sides."""
+    rank = generator.permutation(groups.max() + 1)[groups]
+    order = np.lexsort((generator.permutation(len(groups)), rank))
+    sorted_rank = rank[order]
+    # The last group that begins among the test rows belongs to them as a whole.
+    count = int(np.searchsorted(sorted_rank, sorted_rank[min(test_rows, len(order)) - 1], "right"))
+    if count >= len(order):
+        raise ConfigError(
+            f"data.test_rows = {test_rows}: allowed is less than the {len(order)} rows of {name}, "
+            f"with some left for training"
+        )
+    return order[:count], order[count:]
 
 
 def _test_source(settings: TextSettings, config: DataConfig, kind: TextFormat) -> TextSource | None:
