@@ -164,7 +164,7 @@ def test_prompts_leave_room_for_new_tokens(tmp_path):
     cut = make_prompts(*arguments, PackingOptions(8), 14).tokens
     assert cut.tolist() == [[*ids(PROMPTS[0])[:5], END], [*ids(PROMPTS[1])[:5], END]]
     message = refusal(make_prompts, *arguments, PackingOptions(8, truncate=False), 14)
-    assert message.startswith("file:1: the prompt has 11 tokens, allowed are 6")
+    assert message.startswith("file:1: mr: a prompt of 11 tokens, allowed are 6")
     assert "20 positions" in refusal(make_prompts, *arguments, PackingOptions(8), 20)
 
 

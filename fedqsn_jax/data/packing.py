@@ -16,6 +16,7 @@ from fedqsn_jax.data.text_formats import (
     TextFormat,
     classification_example,
     generation_example,
+    place_of,
 )
 from fedqsn_jax.data.text_sources import Row
 from fedqsn_jax.data.tokenization import TextTokenizer
@@ -195,13 +196,8 @@ def _separator(tokenizer: TextTokenizer, options: PackingOptions) -> list[int]:
 
 def _check_length(row: Row, kind: TextFormat, tokens: int, length: int) -> None:
     if tokens > length:
-        columns = ", ".join(
-            next((name for name in names if name in row.values), names[0])
-            for names in (*kind.inputs, *([kind.target] if kind.generates else []))
-        )
-        raise ConfigError(
-            f"{row.where}: {columns}: {tokens} tokens, allowed are {length} (data.length)"
-        )
+        place = place_of(row, (*kind.inputs, *([kind.target] if kind.generates else [])))
+        raise ConfigError(f"{place}: {tokens} tokens, allowed are {length} (data.length)")
 
 
 def _chunks(rows: int) -> Iterator[range]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedqsn_jax.config import ConfigError
 from fedqsn_jax.data.packing import PackingOptions, prompt_tokens
-from fedqsn_jax.data.text_formats import TextFormat, generation_example
+from fedqsn_jax.data.text_formats import TextFormat, generation_example, place_of
 from fedqsn_jax.data.text_sources import Row
 from fedqsn_jax.data.tokenization import TextTokenizer
 
@@ -52,14 +52,14 @@ def make_prompts(
     for row in rows:
         prompt, completion = generation_example(row, kind)
         references.setdefault(prompt, []).append(completion)
-        places.setdefault(prompt, row.where)
+        places.setdefault(prompt, place_of(row, kind.inputs))
     tokens = prompt_tokens(list(references), tokenizer, options)
     limit = _limit(tokenizer, options, new_tokens)
     if limit is not None:
         for prompt, ids in zip(references, tokens, strict=True):
             if len(ids) > limit and not options.truncate:
                 raise ConfigError(
-                    f"{places[prompt]}: the prompt has {len(ids)} tokens, allowed are {limit}: the "
+                    f"{places[prompt]}: a prompt of {len(ids)} tokens, allowed are {limit}: the "
                     f"model's {tokenizer.max_length} positions less {new_tokens} new tokens"
                 )
             # The last token of a prompt may be a mark, so tokens before it are left out.

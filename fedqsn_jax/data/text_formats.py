@@ -8,7 +8,7 @@ its original files and on the Hugging Face hub.
 import dataclasses
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fedqsn_jax.config import ConfigError
@@ -71,9 +71,14 @@ def generation_example(row: Row, kind: TextFormat) -> tuple[str, str]:
     try:
         prompt = kind.prompt(*(value for value, _ in fields))
     except (ValueError, TypeError, KeyError) as error:
-        columns = ", ".join(column for _, column in fields)
-        raise ConfigError(f"{row.where}: {columns}: {error}") from error
+        raise ConfigError(f"{place_of(row, kind.inputs)}: {error}") from error
     return prompt, _text(*_field(row, kind.target), row.where)
+
+
+def place_of(row: Row, columns: Iterable[Names]) -> str:
+    """Returns where columns of a row stand, for messages: ``train.tsv:12: sentence``."""
+    present = (next((n for n in names if n in row.values), names[0]) for names in columns)
+    return f"{row.where}: {', '.join(present)}"
 
 
 def own_format(
