@@ -27,20 +27,27 @@ from fedqsn_jax.views import (
 def test_views_are_those_of_the_rounds(model):
     params, sites = model.params, model.sites
     transform = chain(quantize(NormalFloat(4, 8)), server_mask(0.3), client_mask(0.4))
-    whole = whole_proxy(params, sites)
-    state = transform.init(jax.random.key(0), whole)
-    prepared = dequantize_proxy(transform.prepare(state, whole))
+
+    @jax.jit
+    def begin(params):
+        whole = whole_proxy(params, sites)
+        state = transform.init(jax.random.key(0), whole)
+        prepared = dequantize_proxy(transform.prepare(state, whole))
+        attacker = make_attacker(jax.random.key(1), 1, 1, params, sites)
+        proxy = transform.apply(jax.random.key(2), state, prepared)
+        received = received_columns(attacker, jnp.int32(0), proxy)
+        return state, prepared, update_attacker(attacker, received, prepared, sites)
+
+    state, prepared, attacker = begin(params)
+    attackers = {"attacker_1": attacker}
 
     def apply(key, prepared):
         return transform.apply(key, state, prepared)
 
-    attacker = make_attacker(jax.random.key(1), 1, 1, params, sites)
-    proxy = apply(jax.random.key(2), prepared)
-    received = received_columns(attacker, jnp.int32(0), proxy)
-    attackers = {"attacker_1": update_attacker(attacker, received, prepared, sites)}
     keys = jax.random.split(jax.random.key(3), 4)
     batch = {"x": jnp.linspace(-1, 1, 30).reshape(5, 6)}
 
+    @jax.jit
     def score(params):
         return {"spread": model.apply_fn(params, batch, None).std()}
 
@@ -62,5 +69,5 @@ def test_views_are_those_of_the_rounds(model):
         assert views.metrics[name] == pytest.approx(float(value), rel=1e-5)
     assert len(set(views.metrics.values())) == 5
     assert set(views.texts) == {"global", "server", "proxy", "attacker_1"}
-    first = float(score(effective_params(apply(keys[0], prepared)))["spread"])
+    first = float(score(effective_params(jax.jit(apply)(keys[0], prepared)))["spread"])
     assert float(views.texts["proxy"][0]) == pytest.approx(first, abs=1e-5)
