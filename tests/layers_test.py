@@ -10,10 +10,11 @@ FLOORS = (
     ("types",),
     ("randomness", "config"),
     ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir"),
-    ("metrics", "models", "data", "masking", "memory"),
-    ("cohort", "heads", "proxy"),
+    ("client_optimizer", "generation", "text_scores"),
+    ("metrics", "models", "data", "masking", "language_tasks", "memory"),
+    ("cohort", "heads", "proxy", "text_evaluation"),
     ("client", "aggregation", "views", "wire", "parallelism"),
-    ("rounds", "traffic"),
+    ("rounds", "traffic", "text_views"),
     ("algorithms",),
     ("simulation",),
     ("costs",),
@@ -24,7 +25,15 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # What a client's process runs: it must work without anything that knows the server's state.
 CLIENT_SIDE = ("client", "wire")
-SERVER_STATE = ("rounds", "aggregation", "views", "algorithms", "simulation", "experiment")
+SERVER_STATE = (
+    "rounds",
+    "aggregation",
+    "views",
+    "text_views",
+    "algorithms",
+    "simulation",
+    "experiment",
+)
 
 
 def imports(file: Path) -> set[str]:
