@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from fedqsn_jax.client_optimizer import ClientOptimizer
 from fedqsn_jax.data.federated import ClientData
 from fedqsn_jax.masking import Sites, spread
 from fedqsn_jax.proxy import Proxy, effective_params
@@ -73,14 +74,14 @@ class ClientUpdate(NamedTuple):
 
     Attributes:
       step_count: ``rows -> steps``, int32: how many steps a client with so many rows takes.
-      start: ``proxy -> Training``.
+      start: ``(proxy, rows) -> Training`` of a client with so many rows.
       step: ``(key, data, client_id, index, training) -> training``: the step that is numbered
         ``index``, from 0 on.
       finish: ``(proxy, rows, training) -> ClientResult`` of a client with so many rows.
     """
 
     step_count: Callable[[Array], Array]
-    start: Callable[[Proxy], Training]
+    start: Callable[[Proxy, Array], Training]
     step: Callable[[Key, ClientData, Array, Array, Training], Training]
     finish: Callable[[Proxy, Array, Training], ClientResult]
 
@@ -98,14 +99,14 @@ class ClientUpdate(NamedTuple):
         def body(index: Array, training: Training) -> Training:
             return self.step(key, data, client_id, index, training)
 
-        training = jax.lax.fori_loop(0, self.step_count(rows), body, self.start(proxy))
+        training = jax.lax.fori_loop(0, self.step_count(rows), body, self.start(proxy, rows))
         return self.finish(proxy, rows, training)
 
 
 def make_client_update(
     apply_fn: ApplyFn,
     task: Task,
-    optimizer: optax.GradientTransformation,
+    optimizer: ClientOptimizer,
     batch_size: int,
     *,
     steps: int = 0,
@@ -116,7 +117,8 @@ def make_client_update(
     Args:
       apply_fn: The model.
       task: Its loss.
-      optimizer: Acts on the received values; its state starts afresh in each round.
+      optimizer: Acts on the received values, and may depend on the client's number of steps; its
+        state starts afresh in each round.
       batch_size: Rows a step. An epoch is ``ceil(rows / batch_size)`` steps over a keyed
         permutation of the client's rows; its last batch may be smaller.
       steps: Number of local steps for every client that has rows; 0 means ``epochs``.
@@ -127,17 +129,17 @@ def make_client_update(
         count = jnp.int32(steps) if steps else epochs * _steps_per_epoch(rows, batch_size)
         return jnp.where(rows > 0, count, 0).astype(jnp.int32)
 
-    def start(proxy: Proxy) -> Training:
+    def start(proxy: Proxy, rows: Array) -> Training:
         params, factors = effective_params(proxy), _factors(proxy)
         theta = _pull_back(params, spread(factors, params, proxy.sites, 1.0))
-        return Training(params, optimizer.init(theta), jnp.float32(0), factors, proxy.sites)
+        own_optimizer = optimizer(step_count(rows))
+        return Training(params, own_optimizer.init(theta), jnp.float32(0), factors, proxy.sites)
 
     def step(
         key: Key, data: ClientData, client_id: Array, index: Array, training: Training
     ) -> Training:
-        indices, valid = _minibatch(
-            fold_in_name(key, "batches"), index, data.rows(client_id), batch_size
-        )
+        rows = data.rows(client_id)
+        indices, valid = _minibatch(fold_in_name(key, "batches"), index, rows, batch_size)
         batch = data.gather(client_id, indices)
         dropout_key = jax.random.fold_in(fold_in_name(key, "dropout"), index)
 
@@ -146,7 +148,11 @@ def make_client_update(
 
         loss, gradient = jax.value_and_grad(loss_fn)(training.params)
         params, optimizer_state = _wrapped_step(
-            optimizer, gradient, training.optimizer_state, training.params, training.factor_tree
+            optimizer(step_count(rows)),
+            gradient,
+            training.optimizer_state,
+            training.params,
+            training.factor_tree,
         )
         return dataclasses.replace(
             training, params=params, optimizer_state=optimizer_state, loss=training.loss + loss

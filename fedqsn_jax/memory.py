@@ -20,8 +20,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from fedqsn_jax.client_optimizer import ClientOptimizer
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.types import ApplyFn, Batch, Params
 
@@ -64,7 +64,7 @@ def saved_activations(apply_fn: ApplyFn, task: Task, params: Params, batch: Batc
 def client_bytes(
     apply_fn: ApplyFn,
     task: Task,
-    optimizer: optax.GradientTransformation,
+    optimizer: ClientOptimizer,
     params: Params,
     batch: Batch,
 ) -> int:
@@ -77,7 +77,7 @@ def client_bytes(
       params: The parameters, or their shapes.
       batch: One minibatch, or its shapes.
     """
-    state = jax.eval_shape(optimizer.init, params)
+    state = jax.eval_shape(lambda params: optimizer(jnp.int32(1)).init(params), params)
     activations = saved_activations(apply_fn, task, params, batch)
     # Effective weights, gradient, optimizer state; the batch; what is saved, and one cotangent of
     # about the same size in the worst case.

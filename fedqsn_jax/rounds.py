@@ -150,7 +150,8 @@ def make_federation(
         return select_columns(context.prepared, visible, scale)
 
     def start(context: _Context, client: Array) -> Training:
-        return update.start(proxy_of(context, client))
+        rows = context.data.rows(context.ids[client])
+        return update.start(proxy_of(context, client), rows)
 
     def step(context: _Context, client: Array, index: Array, training: Training) -> Training:
         client_id = context.ids[client]

@@ -17,6 +17,7 @@ import optax
 from fedqsn_jax.aggregation import make_aggregator
 from fedqsn_jax.algorithms import Algorithm, make_algorithm
 from fedqsn_jax.client import make_client_update
+from fedqsn_jax.client_optimizer import ClientOptimizer, unscheduled
 from fedqsn_jax.cohort import ClientAxis
 from fedqsn_jax.config import ClientConfig, Config, ConfigError, ServerConfig
 from fedqsn_jax.data.federated import ClientData, FederatedData, single_client
@@ -202,7 +203,7 @@ def pretrain(
     update = make_client_update(
         apply_fn,
         task,
-        optax.sgd(settings.learning_rate),
+        unscheduled(optax.sgd(settings.learning_rate)),
         settings.batch_size,
         steps=settings.steps,
     )
@@ -306,14 +307,14 @@ def _ordered(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(metrics[name]) for name in sorted(metrics, key=place)}
 
 
-def client_optimizer(settings: ClientConfig) -> optax.GradientTransformation:
+def client_optimizer(settings: ClientConfig) -> ClientOptimizer:
     """Returns the optimizer of local training."""
     makers = {
         "sgd": lambda: optax.sgd(settings.learning_rate, settings.momentum or None),
         "adam": lambda: optax.adam(settings.learning_rate),
         "adamw": lambda: optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay),
     }
-    return makers[settings.optimizer]()
+    return unscheduled(makers[settings.optimizer]())
 
 
 def _server_optimizer(settings: ServerConfig) -> optax.GradientTransformation:

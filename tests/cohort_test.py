@@ -9,6 +9,7 @@ import pytest
 from fedqsn_jax.aggregation import make_aggregator
 from fedqsn_jax.algorithms import fedqsn
 from fedqsn_jax.client import make_client_update
+from fedqsn_jax.client_optimizer import unscheduled
 from fedqsn_jax.cohort import ClientAxis, ClientWork, sample_cohort, sum_over_clients
 from fedqsn_jax.masking import leaves_by_path
 from fedqsn_jax.metrics import make_evaluator
@@ -45,7 +46,7 @@ def test_strategies_differ_by_rounding_only(model, data):
     for axis in (ClientAxis(1), ClientAxis(2), ClientAxis(3, refills=1), ClientAxis(POPULATION)):
         federation = make_federation(
             fedqsn(NormalFloat(2, 4), 0.3, 0.4).transform,
-            make_client_update(apply_fn, task, optax.sgd(0.2), 4, epochs=2),
+            make_client_update(apply_fn, task, unscheduled(optax.sgd(0.2)), 4, epochs=2),
             make_aggregator(model.sites, optax.sgd(1.0)),
             make_evaluator(apply_fn, task, 16),
             model.sites,

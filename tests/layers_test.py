@@ -10,15 +10,15 @@ FLOORS = (
     ("types",),
     ("randomness", "config"),
     ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir"),
-    ("client_optimizer", "generation", "text_scores"),
-    ("metrics", "models", "data", "masking", "language_tasks", "memory"),
+    ("client_optimizer", "generation", "masking", "text_scores"),
+    ("metrics", "models", "data", "language_tasks", "memory"),
     ("cohort", "heads", "proxy", "text_evaluation"),
     ("client", "aggregation", "views", "wire", "parallelism"),
     ("rounds", "traffic", "text_views"),
     ("algorithms",),
     ("simulation",),
     ("costs",),
-    ("experiment", "own_model", "benchmark"),
+    ("experiment", "own_model", "benchmark", "export"),
     ("main", "__init__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -11,6 +11,7 @@ import pytest
 from fedqsn_jax.aggregation import make_aggregator
 from fedqsn_jax.algorithms import Algorithm, fedavg, fedqsn, fedsn
 from fedqsn_jax.client import make_client_update
+from fedqsn_jax.client_optimizer import unscheduled
 from fedqsn_jax.cohort import ClientAxis, sample_cohort
 from fedqsn_jax.masking import leaves_by_path
 from fedqsn_jax.metrics import make_evaluator
@@ -44,7 +45,7 @@ def federate(
 ):
     task = classification()
     update = make_client_update(
-        model.apply_fn, task, client or optax.sgd(0.2), batch_size, epochs=epochs
+        model.apply_fn, task, unscheduled(client or optax.sgd(0.2)), batch_size, epochs=epochs
     )
     return make_federation(
         algorithm.transform,
