@@ -25,6 +25,7 @@ from fedqsn_jax.masking import Sites, find_sites
 from fedqsn_jax.memory import client_bytes, device_bytes, tree_bytes
 from fedqsn_jax.metrics import make_evaluator
 from fedqsn_jax.parallelism import Choice, Workload, choose_client_axis
+from fedqsn_jax.placement import Tree, replicate
 from fedqsn_jax.proxy import whole_proxy
 from fedqsn_jax.quantization import NormalFloat, Quantizer, Uniform
 from fedqsn_jax.randomness import fold_in_name
@@ -224,14 +225,20 @@ def root_key(config: Config) -> Array:
     return jax.random.key(np.uint32(config.seed))
 
 
+def place(simulation: Simulation, tree: Tree) -> Tree:
+    """Puts a state or data where the simulation's calls want them; see `placement.replicate`."""
+    return replicate(tree, simulation.choice.axis.mesh)
+
+
 def initial_state(simulation: Simulation, params: Params) -> ServerState:
-    """Returns the state before the first round; the parameters are copied."""
+    """Returns the state before the first round, in its place; the parameters are copied."""
     key = fold_in_name(root_key(simulation.config), "federation")
-    return jax.jit(simulation.federation.init)(key, params)
+    return place(simulation, jax.jit(simulation.federation.init)(key, params))
 
 
 def first_entry(simulation: Simulation, state: ServerState, test: Batch) -> Entry:
     """Evaluates the state before the first round: an entry without training facts."""
+    test = place(simulation, test)
     metrics = jax.device_get(jax.jit(simulation.federation.evaluate)(state, test))
     return {"round": 0, **_ordered(metrics), "seconds": 0.0}
 
@@ -252,7 +259,7 @@ def run_rounds(
 
     Args:
       simulation: What to run.
-      state: The state to start from; it is donated.
+      state: The state to start from, in its place (see `place`); it is donated.
       data: The clients' rows.
       test: Held-out rows.
       seconds: What earlier parts of the run took; entries count on from there.
@@ -262,12 +269,14 @@ def run_rounds(
     """
     config = simulation.config
     finished = int(state.round)
-    last = jax.device_put(np.int32(config.rounds))
+    data, test = place(simulation, (data, test))
+    last = place(simulation, jnp.int32(config.rounds))
     while finished < config.rounds:
         per_call = config.rounds_per_call
         stop = min((finished // per_call + 1) * per_call, config.rounds)
         began = time.perf_counter()
-        state, result = simulation.run(state, data, test, jax.device_put(np.int32(stop)), last)
+        until = place(simulation, jnp.int32(stop))
+        state, result = simulation.run(state, data, test, until, last)
         facts, metrics, evaluated = jax.device_get(result)
         took = time.perf_counter() - began
         entries = []

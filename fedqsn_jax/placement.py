@@ -1,0 +1,47 @@
+"""Where arrays lie: with a mesh, a copy of everything on each of its devices.
+
+A round shares out the cohort over the mesh and computes everything else on every device alike. So
+its state and its data are replicated before the first call; a call then moves nothing, and gives
+the state back in the sharding that it came in, so that the next call does not compile again.
+"""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fedqsn_jax.types import Array
+
+Tree = TypeVar("Tree")
+"""A pytree of arrays and typed keys."""
+
+
+def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Copies arrays to every device of a mesh.
+
+    Args:
+      tree: A pytree of arrays and typed keys. With a mesh of several processes each process gives
+        its own; the values have to be the same in all.
+      mesh: The devices; None: the arrays stay where they are.
+
+    Returns:
+      The tree with every leaf replicated over the mesh. Leaves that are already are not copied.
+    """
+    if mesh is None:
+        return tree
+    sharding = NamedSharding(mesh, PartitionSpec())
+    if not sharding.is_fully_addressable:
+        return jax.tree.map(lambda leaf: _share(leaf, sharding), tree)
+    return jax.device_put(tree, sharding)
+
+
+def _share(leaf: Array, sharding: NamedSharding) -> Array:
+    """Replicates over devices of which this process reaches only its own."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _share(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return leaf
+    copies = [jax.device_put(leaf, device) for device in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)

@@ -1,0 +1,52 @@
+"""A cohort that is shared out over the devices of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What `mesh_cases` finds in a process with four devices."""
+    path = tmp_path_factory.mktemp("mesh") / "found.json"
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    program = Path(__file__).with_name("mesh_cases.py")
+    result = subprocess.run(
+        [sys.executable, program, path],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(path.read_text())
+
+
+def test_every_mesh_gives_the_round_of_one_device(found):
+    """Invariant 5, with one to four devices, one client after the other and in chunks."""
+    expected = found["deltas"].pop("one device")
+    assert len(found["deltas"]) == 8
+    for name, deltas in found["deltas"].items():
+        for layer, tensors in expected.items():
+            ours, theirs = np.array(deltas[layer]["kernel"]), np.array(tensors["kernel"])
+            assert np.linalg.norm(theirs) > 0.01
+            distance = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+            assert distance <= 1e-5, (name, layer)
+
+
+def test_a_second_call_on_a_mesh_compiles_and_moves_nothing(found):
+    """Invariant 8 on four devices, with the state donated."""
+    assert found["calls"] == {"round": 2, "compilations": 1, "donated": True, "devices": 4}
