@@ -10,7 +10,8 @@ of the same round. It holds four items:
 - ``history``: a JSON list.
 - ``metrics``: the score, by which Orbax keeps the best.
 
-Orbax gets host arrays only: a checkpoint does not depend on the devices that wrote it.
+Orbax gets host arrays only: a checkpoint does not depend on the devices that wrote it. Where several
+processes run, one of them writes and reads, and Orbax waits for no other.
 """
 
 import contextlib
@@ -169,7 +170,7 @@ class Checkpoints:
         expected = {name: _type(leaf) for name, leaf in _named_leaves(like).items()}
         path, round, rounds = self._find(round)
         try:
-            tensors = ocp.load_checkpointables(path, {_TENSORS: None})[_TENSORS]
+            tensors = _load(path, _TENSORS)[_TENSORS]
             stored, implementations = dict(tensors["types"]), dict(tensors["keys"])
         except Exception as error:
             raise _unreadable(path, round, rounds, error) from error
@@ -177,7 +178,7 @@ class Checkpoints:
         if difference:
             raise CheckpointError(f"{path}: {difference}")
         try:
-            loaded = ocp.load_checkpointables(path, {_STATE: None, _HISTORY: None})
+            loaded = _load(path, _STATE, _HISTORY)
             host = {
                 name: _host_array(name, loaded[_STATE], leaf)
                 for name, leaf in _named_leaves(like).items()
@@ -205,7 +206,7 @@ class Checkpoints:
         """
         path, round, rounds = self._find(round)
         try:
-            state = ocp.load_checkpointables(path, {_STATE: None})[_STATE]
+            state = _load(path, _STATE)[_STATE]
         except Exception as error:
             raise _unreadable(path, round, rounds, error) from error
         prefix = f"{prefix}/"
@@ -253,7 +254,7 @@ class Checkpoints:
 
     def _open_writer(self) -> ocp.training.Checkpointer:
         if self._writer is None:
-            context = ocp.Context()
+            context = _context()
             context.memory.deepcopy_host_arrays = True
             # By itself Orbax would take lists and dictionaries for pytrees of scalars.
             registry = ocp.handlers.local_registry()
@@ -292,6 +293,18 @@ class Checkpoints:
             f"{self._directory}: the checkpoint of round {round} could not be written "
             f"({_one_line(error)})"
         )
+
+
+def _context() -> ocp.Context:
+    """Orbax's settings, by which this process alone does everything."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+    return ocp.Context(multiprocessing_options=alone if jax.process_count() > 1 else None)
+
+
+def _load(path: Path, *items: str) -> dict[str, Any]:
+    with _context():
+        return ocp.load_checkpointables(path, dict.fromkeys(items))
 
 
 class _OrbaxSilence(logging.Filter):

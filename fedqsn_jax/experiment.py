@@ -1,5 +1,6 @@
 """The main job: data, the server's own training, rounds, checkpoints and reports."""
 
+import functools
 import math
 import signal
 import sys
@@ -11,7 +12,9 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from fedqsn_jax import processes
 from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.config import Config, ConfigError
 from fedqsn_jax.costs import expected_costs, tensor_rows
@@ -30,6 +33,7 @@ from fedqsn_jax.simulation import (
     first_entry,
     initial_state,
     make_simulation,
+    place,
     pretrain,
     root_key,
     run_rounds,
@@ -63,11 +67,14 @@ def dry_run(config: Config, display: Display) -> None:
     Raises:
       ConfigError: The run would be refused.
     """
-    _show(prepare(config), display)
+    _show(processes.together(lambda: prepare(config)), display)
 
 
 def run(config: Config, directory: Path, display: Display) -> None:
     """Runs, resumes or extends the run in a directory.
+
+    With several processes each calls this; the leader alone uses the directory, and gives what it
+    finds there to the others.
 
     Args:
       config: What to run.
@@ -79,27 +86,26 @@ def run(config: Config, directory: Path, display: Display) -> None:
       CheckpointError: The checkpoints in the directory cannot be read or do not fit.
     """
     work = WorkDirectory(directory)
-    work.check(config)
-    experiment = prepare(config)
+    processes.by_leader(lambda: work.check(config))
+    experiment = processes.together(lambda: prepare(config))
     settings = config.checkpoint
     with (
         _stop_signals() as stopped,
         Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints,
     ):
-        resumed = checkpoints.latest_round()
         restored = _restore(experiment, checkpoints)
-        work.create(config)
+        processes.by_leader(lambda: work.create(config))
         display.message(f"{directory}: only you may read it; it holds the hidden model")
-        if restored is not None and resumed == config.rounds and work.summary.exists():
+        if restored is not None and _is_finished(restored, config, work):
             display.message(
-                f"finished at round {resumed}; a larger --config.rounds would extend the run"
+                f"finished at round {config.rounds}; a larger --config.rounds would extend the run"
             )
-            _finish(experiment, work, restored[1], display)
+            processes.by_leader(lambda: _finish(experiment, work, restored[1], display))
             return
         _show(experiment, display)
         if restored is not None:
             state, history = restored
-            display.message(f"resumed after round {resumed}")
+            display.message(f"resumed after round {int(state.round)}")
         else:
             params = pretrain(
                 config,
@@ -108,13 +114,21 @@ def run(config: Config, directory: Path, display: Display) -> None:
                 experiment.params,
                 experiment.splits.private,
             )
-            state = initial_state(experiment.simulation, params)
+            # Two processes' devices may round differently: the leader's model is the model.
+            state = initial_state(experiment.simulation, processes.from_leader(params))
             history = [first_entry(experiment.simulation, state, experiment.splits.test)]
         finished = _train(experiment, state, history, work, checkpoints, display, stopped)
     if finished == config.rounds:
-        _finish(experiment, work, history, display)
+        processes.by_leader(lambda: _finish(experiment, work, history, display))
     else:
         display.message(f"stopped after round {finished}; the same command goes on from there")
+
+
+def _is_finished(
+    restored: tuple[ServerState, list[Entry]], config: Config, work: WorkDirectory
+) -> bool:
+    summarized = processes.is_leader() and work.summary.exists()
+    return int(restored[0].round) == config.rounds and processes.any_of(summarized)
 
 
 def prepare(config: Config) -> Experiment:
@@ -138,16 +152,36 @@ def prepare(config: Config) -> Experiment:
     simulation = make_simulation(
         config, linen_apply(module), classification(), params, splits.clients
     )
+    clients, test = place(simulation, (splits.clients, splits.test))
+    splits = splits._replace(clients=clients, test=test)
     return Experiment(config, splits, params, linen_apply(pretraining), simulation)
 
 
 def _restore(
     experiment: Experiment, checkpoints: Checkpoints
 ) -> tuple[ServerState, list[Entry]] | None:
-    if checkpoints.latest_round() is None:
+    """The latest checkpoint, if there is one, in its place; the leader's in all processes."""
+    simulation, params = experiment.simulation, experiment.params
+    like = jax.eval_shape(lambda: simulation.federation.init(root_key(experiment.config), params))
+
+    def restore() -> tuple[ServerState, list[Entry]] | None:
+        return None if checkpoints.latest_round() is None else checkpoints.restore(like)
+
+    restored = processes.by_leader(restore)
+    if not processes.any_of(restored is not None):
         return None
-    like = jax.eval_shape(lambda: initial_state(experiment.simulation, experiment.params))
-    return checkpoints.restore(like)
+    # The others know what the leader's looks like; the history is for it alone.
+    state, history = restored or (_zeros(like), [])
+    return place(simulation, processes.from_leader(state)), history
+
+
+def _zeros(like: ServerState) -> ServerState:
+    def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(zeros, like)
 
 
 def _train(
@@ -163,13 +197,27 @@ def _train(
     config, simulation, splits = experiment.config, experiment.simulation, experiment.splits
     score = f"global/{simulation.task.score}"
     metrics, board = MetricsFile(work.metrics), TensorBoard(work.tensorboard)
-    metrics.rewrite(history)
-    board.rewrite(history)
     finished = int(state.round)
-    if finished == 0:
-        checkpoints.save(0, state, history, history[-1][score])
+
+    def begin() -> None:
+        metrics.rewrite(history)
+        board.rewrite(history)
+        if finished == 0:
+            checkpoints.save(0, state, history, history[-1][score])
+
+    def record(after: int, state: ServerState, entries: list[Entry], due: bool) -> None:
+        metrics.append(entries)
+        board.append(entries)
+        if due:
+            checkpoints.save(after, state, history, history[-1][score])
+
+    processes.by_leader(begin)
     calls = run_rounds(
-        simulation, state, splits.clients, splits.test, seconds=history[-1]["seconds"]
+        simulation,
+        state,
+        splits.clients,
+        splits.test,
+        seconds=history[-1]["seconds"] if history else 0.0,
     )
     with (
         board,
@@ -177,19 +225,18 @@ def _train(
     ):
         for after, new_state, entries in calls:
             history += entries
-            metrics.append(entries)
-            board.append(entries)
             for entry in entries:
                 progress.update(entry["round"], entry)
             progress.update(after)
+            # All stop at the same boundary, whichever of them was asked to.
+            stop = processes.any_of(stopped.is_set())
             every = config.checkpoint.every
-            due = after // every > finished // every or after == config.rounds
+            due = stop or after // every > finished // every or after == config.rounds
+            processes.by_leader(functools.partial(record, after, new_state, entries, due))
             finished = after
-            if due or stopped.is_set():
-                checkpoints.save(after, new_state, history, history[-1][score])
-            if stopped.is_set():
+            if stop:
                 break
-    checkpoints.wait()
+    processes.by_leader(checkpoints.wait)
     return finished
 
 

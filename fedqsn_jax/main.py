@@ -1,12 +1,18 @@
 """The main job: ``python -m fedqsn_jax.main --config=configs/digits.py --workdir=DIR``."""
 
+import argparse
+import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fedqsn_jax import processes
 from fedqsn_jax.command_line import Parser, read_config
 from fedqsn_jax.config import Config, ConfigError, flatten
+from fedqsn_jax.lifeline import SILENCE_SECONDS
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code after a second Ctrl-C, by the shell's convention."""
@@ -29,30 +35,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", help="a file under configs/, as FILE or FILE:ALGORITHM")
     parser.add_argument("--workdir", help="the directory of the run; it is made private")
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
+    parser.add_argument("--coordinator_address", help="HOST:PORT of process 0, for a run of several")
+    parser.add_argument("--num_processes", help="the number of processes of the run")
+    parser.add_argument("--process_id", help="which of them this is, from 0 on")
     try:
         options, overrides = parser.parse_known_args(arguments)
         config = read_config(options.config, overrides)
         if not options.workdir and not options.dry_run:
             raise ConfigError("no --workdir: name the directory of the run")
-        # Only now, so that mistakes are answered without waiting for JAX.
-        from fedqsn_jax import experiment
-        from fedqsn_jax.checkpoint import CheckpointError
-        from fedqsn_jax.reporting.display import Display
+        several = processes.read_settings(vars(options))
+        if several:
+            return _run_among(several, config, options)
     except ConfigError as error:
         return _refuse(error)
     except KeyboardInterrupt:
         return INTERRUPTED
+    return _run(config, options)
+
+
+def _run(
+    config: Config, options: argparse.Namespace, leave: Callable[[], None] = lambda: None
+) -> int:
+    """Runs; ``leave`` is called at an end that all processes come to."""
     try:
+        # Only now, so that mistakes are answered without waiting for JAX.
+        from fedqsn_jax import experiment
+        from fedqsn_jax.checkpoint import CheckpointError
+        from fedqsn_jax.reporting.display import Display, silent_display
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    try:
+        display = Display() if processes.is_leader() else silent_display()
         if options.dry_run:
-            experiment.dry_run(config, Display())
+            experiment.dry_run(config, display)
         else:
-            experiment.run(config, Path(options.workdir), Display())
+            experiment.run(config, Path(options.workdir), display)
     except (ConfigError, CheckpointError) as error:
+        leave()
         return _refuse(error)
     except KeyboardInterrupt:
         print("fedqsn_jax: interrupted; the same command goes on", file=sys.stderr)
         return INTERRUPTED
+    leave()
     return 0
+
+
+def _run_among(several: processes.Settings, config: Config, options: argparse.Namespace) -> int:
+    """Runs as one of several processes; does not return from an end that the others do not share.
+
+    Raises:
+      ConfigError: The processes do not come together.
+    """
+    lifeline = processes.connect(several, config)
+    left = False
+
+    def leave() -> None:
+        nonlocal left
+        left = True
+        processes.leave(lifeline)
+
+    try:
+        code = _run(config, options, leave)
+    except Exception as error:
+        import jax
+
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # So a collective operation fails where a process is gone. Of that the lifeline tells,
+            # and ends this process meanwhile.
+            time.sleep(SILENCE_SECONDS + 5)
+        traceback.print_exc()
+        code = 1
+    if not left:
+        # JAX would wait for the others before it lets go. The closed lifeline tells them.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _refuse(error: Exception) -> int:

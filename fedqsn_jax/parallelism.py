@@ -78,8 +78,14 @@ def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) 
     )
     devices = (config.devices or available) if wants_mesh else 1
     if jax.process_count() > 1 and devices != available:
+        setting = (
+            f"cohort.devices = {devices}"
+            if wants_mesh
+            else f"cohort.parallelism = {config.parallelism!r}"
+        )
         raise ConfigError(
-            f"cohort.devices = {devices}: with several processes all {available} devices take part"
+            f"{setting}: with several processes all {available} devices take part, allowed are "
+            f"auto or mesh with cohort.devices = 0 or {available}"
         )
     share = -(-config.size // devices)
     chunk, why = _chunk_size(config, workload, platform, share)

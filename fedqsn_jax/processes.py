@@ -87,7 +87,7 @@ def connect(settings: Settings, config: Config) -> Lifeline:
       ConfigError: The processes do not come together, do not agree, or differ in their devices.
     """
     facts: Facts = {name: _plain(value) for name, value in flatten(config).items()}
-    facts |= {f"the version of {name}": importlib.metadata.version(name) for name in ("jax",)}
+    facts["the version of JAX"] = importlib.metadata.version("jax")
     lifeline = gather(settings.address, settings.count, settings.index, facts)
     lifeline.watch()
     import jax
@@ -129,12 +129,11 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
-def together(action: Callable[[], Value], errors: tuple[type[ValueError], ...]) -> Value:
+def together(action: Callable[[], Value]) -> Value:
     """Does something in every process, or in none: an error of one is raised in all.
 
     Args:
       action: What to do; it waits for no other process.
-      errors: The kinds of errors that others are told of.
 
     Raises:
       ConfigError: The message of the first process that failed, in those that did not.
@@ -143,24 +142,20 @@ def together(action: Callable[[], Value], errors: tuple[type[ValueError], ...]) 
 
     if jax.process_count() == 1:
         return action()
-    failure: ValueError | None = None
-    value: Value
     try:
         value = action()
-    except errors as error:
-        failure = error
-    messages = _exchange(str(failure) if failure else "")
-    if failure:
-        raise failure
-    for index, message in enumerate(messages):
+    except Exception as error:
+        _exchange(" ".join(str(error).split()) or type(error).__name__)
+        raise
+    for index, message in enumerate(_exchange("")):
         if message:
             raise ConfigError(f"process {index}: {message}")
     return value
 
 
-def by_leader(action: Callable[[], Value], errors: tuple[type[ValueError], ...]) -> Value | None:
+def by_leader(action: Callable[[], Value]) -> Value | None:
     """Does something in the leader; its error is raised in all. Others get None."""
-    return together(lambda: action() if is_leader() else None, errors)
+    return together(lambda: action() if is_leader() else None)
 
 
 def any_of(flag: bool) -> bool:

@@ -218,6 +218,11 @@ class Display:
         return self._console.measure(table, options=unlimited).maximum
 
 
+def silent_display() -> Display:
+    """Returns a display that shows nothing: for processes that are not the ones to speak."""
+    return Display(Console(quiet=True))
+
+
 def bytes_text(count: float) -> str:
     """Returns a number of bytes in the unit that suits it, for example ``1.2 MiB``."""
     for unit in _UNITS:
