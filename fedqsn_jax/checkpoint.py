@@ -11,7 +11,8 @@ of the same round. It holds four items:
 - ``metrics``: the score, by which Orbax keeps the best.
 
 Orbax gets host arrays only: a checkpoint does not depend on the devices that wrote it. Where several
-processes run, one of them writes and reads, and Orbax waits for no other.
+processes run, all of them save together, in a directory that all of them see: process 0 writes, and
+Orbax lets none go on before the others are ready. Each reads by itself.
 """
 
 import contextlib
@@ -254,7 +255,7 @@ class Checkpoints:
 
     def _open_writer(self) -> ocp.training.Checkpointer:
         if self._writer is None:
-            context = _context()
+            context = ocp.Context()
             context.memory.deepcopy_host_arrays = True
             # By itself Orbax would take lists and dictionaries for pytrees of scalars.
             registry = ocp.handlers.local_registry()
@@ -295,15 +296,11 @@ class Checkpoints:
         )
 
 
-def _context() -> ocp.Context:
-    """Orbax's settings, by which this process alone does everything."""
+def _load(path: Path, *items: str) -> dict[str, Any]:
+    """Reads in this process, without waiting for others."""
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
-    return ocp.Context(multiprocessing_options=alone if jax.process_count() > 1 else None)
-
-
-def _load(path: Path, *items: str) -> dict[str, Any]:
-    with _context():
+    with ocp.Context(multiprocessing_options=alone if jax.process_count() > 1 else None):
         return ocp.load_checkpointables(path, dict.fromkeys(items))
 
 

@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from fedqsn_jax import processes
 from fedqsn_jax.checkpoint import Checkpoints
@@ -73,8 +72,8 @@ def dry_run(config: Config, display: Display) -> None:
 def run(config: Config, directory: Path, display: Display) -> None:
     """Runs, resumes or extends the run in a directory.
 
-    With several processes each calls this; the leader alone uses the directory, and gives what it
-    finds there to the others.
+    With several processes each calls this, with a directory that all of them see; the leader
+    alone writes to it, but for checkpoints, which they write together.
 
     Args:
       config: What to run.
@@ -160,28 +159,17 @@ def prepare(config: Config) -> Experiment:
 def _restore(
     experiment: Experiment, checkpoints: Checkpoints
 ) -> tuple[ServerState, list[Entry]] | None:
-    """The latest checkpoint, if there is one, in its place; the leader's in all processes."""
+    """The latest checkpoint, if there is one, in its place."""
     simulation, params = experiment.simulation, experiment.params
-    like = jax.eval_shape(lambda: simulation.federation.init(root_key(experiment.config), params))
 
     def restore() -> tuple[ServerState, list[Entry]] | None:
-        return None if checkpoints.latest_round() is None else checkpoints.restore(like)
+        if checkpoints.latest_round() is None:
+            return None
+        key = root_key(experiment.config)
+        return checkpoints.restore(jax.eval_shape(simulation.federation.init, key, params))
 
-    restored = processes.by_leader(restore)
-    if not processes.any_of(restored is not None):
-        return None
-    # The others know what the leader's looks like; the history is for it alone.
-    state, history = restored or (_zeros(like), [])
-    return place(simulation, processes.from_leader(state)), history
-
-
-def _zeros(like: ServerState) -> ServerState:
-    def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jnp.broadcast_to(jax.random.key(0), leaf.shape)
-        return jnp.zeros(leaf.shape, leaf.dtype)
-
-    return jax.tree.map(zeros, like)
+    restored = processes.together(restore)
+    return restored and (place(simulation, restored[0]), restored[1])
 
 
 def _train(
@@ -202,22 +190,20 @@ def _train(
     def begin() -> None:
         metrics.rewrite(history)
         board.rewrite(history)
-        if finished == 0:
-            checkpoints.save(0, state, history, history[-1][score])
 
-    def record(after: int, state: ServerState, entries: list[Entry], due: bool) -> None:
+    def record(entries: list[Entry]) -> None:
         metrics.append(entries)
         board.append(entries)
-        if due:
-            checkpoints.save(after, state, history, history[-1][score])
 
     processes.by_leader(begin)
+    if finished == 0:
+        checkpoints.save(0, state, history, history[-1][score])
     calls = run_rounds(
         simulation,
         state,
         splits.clients,
         splits.test,
-        seconds=history[-1]["seconds"] if history else 0.0,
+        seconds=history[-1]["seconds"],
     )
     with (
         board,
@@ -232,11 +218,13 @@ def _train(
             stop = processes.any_of(stopped.is_set())
             every = config.checkpoint.every
             due = stop or after // every > finished // every or after == config.rounds
-            processes.by_leader(functools.partial(record, after, new_state, entries, due))
+            processes.by_leader(functools.partial(record, entries))
+            if due:
+                checkpoints.save(after, new_state, history, history[-1][score])
             finished = after
             if stop:
                 break
-    processes.by_leader(checkpoints.wait)
+    checkpoints.wait()
     return finished
 
 

@@ -70,8 +70,10 @@ def _run(
             experiment.dry_run(config, display)
         else:
             experiment.run(config, Path(options.workdir), display)
-    except (ConfigError, CheckpointError) as error:
+    except ConfigError as error:
         leave()
+        return _refuse(error)
+    except CheckpointError as error:
         return _refuse(error)
     except KeyboardInterrupt:
         print("fedqsn_jax: interrupted; the same command goes on", file=sys.stderr)

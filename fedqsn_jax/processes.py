@@ -8,6 +8,7 @@ none waits for another that has given up. With one process all this does nothing
 
 import importlib.metadata
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -90,6 +91,7 @@ def connect(settings: Settings, config: Config) -> Lifeline:
     facts["the version of JAX"] = importlib.metadata.version("jax")
     lifeline = gather(settings.address, settings.count, settings.index, facts)
     lifeline.watch()
+    _keep_output_to_python()
     import jax
 
     # Its handler of SIGTERM would take the place of the run's own.
@@ -114,6 +116,15 @@ def connect(settings: Settings, config: Config) -> Lifeline:
     return lifeline
 
 
+def _keep_output_to_python() -> None:
+    """Lets only Python write to standard output: Gloo announces every connection there."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
 def leave(lifeline: Lifeline) -> None:
     """Ends the connections, once all processes have come to this point."""
     import jax
@@ -136,7 +147,7 @@ def together(action: Callable[[], Value]) -> Value:
       action: What to do; it waits for no other process.
 
     Raises:
-      ConfigError: The message of the first process that failed, in those that did not.
+      ConfigError: With several processes, for a `ValueError`: its own, or the first other's.
     """
     import jax
 
@@ -146,7 +157,8 @@ def together(action: Callable[[], Value]) -> Value:
         value = action()
     except Exception as error:
         _exchange(" ".join(str(error).split()) or type(error).__name__)
-        raise
+        # Of this kind whatever it was, so that all leave in the same way.
+        raise ConfigError(str(error)) if isinstance(error, ValueError) else error
     for index, message in enumerate(_exchange("")):
         if message:
             raise ConfigError(f"process {index}: {message}")
