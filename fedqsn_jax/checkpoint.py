@@ -10,9 +10,9 @@ of the same round. It holds four items:
 - ``history``: a JSON list.
 - ``metrics``: the score, by which Orbax keeps the best.
 
-Orbax gets host arrays only: a checkpoint does not depend on the devices that wrote it. Where several
-processes run, all of them save together, in a directory that all of them see: process 0 writes, and
-Orbax lets none go on before the others are ready. Each reads by itself.
+Orbax gets host arrays only: a checkpoint does not depend on the devices that wrote it. Where
+several processes run, all of them save together, in a directory that all of them see: process 0
+writes, and Orbax lets none go on before the others are ready. Each reads by itself.
 """
 
 import contextlib

@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", help="a file under configs/, as FILE or FILE:ALGORITHM")
     parser.add_argument("--workdir", help="the directory of the run; it is made private")
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
-    parser.add_argument("--coordinator_address", help="HOST:PORT of process 0, for a run of several")
+    parser.add_argument(
+        "--coordinator_address", help="HOST:PORT of process 0, for a run of several"
+    )
     parser.add_argument("--num_processes", help="the number of processes of the run")
     parser.add_argument("--process_id", help="which of them this is, from 0 on")
     try:

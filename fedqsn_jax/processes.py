@@ -27,13 +27,13 @@ class Settings(NamedTuple):
 
     Attributes:
       address: ``HOST:PORT`` of process 0.
-      count: Number of processes.
-      index: This one, from 0 on.
+      processes: How many there are.
+      process: This one, from 0 on.
     """
 
     address: str
-    count: int
-    index: int
+    processes: int
+    process: int
 
 
 _OPTIONS = {
@@ -89,7 +89,7 @@ def connect(settings: Settings, config: Config) -> Lifeline:
     """
     facts: Facts = {name: _plain(value) for name, value in flatten(config).items()}
     facts["the version of JAX"] = importlib.metadata.version("jax")
-    lifeline = gather(settings.address, settings.count, settings.index, facts)
+    lifeline = gather(settings.address, settings.processes, settings.process, facts)
     lifeline.watch()
     _keep_output_to_python()
     import jax
@@ -98,15 +98,15 @@ def connect(settings: Settings, config: Config) -> Lifeline:
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         settings.address,
-        settings.count,
-        settings.index,
+        settings.processes,
+        settings.process,
         cluster_detection_method="deactivate",
         initialization_timeout=int(GATHERING_SECONDS),
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
     devices = [device.process_index for device in jax.devices()]
-    numbers = [devices.count(process) for process in range(settings.count)]
+    numbers = [devices.count(process) for process in range(settings.processes)]
     if len(set(numbers)) > 1:
         leave(lifeline)
         raise ConfigError(
@@ -157,8 +157,10 @@ def together(action: Callable[[], Value]) -> Value:
         value = action()
     except Exception as error:
         _exchange(" ".join(str(error).split()) or type(error).__name__)
-        # Of this kind whatever it was, so that all leave in the same way.
-        raise ConfigError(str(error)) if isinstance(error, ValueError) else error
+        if isinstance(error, ValueError):
+            # Of this kind whatever it was, so that all leave in the same way.
+            raise ConfigError(str(error)) from error
+        raise
     for index, message in enumerate(_exchange("")):
         if message:
             raise ConfigError(f"process {index}: {message}")
