@@ -10,7 +10,7 @@ from typing import Any
 _PUBLIC = {
     "own_model": ("Federated", "federate"),
     "config": ("Config", "ConfigError", "default_config", "resolve"),
-    "masking": ("MaskSite", "draw_masks", "find_sites", "hide"),
+    "masking": ("MaskSite", "draw_masks", "embedding_rules", "find_sites", "hide"),
     "quantization": ("NormalFloat", "Quantized", "Uniform"),
     "proxy": (
         "Proxy",
@@ -21,19 +21,23 @@ _PUBLIC = {
         "effective_params",
         "identity",
         "quantize",
+        "select_columns",
         "server_mask",
         "whole_proxy",
     ),
-    "client": ("ClientResult", "ClientUpdate", "make_client_update"),
-    "aggregation": ("Aggregator", "Contribution", "make_aggregator"),
-    "cohort": ("ClientAxis", "sample_cohort", "sum_over_clients"),
+    "client": ("ClientResult", "ClientUpdate", "Training", "make_client_update"),
+    "aggregation": ("Aggregator", "make_aggregator"),
+    "cohort": ("ClientAxis", "ClientWork", "sample_cohort", "sum_over_clients"),
     "rounds": ("Federation", "ServerState", "make_federation", "make_rounds"),
     "algorithms": ("Algorithm", "fedavg", "fedq", "fedqsn", "fedsn", "make_algorithm"),
     "wire": ("Layout", "decode_proxy", "decode_update", "encode_proxy", "encode_update"),
     "metrics": ("make_evaluator",),
     "tasks": ("Task", "classification"),
-    "data.federated": ("FederatedData", "from_clients"),
+    "data.federated": ("ClientData", "FederatedData", "from_clients"),
     "models.adapters": ("linen_apply", "linen_init", "nnx_split"),
+    "models.language": ("LanguageModel", "make_language_model"),
+    "models.pretrained": ("Pretrained", "load_pretrained", "read_config", "save_pretrained"),
+    "models.transformer": ("Execution",),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -1,6 +1,6 @@
 """Folds the clients' deltas into the hidden model.
 
-Deltas are never stacked: each client gives a `Contribution`, contributions add up, and
+Deltas are never stacked: each client's is weighted, the weighted deltas add up, and
 `Aggregator.finish` turns their sum into a step of an optax optimizer, in full precision.
 """
 
@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
 from fedqsn_jax.masking import Sites, hide, spread
 from fedqsn_jax.types import Array, Columns, Params
@@ -19,34 +18,26 @@ Weighting = Literal["data", "uniform"]
 Normalization = Literal["mean", "coverage"]
 
 
-@struct.dataclass
-class Contribution:
-    """What one client, or a sum over clients, brings to a round.
-
-    Attributes:
-      delta: Weighted sum of deltas, float32 in the structure of the parameters.
-      weight: Sum of the clients' weights, float32 scalar.
-      coverage: Sum of the weights of the clients that saw a column, float32
-        ``[layers, columns]`` a site; a site that is absent was seen by all.
-    """
-
-    delta: Params
-    weight: Array
-    coverage: Columns
-
-
 class Aggregator(NamedTuple):
     """Aggregation as pure functions.
 
     Attributes:
       init: ``params -> optimizer state``.
-      contribute: ``(delta, visible, examples) -> Contribution`` of one client.
-      finish: ``(params, optimizer_state, total, server_visible) -> (params, optimizer_state)``.
+      weigh: ``examples -> weights``: a client's weight, float32, from its number of examples; both
+        ``[...]``.
+      contribute: ``(delta, weight) -> weighted delta`` of one client; these add up.
+      finish: ``(params, optimizer_state, total, weights, visible, server_visible) -> (params,
+        optimizer_state)``, with the sum of weighted deltas, the weights ``[cohort]``, the columns
+        that each client saw ``[cohort, layers, columns]`` (a site that is absent was seen by all),
+        and those that the server does not hide.
     """
 
     init: Callable[[Params], optax.OptState]
-    contribute: Callable[[Params, Columns, Array], Contribution]
-    finish: Callable[[Params, optax.OptState, Contribution, Columns], tuple[Params, optax.OptState]]
+    weigh: Callable[[Array], Array]
+    contribute: Callable[[Params, Array], Params]
+    finish: Callable[
+        [Params, optax.OptState, Params, Array, Columns, Columns], tuple[Params, optax.OptState]
+    ]
 
 
 def make_aggregator(
@@ -75,26 +66,30 @@ def make_aggregator(
         # Shapes only: no moment may start from a hidden value.
         return optimizer.init(jax.tree.map(jnp.zeros_like, params))
 
-    def contribute(delta: Params, visible: Columns, examples: Array) -> Contribution:
-        weight = examples.astype(jnp.float32)
-        if weighting == "uniform":
-            weight = (weight > 0).astype(jnp.float32)
+    def weigh(examples: Array) -> Array:
+        weights = examples.astype(jnp.float32)
+        return (weights > 0).astype(jnp.float32) if weighting == "uniform" else weights
+
+    def contribute(delta: Params, weight: Array) -> Params:
         # A client without weight must add nothing, not even NaN times zero.
-        weighted = jax.tree.map(lambda leaf: jnp.where(weight > 0, leaf * weight, 0), delta)
-        return Contribution(
-            weighted, weight, {path: weight * seen for path, seen in visible.items()}
-        )
+        return jax.tree.map(lambda leaf: jnp.where(weight > 0, leaf * weight, 0), delta)
 
     def finish(
         params: Params,
         optimizer_state: optax.OptState,
-        total: Contribution,
+        total: Params,
+        weights: Array,
+        visible: Columns,
         server_visible: Columns,
     ) -> tuple[Params, optax.OptState]:
-        weight = total.weight
-        covered = spread(total.coverage, params, sites, weight)
+        weight = weights.sum()
+        coverage = {
+            path: jnp.where(seen, weights[:, None, None], 0).sum(axis=0)
+            for path, seen in visible.items()
+        }
+        covered = spread(coverage, params, sites, weight)
         divisor = covered if normalize == "coverage" else jax.tree.map(lambda _: weight, covered)
-        gradient = jax.tree.map(lambda delta, by: -_divide(delta, by), total.delta, divisor)
+        gradient = jax.tree.map(lambda delta, by: -_divide(delta, by), total, divisor)
         known = hide(params, sites, server_visible)
         updates, new_state = optimizer.update(gradient, optimizer_state, known)
         new_params = jax.tree.map(
@@ -109,7 +104,7 @@ def make_aggregator(
         )
         return new_params, new_state
 
-    return Aggregator(init, contribute, finish)
+    return Aggregator(init, weigh, contribute, finish)
 
 
 def _divide(leaf: Array, weight: Array) -> Array:

@@ -89,9 +89,7 @@ def round_seconds(
     module = WORKLOADS[workload]
     example = {name: array[:20] for name, array in data.examples.items()}
     params = linen_init(module, jax.random.key(0), example)
-    simulation = make_simulation(
-        config, linen_apply(module), classification(), params, data.clients
-    )
+    simulation = make_simulation(config, linen_apply(module), classification(), params, data)
     return timed_calls(simulation, params, data, example)
 
 

@@ -167,13 +167,7 @@ class Checkpoints:
             another structure, shape or dtype.
         """
         expected = {name: _type(leaf) for name, leaf in _named_leaves(like).items()}
-        rounds = self.rounds()
-        if not rounds or (round is not None and round not in rounds):
-            which = "" if round is None else f" of round {round}"
-            there = f"; there are those of {', '.join(map(str, rounds))}" if rounds else ""
-            raise CheckpointError(f"{self._directory}: there is no checkpoint{which}{there}")
-        round = rounds[-1] if round is None else round
-        path = self._directory / self._names.build_name(round)
+        path, round, rounds = self._find(round)
         try:
             tensors = ocp.load_checkpointables(path, {_TENSORS: None})[_TENSORS]
             stored, implementations = dict(tensors["types"]), dict(tensors["keys"])
@@ -195,6 +189,38 @@ class Checkpoints:
             arrays[name] = jax.random.wrap_key_data(arrays[name], impl=implementation)
         leaves = [arrays[name] for name in expected]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), loaded[_HISTORY]
+
+    def read(self, prefix: str, round: int | None = None) -> tuple[dict[str, np.ndarray], int]:
+        """Returns a part of a state without knowing the rest.
+
+        Args:
+          prefix: For example ``params``: the tensors whose names begin with ``params/``.
+          round: Which checkpoint; None is the latest.
+
+        Returns:
+          Host arrays by what follows the prefix, and the checkpoint's round.
+
+        Raises:
+          CheckpointError: There is no such checkpoint, or it cannot be read.
+        """
+        path, round, rounds = self._find(round)
+        try:
+            state = ocp.load_checkpointables(path, {_STATE: None})[_STATE]
+        except Exception as error:
+            raise _unreadable(path, round, rounds, error) from error
+        prefix = f"{prefix}/"
+        found = {name: array for name, array in state.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): np.asarray(a) for name, a in found.items()}, round
+
+    def _find(self, round: int | None) -> tuple[Path, int, list[int]]:
+        """The path and round of a checkpoint, by default the latest, and all rounds."""
+        rounds = self.rounds()
+        if not rounds or (round is not None and round not in rounds):
+            which = "" if round is None else f" of round {round}"
+            there = f"; there are those of {', '.join(map(str, rounds))}" if rounds else ""
+            raise CheckpointError(f"{self._directory}: there is no checkpoint{which}{there}")
+        round = rounds[-1] if round is None else round
+        return self._directory / self._names.build_name(round), round, rounds
 
     def wait(self) -> None:
         """Waits until the save in flight is on disk.

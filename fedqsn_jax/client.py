@@ -7,6 +7,7 @@ round, so the loop carries ``u`` and the optimizer is wrapped: gradients are pul
 decay, no change.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,12 +16,13 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedqsn_jax.data.federated import FederatedData
-from fedqsn_jax.masking import spread
+from fedqsn_jax.client_optimizer import ClientOptimizer
+from fedqsn_jax.data.federated import ClientData
+from fedqsn_jax.masking import Sites, spread
 from fedqsn_jax.proxy import Proxy, effective_params
 from fedqsn_jax.randomness import fold_in_name, keyed_permutation
 from fedqsn_jax.tasks import Task
-from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
+from fedqsn_jax.types import ApplyFn, Array, Columns, Key, Params
 
 
 @struct.dataclass
@@ -39,24 +41,72 @@ class ClientResult:
     examples: Array
 
 
+@struct.dataclass
+class Training:
+    """A client in the midst of its local training.
+
+    Attributes:
+      params: The effective parameters ``theta * scale``, in the parameters' dtypes.
+      optimizer_state: The optimizer's, which acts on ``theta``.
+      loss: Sum of the losses of the steps so far, float32 scalar.
+      factors: What ``theta`` is multiplied by in the model, float32 ``[layers, columns]`` a site:
+        the site's scale, zero where hidden; a site that is absent has factor 1.
+      sites: The mask sites (static).
+    """
+
+    params: Params
+    optimizer_state: optax.OptState
+    loss: Array
+    factors: Columns
+    sites: Sites = struct.field(pytree_node=False)
+
+    @property
+    def factor_tree(self) -> Params:
+        """The factors over the tree of the parameters, each to broadcast against its tensor."""
+        return spread(self.factors, self.params, self.sites, 1.0)
+
+
 class ClientUpdate(NamedTuple):
-    """Local training as two pure functions.
+    """Local training as pure functions of one client, cut at its steps.
+
+    So a round can train several clients side by side, whatever their numbers of steps; see
+    `cohort.sum_over_clients`. `train` is all of it for one client.
 
     Attributes:
       step_count: ``rows -> steps``, int32: how many steps a client with so many rows takes.
-      update: ``(key, proxy, data, client_id, bound) -> ClientResult``. ``bound`` is at least the
-        client's number of steps; steps beyond the client's own change nothing, so that clients of
-        one vmapped chunk can share the bound of the longest.
+      start: ``(proxy, rows) -> Training`` of a client with so many rows.
+      step: ``(key, data, client_id, index, training) -> training``: the step that is numbered
+        ``index``, from 0 on.
+      finish: ``(proxy, rows, training) -> ClientResult`` of a client with so many rows.
     """
 
     step_count: Callable[[Array], Array]
-    update: Callable[[Key, Proxy, FederatedData, Array, Array], ClientResult]
+    start: Callable[[Proxy, Array], Training]
+    step: Callable[[Key, ClientData, Array, Array, Training], Training]
+    finish: Callable[[Proxy, Array, Training], ClientResult]
+
+    def train(self, key: Key, proxy: Proxy, data: ClientData, client_id: Array) -> ClientResult:
+        """Trains one client from start to finish.
+
+        Args:
+          key: The client's key in this round.
+          proxy: What it received.
+          data: The population's rows.
+          client_id: The client, int32 scalar.
+        """
+        rows = data.rows(client_id)
+
+        def body(index: Array, training: Training) -> Training:
+            return self.step(key, data, client_id, index, training)
+
+        training = jax.lax.fori_loop(0, self.step_count(rows), body, self.start(proxy, rows))
+        return self.finish(proxy, rows, training)
 
 
 def make_client_update(
     apply_fn: ApplyFn,
     task: Task,
-    optimizer: optax.GradientTransformation,
+    optimizer: ClientOptimizer,
     batch_size: int,
     *,
     steps: int = 0,
@@ -67,7 +117,8 @@ def make_client_update(
     Args:
       apply_fn: The model.
       task: Its loss.
-      optimizer: Acts on the received values; its state starts afresh in each round.
+      optimizer: Acts on the received values, and may depend on the client's number of steps; its
+        state starts afresh in each round.
       batch_size: Rows a step. An epoch is ``ceil(rows / batch_size)`` steps over a keyed
         permutation of the client's rows; its last batch may be smaller.
       steps: Number of local steps for every client that has rows; 0 means ``epochs``.
@@ -78,48 +129,48 @@ def make_client_update(
         count = jnp.int32(steps) if steps else epochs * _steps_per_epoch(rows, batch_size)
         return jnp.where(rows > 0, count, 0).astype(jnp.int32)
 
-    def update(
-        key: Key, proxy: Proxy, data: FederatedData, client_id: Array, bound: Array
-    ) -> ClientResult:
-        start, rows = data.start(client_id), data.rows(client_id)
+    def start(proxy: Proxy, rows: Array) -> Training:
+        params, factors = effective_params(proxy), _factors(proxy)
+        theta = _pull_back(params, spread(factors, params, proxy.sites, 1.0))
+        own_optimizer = optimizer(step_count(rows))
+        return Training(params, own_optimizer.init(theta), jnp.float32(0), factors, proxy.sites)
+
+    def step(
+        key: Key, data: ClientData, client_id: Array, index: Array, training: Training
+    ) -> Training:
+        rows = data.rows(client_id)
+        indices, valid = _minibatch(fold_in_name(key, "batches"), index, rows, batch_size)
+        batch = data.gather(client_id, indices)
+        dropout_key = jax.random.fold_in(fold_in_name(key, "dropout"), index)
+
+        def loss_fn(params: Params) -> Array:
+            return task.loss(apply_fn(params, batch, dropout_key), batch, valid)
+
+        loss, gradient = jax.value_and_grad(loss_fn)(training.params)
+        params, optimizer_state = _wrapped_step(
+            optimizer(step_count(rows)),
+            gradient,
+            training.optimizer_state,
+            training.params,
+            training.factor_tree,
+        )
+        return dataclasses.replace(
+            training, params=params, optimizer_state=optimizer_state, loss=training.loss + loss
+        )
+
+    def finish(proxy: Proxy, rows: Array, training: Training) -> ClientResult:
         count = step_count(rows)
-        initial = effective_params(proxy)
-        factors = _factors(proxy, initial)
-        batch_key, dropout_key = fold_in_name(key, "batches"), fold_in_name(key, "dropout")
-
-        def loss_fn(params: Params, batch: Batch, valid: Array, step: Array) -> Array:
-            outputs = apply_fn(params, batch, jax.random.fold_in(dropout_key, step))
-            return task.loss(outputs, batch, valid)
-
-        def body(step: Array, carry: tuple) -> tuple:
-            params, optimizer_state, loss_sum = carry
-            indices, valid = _minibatch(batch_key, step, rows, batch_size)
-            batch = data.gather(start + indices)
-            loss, gradient = jax.value_and_grad(loss_fn)(params, batch, valid, step)
-            new_params, new_state = _wrapped_step(
-                optimizer, gradient, optimizer_state, params, factors
-            )
-            active = step < count
-            params, optimizer_state = jax.tree.map(
-                lambda new, old: jnp.where(active, new, old),
-                (new_params, new_state),
-                (params, optimizer_state),
-            )
-            return params, optimizer_state, loss_sum + jnp.where(active, loss, 0)
-
-        carry = (initial, optimizer.init(_pull_back(initial, factors)), jnp.float32(0))
-        final, _, loss_sum = jax.lax.fori_loop(jnp.int32(0), bound, body, carry)
         # XLA may compute the start twice, once with fused multiply-adds: without a step the
         # difference could be a rounding error, and it must be zero.
         difference = jax.tree.map(
             lambda end, begin: jnp.where(count > 0, end - begin, 0).astype(jnp.float32),
-            final,
-            initial,
+            training.params,
+            effective_params(proxy),
         )
-        delta = _pull_back(difference, factors)
-        return ClientResult(delta, loss_sum / jnp.maximum(count, 1), rows)
+        delta = _pull_back(difference, training.factor_tree)
+        return ClientResult(delta, training.loss / jnp.maximum(count, 1), rows)
 
-    return ClientUpdate(step_count, update)
+    return ClientUpdate(step_count, start, step, finish)
 
 
 def _steps_per_epoch(rows: Array, batch_size: int) -> Array:
@@ -137,14 +188,13 @@ def _minibatch(key: Key, step: Array, rows: Array, batch_size: int) -> tuple[Arr
     return keyed_permutation(permutation_key, jnp.minimum(positions, last), last + 1), valid
 
 
-def _factors(proxy: Proxy, params: Params) -> Params:
-    """What theta is multiplied by in the model, over the tree: the scale, zero where hidden."""
+def _factors(proxy: Proxy) -> Columns:
     factors = {}
     for site in proxy.sites:
         if site.path in proxy.visible or site.path in proxy.scale:
             visible = proxy.visible.get(site.path, jnp.ones((site.layers, site.columns), bool))
             factors[site.path] = jnp.where(visible, proxy.scale.get(site.path, 1.0), 0.0)
-    return spread(factors, params, proxy.sites, 1.0)
+    return factors
 
 
 def _pull_back(tree: Params, factors: Params) -> Params:

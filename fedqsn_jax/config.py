@@ -22,7 +22,7 @@ MODELS = ("mlp", "cnn")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SERVER_OPTIMIZERS = ("sgd", "adagrad", "adam", "yogi", "lamb", "adafactor")
 PARTITIONS = ("dirichlet", "shards", "natural", "iid")
-PARALLELISM = ("auto", "scan", "vmap")
+PARALLELISM = ("auto", "scan", "vmap", "mesh")
 
 
 class ConfigError(ValueError):
@@ -94,8 +94,9 @@ class CohortConfig:
     """Who takes part in a round, and how the client axis is run."""
 
     size: int = _field(10, _range(1), "clients a round, drawn without replacement")
-    parallelism: str = _field("auto", _one_of(*PARALLELISM), "scan, vmap in chunks, or by device")
-    chunk_size: int = _field(0, _range(0), "clients a vmapped chunk; 0: the whole cohort")
+    parallelism: str = _field("auto", _one_of(*PARALLELISM), "how clients are run; see below")
+    chunk_size: int = _field(0, _range(0), "clients at once on a device; 0: what fits and pays")
+    devices: int = _field(0, _range(0), "devices that share a cohort; 0: all of them")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,7 +136,7 @@ def prepare(config: Config) -> Experiment:
         ) from error
     pretraining = make_model(config.model, classes, config.pretraining.dropout)
     simulation = make_simulation(
-        config, linen_apply(module), classification(), params, splits.clients.clients
+        config, linen_apply(module), classification(), params, splits.clients
     )
     return Experiment(config, splits, params, linen_apply(pretraining), simulation)
 
@@ -239,7 +239,7 @@ def _show(experiment: Experiment, display: Display) -> None:
     display.message(
         f"{config.algorithm} on {config.data.name}: {experiment.splits.clients.clients} clients, "
         f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
-        f"{jax.default_backend()}"
+        f"{simulation.choice.reason}"
     )
     if simulation.algorithm.unmet_invariants:
         display.warning(
@@ -250,4 +250,4 @@ def _show(experiment: Experiment, display: Display) -> None:
 
 
 def _costs(experiment: Experiment) -> Costs:
-    return expected_costs(experiment.simulation, experiment.params, experiment.splits.clients)
+    return expected_costs(experiment.simulation)

@@ -52,6 +52,8 @@ DEFAULT_RULES: tuple[str, ...] = (
     "*/key/kernel: layer input column column",
     "*/value/kernel: layer input column column",
     "*/out/kernel: layer input input column",
+    # Feed-forward layers in a scanned stack.
+    "*/*layers/mlp/*/kernel: layer input column",
     # Convolutions: spatial axes and input channels are inputs.
     "*/*conv*/kernel: input input column",
     "*/kernel: input input input column",
@@ -70,6 +72,8 @@ RESIDUAL_PATTERNS: tuple[str, ...] = (
     "*/*feed_forward/output/kernel",
 )
 """The layers that write to a transformer's residual stream (``sites="residual"``)."""
+
+_EMBEDDINGS = {"*/*embed*/*/embedding": "column input", "*/*lm_head/kernel": "input column"}
 
 _ROLES = ("layer", "input", "column")
 
@@ -218,6 +222,23 @@ def find_sites(
             f"'PATTERN: input column' for one of: {', '.join(leaves)}"
         )
     return tuple(_without_shared_biases(sites))
+
+
+def embedding_rules(params: Params) -> tuple[str, ...]:
+    """Returns rules that quantize embeddings and output layers, and never hide them.
+
+    In float32 they would dominate what travels: they are nearly a third of RoBERTa-base. Blocks of
+    the quantizer run along the features of one token's row.
+
+    Args:
+      params: The parameters, or their shapes.
+    """
+    return tuple(
+        f"{path}: whole {roles}"
+        for path, leaf in leaves_by_path(params).items()
+        for pattern, roles in _EMBEDDINGS.items()
+        if leaf.ndim == 2 and _matches_any(path, (pattern,))
+    )
 
 
 def _without_shared_biases(sites: list[MaskSite]) -> list[MaskSite]:

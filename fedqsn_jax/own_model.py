@@ -110,7 +110,7 @@ def federate(
         )
     rules = (*config.site_rules, *(f"{path}: none" for path in heads))
     config = dataclasses.replace(config, site_rules=rules)
-    simulation = make_simulation(config, apply_fn, task, start, data.clients)
+    simulation = make_simulation(config, apply_fn, task, start, data)
     if private is not None:
         rows = _checked(private, data, "private")
         start = pretrain(config, apply_fn, task, start, rows)
@@ -125,7 +125,7 @@ def federate(
         state.params,
         history,
         tensor_rows(simulation, start),
-        expected_costs(simulation, start, data),
+        expected_costs(simulation),
         state,
         simulation,
     )

@@ -60,7 +60,8 @@ class ProxyTransform(NamedTuple):
     Attributes:
       init: ``(key, proxy) -> state``, once, before the first round: draws what stays secret.
       prepare: ``(state, proxy) -> proxy``, once a round, the same for every client.
-      apply: ``(key, state, proxy) -> proxy``, for one client in one round.
+      apply: ``(key, state, proxy) -> proxy``, for one client in one round. It only hides columns
+        and changes scales: `select_columns` with both gives the same proxy.
       steps: The names of what it does; a chain does each at most once. Empty: it does nothing.
     """
 
@@ -187,6 +188,17 @@ def dequantize_proxy(proxy: Proxy) -> Proxy:
 
     params = jax.tree_util.tree_map_with_path(visit, proxy.params, is_leaf=is_quantized)
     return dataclasses.replace(proxy, params=params)
+
+
+def select_columns(prepared: Proxy, visible: Columns, scale: dict[str, Array]) -> Proxy:
+    """Returns what a client receives of a round's prepared proxy.
+
+    Args:
+      prepared: The proxy that is the same for every client.
+      visible: What this client sees of it: `Proxy.visible`.
+      scale: The factors: `Proxy.scale`.
+    """
+    return _hide(dataclasses.replace(prepared, visible=visible, scale=scale), visible)
 
 
 def effective_params(proxy: Proxy) -> Params:

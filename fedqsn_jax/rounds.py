@@ -10,14 +10,14 @@ import optax
 from flax import struct
 
 from fedqsn_jax.aggregation import Aggregator
-from fedqsn_jax.client import ClientUpdate
-from fedqsn_jax.cohort import ClientAxis, sample_cohort, sum_over_clients
-from fedqsn_jax.data.federated import FederatedData
+from fedqsn_jax.client import ClientUpdate, Training
+from fedqsn_jax.cohort import ClientAxis, ClientWork, sample_cohort, sum_over_clients
+from fedqsn_jax.data.federated import ClientData
 from fedqsn_jax.masking import Sites
 from fedqsn_jax.metrics import Evaluator
-from fedqsn_jax.proxy import Proxy, ProxyTransform, dequantize_proxy, whole_proxy
+from fedqsn_jax.proxy import Proxy, ProxyTransform, dequantize_proxy, select_columns, whole_proxy
 from fedqsn_jax.randomness import client_round_key, fold_in_name
-from fedqsn_jax.types import Array, Batch, Key, Params
+from fedqsn_jax.types import Array, Batch, Columns, Key, Params
 from fedqsn_jax.views import (
     Attacker,
     evaluate_views,
@@ -50,25 +50,50 @@ class ServerState:
     public_key: Key
 
 
+@struct.dataclass
+class _Context:
+    """What a round's clients have in common, and what is known of each before it trains.
+
+    Attributes:
+      prepared: The round's proxy before client masks, dequantized.
+      data: The population's rows.
+      ids: The cohort, int32 ``[cohort]``.
+      visible: The columns that each client sees, bool ``[cohort, layers, columns]`` a site.
+      scale: Each client's factors, float32 ``[cohort]`` a site.
+      weights: The clients' weights in the mean, float32 ``[cohort]``.
+      training_key: The round's key of batches and dropout; a client's id is folded in.
+    """
+
+    prepared: Proxy
+    data: ClientData
+    ids: Array
+    visible: Columns
+    scale: dict[str, Array]
+    weights: Array
+    training_key: Key
+
+
 class Federation(NamedTuple):
     """A federated method as pure functions.
 
     Attributes:
       init: ``(key, params) -> ServerState``.
       round: ``(state, data) -> (state, facts)``: one round. Facts are float32 ``train/loss`` and,
-        for each site that has masks, int32 ``visible/PATH``: visible columns, summed over the
+        for each site that has masks, uint32 ``visible/PATH``: visible columns, summed over the
         cohort.
+      cohort: ``state -> ids``, int32 ``[cohort]``: who takes part in the state's next round.
       evaluate: ``(state, rows) -> metrics`` of all views, named ``view/metric``.
     """
 
     init: Callable[[Key, Params], ServerState]
-    round: Callable[[ServerState, FederatedData], tuple[ServerState, dict[str, Array]]]
+    round: Callable[[ServerState, ClientData], tuple[ServerState, dict[str, Array]]]
+    cohort: Callable[[ServerState], Array]
     evaluate: Callable[[ServerState, Batch], dict[str, Array]]
 
 
 def make_federation(
     transform: ProxyTransform,
-    client: ClientUpdate,
+    update: ClientUpdate,
     aggregator: Aggregator,
     evaluator: Evaluator,
     sites: Sites,
@@ -84,7 +109,7 @@ def make_federation(
 
     Args:
       transform: Makes proxies.
-      client: Trains them.
+      update: Trains them.
       aggregator: Folds deltas into the hidden model.
       evaluator: Evaluates one set of parameters.
       sites: The mask sites.
@@ -116,39 +141,64 @@ def make_federation(
         whole = whole_proxy(state.params, sites)
         return dequantize_proxy(transform.prepare(state.transform_state, whole))
 
-    def run_round(state: ServerState, data: FederatedData) -> tuple[ServerState, dict[str, Array]]:
-        prepared = prepare(state)
+    def cohort_of(state: ServerState) -> Array:
         round_key = jax.random.fold_in(state.public_key, state.round)
-        ids = sample_cohort(fold_in_name(round_key, "cohort"), population, cohort)
+        return sample_cohort(fold_in_name(round_key, "cohort"), population, cohort)
 
-        def one_client(client_id: Array, bound: Array) -> dict[str, Any]:
-            mask_key = client_round_key(state.secret_key, state.round, client_id)
-            training_key = client_round_key(state.public_key, state.round, client_id)
-            proxy = transform.apply(mask_key, state.transform_state, prepared)
-            result = client.update(training_key, proxy, data, client_id, bound)
-            return {
-                "contribution": aggregator.contribute(result.delta, proxy.visible, result.examples),
-                "received": {
-                    name: received_columns(attacker, client_id, proxy)
-                    for name, attacker in state.attackers.items()
-                },
-                "visible": {
-                    path: seen.sum(dtype=jnp.int32) for path, seen in proxy.visible.items()
-                },
-                "loss": result.loss * result.examples,
-                "examples": result.examples.astype(jnp.float32),
-            }
+    def proxy_of(context: _Context, client: Array) -> Proxy:
+        visible, scale = jax.tree.map(lambda leaf: leaf[client], (context.visible, context.scale))
+        return select_columns(context.prepared, visible, scale)
 
-        total = sum_over_clients(one_client, ids, client.step_count(data.rows(ids)), client_axis)
+    def start(context: _Context, client: Array) -> Training:
+        rows = context.data.rows(context.ids[client])
+        return update.start(proxy_of(context, client), rows)
+
+    def step(context: _Context, client: Array, index: Array, training: Training) -> Training:
+        client_id = context.ids[client]
+        key = jax.random.fold_in(context.training_key, client_id)
+        return update.step(key, context.data, client_id, index, training)
+
+    def finish(context: _Context, client: Array, training: Training) -> dict[str, Any]:
+        rows = context.data.rows(context.ids[client])
+        result = update.finish(proxy_of(context, client), rows, training)
+        return {
+            "delta": aggregator.contribute(result.delta, context.weights[client]),
+            "loss": result.loss * result.examples,
+        }
+
+    def run_round(state: ServerState, data: ClientData) -> tuple[ServerState, dict[str, Array]]:
+        prepared, ids = prepare(state), cohort_of(state)
+
+        def masks(client_id: Array) -> tuple[Columns, dict[str, Array]]:
+            key = client_round_key(state.secret_key, state.round, client_id)
+            proxy = transform.apply(key, state.transform_state, prepared)
+            return proxy.visible, proxy.scale
+
+        visible, scale = jax.vmap(masks)(ids)
+        rows = data.rows(ids)
+        weights = aggregator.weigh(rows)
+        training_key = jax.random.fold_in(state.public_key, state.round)
+        context = _Context(prepared, data, ids, visible, scale, weights, training_key)
+        total = sum_over_clients(
+            ClientWork(start, step, finish), context, update.step_count(rows), client_axis
+        )
         params, optimizer_state = aggregator.finish(
-            state.params, state.optimizer_state, total["contribution"], prepared.visible
+            state.params,
+            state.optimizer_state,
+            total["delta"],
+            weights,
+            visible,
+            prepared.visible,
         )
         attackers = {
-            name: update_attacker(attacker, total["received"][name], prepared, sites)
+            name: update_attacker(
+                attacker, received_columns(attacker, ids, visible), prepared, sites
+            )
             for name, attacker in state.attackers.items()
         }
-        facts = {"train/loss": total["loss"] / jnp.maximum(total["examples"], 1)}
-        facts |= {f"visible/{path}": count for path, count in total["visible"].items()}
+        examples = rows.astype(jnp.float32).sum()
+        facts = {"train/loss": total["loss"] / jnp.maximum(examples, 1)}
+        facts |= {f"visible/{path}": seen.sum(dtype=jnp.uint32) for path, seen in visible.items()}
         state = dataclasses.replace(
             state,
             params=params,
@@ -171,7 +221,7 @@ def make_federation(
             score,
         )
 
-    return Federation(init, run_round, evaluate)
+    return Federation(init, run_round, cohort_of, evaluate)
 
 
 class CallResult(NamedTuple):
@@ -190,7 +240,7 @@ class CallResult(NamedTuple):
 
 def make_rounds(
     federation: Federation, *, rounds_per_call: int, evaluate_every: int
-) -> Callable[[ServerState, FederatedData, Batch, Array, Array], tuple[ServerState, CallResult]]:
+) -> Callable[[ServerState, ClientData, Batch, Array, Array], tuple[ServerState, CallResult]]:
     """Makes the compiled call that runs several rounds without the host.
 
     Args:
@@ -205,7 +255,7 @@ def make_rounds(
     """
 
     def run(
-        state: ServerState, data: FederatedData, rows: Batch, stop: Array, last: Array
+        state: ServerState, data: ClientData, rows: Batch, stop: Array, last: Array
     ) -> tuple[ServerState, CallResult]:
         _, fact_shapes = jax.eval_shape(federation.round, state, data)
         metric_shapes = jax.eval_shape(federation.evaluate, state, rows)

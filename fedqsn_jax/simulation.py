@@ -3,6 +3,8 @@
 The main job and the call for a user's own model build the same thing here.
 """
 
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,11 +17,14 @@ import optax
 from fedqsn_jax.aggregation import make_aggregator
 from fedqsn_jax.algorithms import Algorithm, make_algorithm
 from fedqsn_jax.client import make_client_update
-from fedqsn_jax.cohort import ClientAxis, choose_client_axis
+from fedqsn_jax.client_optimizer import ClientOptimizer, unscheduled
+from fedqsn_jax.cohort import ClientAxis
 from fedqsn_jax.config import ClientConfig, Config, ConfigError, ServerConfig
-from fedqsn_jax.data.federated import FederatedData, single_client
+from fedqsn_jax.data.federated import ClientData, FederatedData, single_client
 from fedqsn_jax.masking import Sites, find_sites
+from fedqsn_jax.memory import client_bytes, device_bytes, tree_bytes
 from fedqsn_jax.metrics import make_evaluator
+from fedqsn_jax.parallelism import Choice, Workload, choose_client_axis
 from fedqsn_jax.proxy import whole_proxy
 from fedqsn_jax.quantization import NormalFloat, Quantizer, Uniform
 from fedqsn_jax.randomness import fold_in_name
@@ -41,7 +46,8 @@ class Simulation(NamedTuple):
       algorithm: What clients receive.
       sites: The model's mask sites.
       traffic: The lengths of payloads.
-      client_axis: How clients are run.
+      choice: How the client axis is run, and why.
+      memory: Estimated bytes on a device during a round, by purpose.
       task: What the model is for.
       run: Several rounds in one compiled call; see `rounds.make_rounds`.
     """
@@ -51,13 +57,14 @@ class Simulation(NamedTuple):
     algorithm: Algorithm
     sites: Sites
     traffic: Traffic
-    client_axis: ClientAxis
+    choice: Choice
+    memory: dict[str, int]
     task: Task
     run: Callable[..., Any]
 
 
 def make_simulation(
-    config: Config, apply_fn: ApplyFn, task: Task, params: Params, population: int
+    config: Config, apply_fn: ApplyFn, task: Task, params: Params, data: ClientData
 ) -> Simulation:
     """Composes a simulation.
 
@@ -66,11 +73,12 @@ def make_simulation(
       apply_fn: The model.
       task: What it is for.
       params: Its parameters, or their shapes.
-      population: Number of clients.
+      data: The population; of its rows only their numbers, shapes and dtypes matter.
 
     Raises:
-      ConfigError: The settings do not fit the model or the population.
+      ConfigError: The settings do not fit the model, the population or the device.
     """
+    population = data.clients
     if config.cohort.size > population:
         raise ConfigError(
             f"cohort.size = {config.cohort.size}: allowed is at most the population, {population}"
@@ -92,10 +100,11 @@ def make_simulation(
         config.p2,
         config.sampling,  # type: ignore[arg-type]
     )
-    client = make_client_update(
+    optimizer = client_optimizer(config.client)
+    update = make_client_update(
         apply_fn,
         task,
-        client_optimizer(config.client),
+        optimizer,
         config.client.batch_size,
         steps=config.client.steps,
         epochs=config.client.epochs,
@@ -106,32 +115,68 @@ def make_simulation(
         weighting=config.server.weighting,  # type: ignore[arg-type]
         normalize=config.server.normalize,  # type: ignore[arg-type]
     )
-    client_axis = choose_client_axis(
-        config.cohort.parallelism,
-        config.cohort.chunk_size,
-        config.cohort.size,
-        jax.default_backend(),
-    )
-    federation = make_federation(
+    federation_of = functools.partial(
+        make_federation,
         algorithm.transform,
-        client,
+        update,
         aggregator,
         make_evaluator(apply_fn, task, config.evaluation.batch_size),
         sites,
         population=population,
         cohort=config.cohort.size,
-        client_axis=client_axis,
         proxy_samples=config.evaluation.proxy_samples,
         attackers=config.evaluation.attackers,
         score=task.score,
     )
+    batch = _batch_shapes(data, config.client.batch_size)
+    a_client = client_bytes(apply_fn, task, optimizer, params, batch)
+    fixed = _fixed_memory(federation_of(client_axis=ClientAxis()), params, sites, config, data)
+    steps = update.step_count(data.rows(_some_clients(population)))
+    workload = Workload(
+        steps=np.asarray(steps),
+        equal_steps=config.client.steps,
+        client_bytes=a_client,
+        fixed_bytes=sum(fixed.values()),
+        device_bytes=device_bytes(),
+    )
+    choice = choose_client_axis(config.cohort, workload, jax.default_backend())
+    at_once = choice.axis.chunk_size
+    memory = {**fixed, f"training of {at_once} client(s) at once": at_once * a_client}
+    federation = federation_of(client_axis=choice.axis)
     run = make_rounds(
         federation,
         rounds_per_call=config.rounds_per_call,
         evaluate_every=config.evaluation.every,
     )
     traffic = measure_traffic(algorithm.transform, params, sites)
-    return Simulation(config, federation, algorithm, sites, traffic, client_axis, task, run)
+    return Simulation(config, federation, algorithm, sites, traffic, choice, memory, task, run)
+
+
+def _some_clients(population: int) -> Array:
+    """Ids of all clients, or of some thousand evenly spread ones."""
+    count = min(population, 4096)
+    return jnp.asarray(np.arange(count, dtype=np.int64) * population // count, jnp.int32)
+
+
+def _batch_shapes(data: ClientData, batch_size: int) -> Batch:
+    first, indices = jnp.int32(0), jnp.zeros(batch_size, jnp.int32)
+    return jax.eval_shape(lambda: data.gather(first, indices))
+
+
+def _fixed_memory(
+    federation: Federation, params: Params, sites: Sites, config: Config, data: ClientData
+) -> dict[str, int]:
+    """What a device holds during a round whatever the chunk, bytes by purpose."""
+    state = jax.eval_shape(federation.init, jax.random.key(0), params)
+    model = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    columns = sum(site.layers * site.columns for site in sites if site.hideable)
+    return {
+        "server's state with attackers' copies": tree_bytes(state),
+        "dequantized proxy of the round": model,
+        "sum of deltas": model,
+        "client masks": config.cohort.size * columns,
+        "clients' rows": data.device_bytes,
+    }
 
 
 def make_quantizer(config: Config) -> Quantizer:
@@ -154,17 +199,17 @@ def pretrain(
     """
     settings = config.pretraining
     data = single_client(private)
+    first = jnp.int32(0)
     update = make_client_update(
         apply_fn,
         task,
-        optax.sgd(settings.learning_rate),
+        unscheduled(optax.sgd(settings.learning_rate)),
         settings.batch_size,
         steps=settings.steps,
     )
 
     def train(key: Array, params: Params, data: FederatedData) -> Params:
-        count = update.step_count(data.rows(jnp.int32(0)))
-        result = update.update(key, whole_proxy(params, ()), data, jnp.int32(0), count)
+        result = update.train(key, whole_proxy(params, ()), data, first)
         return jax.tree.map(
             lambda old, delta: (old + delta).astype(old.dtype), params, result.delta
         )
@@ -262,14 +307,14 @@ def _ordered(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(metrics[name]) for name in sorted(metrics, key=place)}
 
 
-def client_optimizer(settings: ClientConfig) -> optax.GradientTransformation:
+def client_optimizer(settings: ClientConfig) -> ClientOptimizer:
     """Returns the optimizer of local training."""
     makers = {
         "sgd": lambda: optax.sgd(settings.learning_rate, settings.momentum or None),
         "adam": lambda: optax.adam(settings.learning_rate),
         "adamw": lambda: optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay),
     }
-    return makers[settings.optimizer]()
+    return unscheduled(makers[settings.optimizer]())
 
 
 def _server_optimizer(settings: ServerConfig) -> optax.GradientTransformation:

@@ -48,35 +48,44 @@ def make_attacker(
     return Attacker(members, jax.tree.map(jnp.zeros_like, params), known)
 
 
-def received_columns(attacker: Attacker, client_id: Array, proxy: Proxy) -> dict[str, Array]:
-    """What one client's proxy teaches: int32 counts that add up over a cohort.
+def received_columns(attacker: Attacker, ids: Array, visible: Columns) -> Columns:
+    """What the proxies of a round teach.
+
+    Args:
+      attacker: The attacker.
+      ids: The cohort, int32 ``[cohort]``.
+      visible: The columns that each client saw, bool ``[cohort, layers, columns]`` a site; a site
+        that is absent was seen by all.
 
     Returns:
-      ``[layers, columns]`` a site: 1 where a colluder received the column; and under the empty
-      name a scalar: 1 where the client is a colluder.
+      bool ``[layers, columns]`` a site: True where a colluder received the column; and under the
+      empty name a scalar: True if a colluder took part.
     """
-    member = (attacker.members == client_id).any().astype(jnp.int32)
+    member = (ids[:, None] == attacker.members[None]).any(axis=1)
+    takes_part = member.any()
     received = {
-        path: member * proxy.visible.get(path, jnp.ones_like(known)).astype(jnp.int32)
+        path: (visible[path] & member[:, None, None]).any(axis=0)
+        if path in visible
+        else jnp.broadcast_to(takes_part, known.shape)
         for path, known in attacker.known.items()
     }
-    return {"": member, **received}
+    return {"": takes_part, **received}
 
 
 def update_attacker(
-    attacker: Attacker, received: dict[str, Array], prepared: Proxy, sites: Sites
+    attacker: Attacker, received: Columns, prepared: Proxy, sites: Sites
 ) -> Attacker:
     """Overwrites the attacker's copy by what was received in a round.
 
     Args:
       attacker: The attacker before the round.
-      received: The sum of `received_columns` over the cohort.
+      received: What `received_columns` gives for the round.
       prepared: The round's proxy before client masks, dequantized; its values are what every
         client of the round received wherever it received anything.
       sites: The mask sites.
     """
-    columns = {path: received[path] > 0 for path in attacker.known}
-    now = spread(columns, attacker.copy, sites, received[""] > 0)
+    columns = {path: received[path] for path in attacker.known}
+    now = spread(columns, attacker.copy, sites, received[""])
     copy = jax.tree.map(
         lambda is_new, new, old: jnp.where(is_new, new, old).astype(old.dtype),
         now,

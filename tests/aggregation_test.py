@@ -53,9 +53,11 @@ def compiled(aggregator):
     """``(params, state, clients, server_visible) -> (params, state)``."""
 
     def run(params, state, stacked, server_visible):
-        parts = jax.vmap(aggregator.contribute)(*stacked)
+        deltas, visible, examples = stacked
+        weights = aggregator.weigh(examples)
+        parts = jax.vmap(aggregator.contribute)(deltas, weights)
         total = jax.tree.map(lambda leaf: leaf.sum(axis=0), parts)
-        return aggregator.finish(params, state, total, server_visible)
+        return aggregator.finish(params, state, total, weights, visible, server_visible)
 
     program = jax.jit(run, compiler_options=FAST)
     return lambda params, state, clients, server_visible: program(
@@ -146,11 +148,11 @@ def test_mean_by_hand(model):
     )
 
 
-def test_a_client_without_weight_adds_nothing(model, clients):
+def test_a_client_without_weight_adds_nothing(model):
     for weighting in ("data", "uniform"):
         aggregator = make_aggregator(model.sites, optax.sgd(1.0), weighting=weighting)
         delta = jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), model.params)
-        part = aggregator.contribute(delta, clients[0][1], np.int32(0))
+        part = aggregator.contribute(delta, aggregator.weigh(np.int32(0)))
         for leaf in jax.tree.leaves(part):
             np.testing.assert_array_equal(leaf, 0)
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from fedqsn_jax.client import make_client_update
+from fedqsn_jax.client_optimizer import unscheduled
 from fedqsn_jax.masking import hide, leaves_by_path
 from fedqsn_jax.proxy import Proxy, chain, dequantize_proxy, quantize, server_mask, whole_proxy
 from fedqsn_jax.quantization import NormalFloat
@@ -33,13 +34,8 @@ def masked(model):
 
 
 def compiled(update, options=None):
-    """One program for every client and key; ``extra`` are steps beyond the client's own."""
-
-    def run(key, proxy, data, client_id, extra):
-        bound = update.step_count(data.rows(client_id)) + extra
-        return update.update(key, proxy, data, client_id, bound)
-
-    return jax.jit(run, compiler_options=options)
+    """One program for every client and key."""
+    return jax.jit(update.train, compiler_options=options)
 
 
 compiled_fast = functools.cache(lambda update: compiled(update, FAST))
@@ -47,7 +43,7 @@ compiled_fast = functools.cache(lambda update: compiled(update, FAST))
 
 def train(update, proxy, data, client_id, key=KEY):
     """One client's result, for comparisons up to rounding."""
-    return compiled_fast(update)(key, proxy, data, client_id, 0)
+    return compiled_fast(update)(key, proxy, data, client_id)
 
 
 # A task that records: its gradient says which rows a step has seen.
@@ -66,7 +62,7 @@ def recorder(batch_size, steps, epochs):
     return make_client_update(
         lambda params, batch, key: params["w"][batch["row"]],
         SUM,
-        optimizer,
+        unscheduled(optimizer),
         batch_size,
         steps=steps,
         epochs=epochs,
@@ -169,7 +165,9 @@ def assert_close(tree, expected, tolerance=1e-5):
 def test_sgd_is_the_numpy_loop(model, masked, data, numpy_loss_and_gradient):
     rate, batch_size, epochs = 0.2, 5, 3
     optimizer = optax.sgd(rate)
-    update = make_client_update(model.apply_fn, classification(), optimizer, 5, epochs=epochs)
+    update = make_client_update(
+        model.apply_fn, classification(), unscheduled(optimizer), 5, epochs=epochs
+    )
     for client_id in (2, 0, 5, 6):
         result = train(update, masked, data, client_id)
         batches = recorded_batches(data, client_id, batch_size, epochs=epochs)
@@ -191,7 +189,7 @@ def updates(model):
     """Three epochs in batches of five by each optimizer; shared, as each is compiled once."""
     task = classification()
     return {
-        name: make_client_update(model.apply_fn, task, optimizer, 5, epochs=3)
+        name: make_client_update(model.apply_fn, task, unscheduled(optimizer), 5, epochs=3)
         for name, optimizer in OPTIMIZERS.items()
     }
 
@@ -233,36 +231,23 @@ def test_optimizers_act_on_the_received_values(model, masked, data, set_hidden, 
         np.testing.assert_array_equal(changed, masked.visible[site.path][0])
 
 
-@pytest.fixture(scope="module")
-def exact(model, masked, data):
-    """``(client_id, extra) -> ClientResult``, compiled as a user's program is."""
+def test_a_client_without_rows_brings_nothing(model, masked, data):
+    """Compiled as a user's program is: not even a rounding error."""
     optimizer = optax.adamw(0.01, weight_decay=0.1)
-    update = make_client_update(model.apply_fn, classification(), optimizer, 4, epochs=2)
-    run = compiled(update)
-    return lambda client_id, extra: run(KEY, masked, data, client_id, extra)
-
-
-@pytest.mark.parametrize("client_id", [0, 1, 2, 5])
-def test_steps_beyond_a_clients_own_change_nothing(exact, client_id):
-    for extra in (1, 9):
-        longer = exact(client_id, extra)
-        jax.tree.map(np.testing.assert_array_equal, longer, exact(client_id, 0))
-
-
-def test_a_client_without_rows_brings_nothing(exact, model):
-    for extra in (0, 2):
-        result = exact(1, extra)
-        for leaf in jax.tree.leaves(result):
-            np.testing.assert_array_equal(leaf, 0)
-        assert jax.tree.map(jnp.shape, result.delta) == jax.tree.map(jnp.shape, model.params)
+    update = make_client_update(
+        model.apply_fn, classification(), unscheduled(optimizer), 4, epochs=2
+    )
+    result = compiled(update)(KEY, masked, data, 1)
+    for leaf in jax.tree.leaves(result):
+        np.testing.assert_array_equal(leaf, 0)
+    assert jax.tree.map(jnp.shape, result.delta) == jax.tree.map(jnp.shape, model.params)
 
 
 def test_vmapped_clients_are_the_clients_alone(masked, data, updates):
     update = updates["adamw"]
     ids, keys = np.arange(8, dtype=np.int32), jax.random.split(KEY, 8)
-    axes = (0, None, None, 0, None)
-    batched = jax.jit(jax.vmap(update.update, in_axes=axes), compiler_options=FAST)
-    together = jax.device_get(batched(keys, masked, data, ids, np.int32(9)))
+    batched = jax.jit(jax.vmap(update.train, in_axes=(0, None, None, 0)), compiler_options=FAST)
+    together = jax.device_get(batched(keys, masked, data, ids))
     for index in ids:
         one = train(update, masked, data, index, keys[index])
         assert_close(jax.tree.map(lambda leaf, i=index: leaf[i], together), one)
@@ -273,7 +258,9 @@ def test_training_starts_from_dequantized_values(model, data, numpy_loss_and_gra
     transform = chain(quantize(NormalFloat(3, 4)), server_mask(0.3))
     whole = whole_proxy(model.params, model.sites)
     proxy = transform.prepare(transform.init(KEY, whole), whole)
-    update = make_client_update(model.apply_fn, classification(), optax.sgd(0.2), 5, epochs=3)
+    update = make_client_update(
+        model.apply_fn, classification(), unscheduled(optax.sgd(0.2)), 5, epochs=3
+    )
     result = train(update, proxy, data, 2)
     batches = recorded_batches(data, 2, 5, epochs=3)
     values = dequantize_proxy(proxy)
@@ -293,7 +280,7 @@ def test_every_step_has_a_key_of_its_own(data):
         return jax.tree.map(lambda leaf: jnp.where(one, leaf, 0), updates), count + 1
 
     optimizer = optax.GradientTransformation(lambda params: jnp.int32(0), move_one_entry)
-    update = make_client_update(apply_fn, SUM, optimizer, 1, steps=6)
+    update = make_client_update(apply_fn, SUM, unscheduled(optimizer), 1, steps=6)
     proxy = whole_proxy({"w": jnp.zeros(6)}, ())
     deltas = [train(update, proxy, data, 2, key).delta["w"] for key in (KEY, jax.random.key(2))]
     values = np.concatenate(deltas)

@@ -10,21 +10,30 @@ FLOORS = (
     ("types",),
     ("randomness", "config"),
     ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir"),
-    ("metrics", "models", "data", "masking"),
-    ("cohort", "heads", "proxy"),
-    ("client", "aggregation", "views", "wire"),
-    ("rounds", "traffic"),
+    ("client_optimizer", "generation", "masking", "text_scores"),
+    ("metrics", "models", "data", "language_tasks", "memory"),
+    ("cohort", "heads", "proxy", "text_evaluation"),
+    ("client", "aggregation", "views", "wire", "parallelism"),
+    ("rounds", "traffic", "text_views"),
     ("algorithms",),
     ("simulation",),
     ("costs",),
-    ("experiment", "own_model", "benchmark"),
+    ("experiment", "own_model", "benchmark", "export"),
     ("main", "__init__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # What a client's process runs: it must work without anything that knows the server's state.
 CLIENT_SIDE = ("client", "wire")
-SERVER_STATE = ("rounds", "aggregation", "views", "algorithms", "simulation", "experiment")
+SERVER_STATE = (
+    "rounds",
+    "aggregation",
+    "views",
+    "text_views",
+    "algorithms",
+    "simulation",
+    "experiment",
+)
 
 
 def imports(file: Path) -> set[str]:

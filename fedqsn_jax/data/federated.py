@@ -1,7 +1,7 @@
 """The rows of all clients in one set of flat arrays, and the splits of a data set."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,28 @@ import numpy as np
 from flax import struct
 
 from fedqsn_jax.types import Array, Batch
+
+
+class ClientData(Protocol):
+    """The examples of a population, as a round asks for them inside ``jit``; a pytree.
+
+    `FederatedData` has them on the device, `streaming.StreamedData` those of the clients that take
+    part next, `generated.GeneratedData` makes them when they are used.
+    """
+
+    @property
+    def clients(self) -> int:
+        """Number of clients in the population."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the examples take on a device."""
+
+    def rows(self, client_id: Array) -> Array:
+        """Number of a client's rows, int32, in the shape of ``client_id``."""
+
+    def gather(self, client_id: Array, indices: Array) -> Batch:
+        """Rows of one client, ``indices`` int32 ``[rows]`` from 0 on, as a batch."""
 
 
 @struct.dataclass
@@ -28,17 +50,19 @@ class FederatedData:
         """Number of clients in the population."""
         return self.offsets.shape[0] - 1
 
-    def start(self, client_id: Array) -> Array:
-        """Index of a client's first row, int32."""
-        return self.offsets[client_id]
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the examples and offsets take on a device."""
+        return sum(array.nbytes for array in (*self.examples.values(), self.offsets))
 
     def rows(self, client_id: Array) -> Array:
         """Number of a client's rows, int32."""
         return self.offsets[client_id + 1] - self.offsets[client_id]
 
-    def gather(self, indices: Array) -> Batch:
-        """Returns the examples at ``indices``, int32 ``[...]``."""
-        return {name: array[indices] for name, array in self.examples.items()}
+    def gather(self, client_id: Array, indices: Array) -> Batch:
+        """Returns the rows ``indices`` of a client, int32 ``[...]`` from 0 on."""
+        places = self.offsets[client_id] + indices
+        return {name: array[places] for name, array in self.examples.items()}
 
 
 class Splits(NamedTuple):

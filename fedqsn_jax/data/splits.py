@@ -26,8 +26,8 @@ def make_splits(
     """Keeps private rows for the server and deals the rest to clients.
 
     Args:
-      train: Rows for the server and the clients, in any order; with ``label``, and possibly
-        `CLIENT_COLUMN`, which is not passed on.
+      train: Rows for the server and the clients, in any order; with ``label`` if the data set has
+        labels, and possibly `CLIENT_COLUMN`, which is not passed on.
       test: Held-out rows.
       classes: Number of labels.
       config: How many private rows, and how the rest is dealt.
@@ -36,7 +36,7 @@ def make_splits(
     Raises:
       ConfigError: The data cannot be dealt so.
     """
-    count = len(train["label"])
+    count = len(next(iter(train.values())))
     if config.private_rows >= count:
         raise ConfigError(
             f"data.private_rows = {config.private_rows}: allowed is less than the {count} rows "
@@ -45,7 +45,8 @@ def make_splits(
     order = generator.permutation(count)
     private, rest = order[: config.private_rows], order[config.private_rows :]
     ids = train[CLIENT_COLUMN][rest] if CLIENT_COLUMN in train else None
-    parts = _deal(train["label"][rest], ids, config, generator)
+    labels = train["label"][rest] if "label" in train else None
+    parts = _deal(len(rest), labels, ids, config, generator)
     offsets = np.cumsum([0, *map(len, parts)])
     # One gather for all clients: copies a client would hold a large data set twice.
     clients = FederatedData(
@@ -59,7 +60,8 @@ def _on_device(rows: Rows) -> Batch:
 
 
 def _deal(
-    labels: np.ndarray,
+    rows: int,
+    labels: np.ndarray | None,
     client_ids: np.ndarray | None,
     config: DataConfig,
     generator: np.random.Generator,
@@ -68,6 +70,13 @@ def _deal(
         if client_ids is None:
             raise ConfigError(no_client_ids(config.name))
         return partition.natural(client_ids)
+    if labels is None:
+        if config.partition != "iid":
+            raise ConfigError(
+                f"data.partition = {config.partition!r}: {config.name} has no labels to skew; "
+                f"allowed are iid, natural"
+            )
+        labels = np.zeros(rows, np.int32)
     setting = f"data.clients = {config.clients}"
     try:
         if config.partition == "iid":

@@ -1,15 +1,6 @@
-"""MNIST, EMNIST and CIFAR-10 as TFDS prepared them, read without TensorFlow.
-
-A data set that was prepared in the array_record format can be read without TensorFlow; preparing
-it needs an environment with TensorFlow, once. Nothing here reaches for the network: files are
-opened by their folder. ``tfds.data_source`` would look up the data set's code first, which may
-download, and which answers for absent data with an error about something else.
-"""
+"""MNIST, EMNIST and CIFAR-10 as TFDS prepared them, read without TensorFlow."""
 
 import io
-import json
-import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +10,9 @@ from PIL import Image
 from fedqsn_jax.config import ConfigError, DataConfig
 from fedqsn_jax.data.federated import Splits
 from fedqsn_jax.data.splits import CLIENT_COLUMN, Rows, make_splits, no_client_ids
+from fedqsn_jax.data.tfds_folders import FORMAT, PreparedSet
 
-_DEFAULT_DIRECTORY = "~/tensorflow_datasets"
 _FOLDERS = {"mnist": "mnist", "emnist": "emnist/byclass", "cifar10": "cifar10"}
-_FORMAT = "array_record"
 # Features that say whose a row is. TFDS's own versions of these sets have none of them.
 _CLIENT_FEATURES = (CLIENT_COLUMN, "writer_id")
 _RECORDS_AT_A_TIME = 4096
@@ -39,81 +29,23 @@ def load(config: DataConfig, generator: np.random.Generator) -> Splits:
         TensorFlow (the message says where it was looked for and how to prepare it), or it cannot
         be divided as configured.
     """
-    folder = _find(config)
+    prepared = PreparedSet(f"data.name = {config.name!r}", _FOLDERS[config.name], config.directory)
+    folder = prepared.find()
     # These imports take a second, and only these data sets need them.
     import tensorflow_datasets as tfds
 
-    try:
+    with prepared.explained(folder):
         builder = tfds.builder_from_directory(folder)
         # Decoded below: TFDS's own way costs four times as much, and a warning for lack of OpenCV.
         decoders = {"image": tfds.decode.SkipDecoding()}
         train, test = (
-            builder.as_data_source(split=split, decoders=decoders, file_format=_FORMAT)
+            builder.as_data_source(split=split, decoders=decoders, file_format=FORMAT)
             for split in ("train", "test")
         )
         shape, classes, client = _check_features(builder.info.features, config, folder)
-        _check_files(builder.info.splits, config, folder)
+        prepared.check_files(builder.info.splits, ("train", "test"), folder)
         rows = _read(train, shape, client), _read(test, shape, None)
-    except ConfigError:
-        raise
-    except (OSError, RuntimeError, ValueError, LookupError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"data.name = {config.name!r}: {folder} cannot be read ({type(error).__name__}: "
-            f"{reason}); remove it and {_how_to_prepare(config)}"
-        ) from error
     return make_splits(*rows, classes, config, generator)
-
-
-def _directory(config: DataConfig) -> Path:
-    given = config.directory or os.environ.get("TFDS_DATA_DIR") or _DEFAULT_DIRECTORY
-    if "://" in given:
-        raise ConfigError(f"data.directory = {given!r}: allowed is a local directory")
-    return Path(given).expanduser()
-
-
-def _how_to_prepare(config: DataConfig) -> str:
-    return (
-        f"prepare it once, in an environment with TensorFlow (pip install 'fedqsn_jax[prepare]'): "
-        f"tfds build {_FOLDERS[config.name]} --data_dir={shlex.quote(str(_directory(config)))} "
-        f"--file_format={_FORMAT}"
-    )
-
-
-def _find(config: DataConfig) -> Path:
-    """The folder of the newest prepared version."""
-    searched = _directory(config) / _FOLDERS[config.name]
-    versions = sorted((i.parent for i in searched.glob("*/dataset_info.json")), key=_version)
-    versions = [folder for folder in versions if _version(folder)]
-    if not versions:
-        raise ConfigError(
-            f"data.name = {config.name!r}: not found in {searched}; {_how_to_prepare(config)}"
-        )
-    for folder in reversed(versions):
-        if _FORMAT in _formats(folder):
-            return folder
-    raise ConfigError(
-        f"data.name = {config.name!r}: {versions[-1]} is in the format "
-        f"{', '.join(_formats(versions[-1]))}, which needs TensorFlow; remove it and "
-        f"{_how_to_prepare(config)}"
-    )
-
-
-def _version(folder: Path) -> tuple[int, ...]:
-    """``(3, 0, 1)``; empty for a folder that is none, such as one that is still being written."""
-    parts = folder.name.split(".")
-    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else ()
-
-
-def _formats(folder: Path) -> list[str]:
-    file = folder / "dataset_info.json"
-    try:
-        info = json.loads(file.read_text())
-        # The first is left out where it is TFDS's default.
-        return [info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", [])]
-    except (OSError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"data.directory: {file} cannot be read ({reason})") from error
 
 
 def _check_features(
@@ -136,16 +68,6 @@ def _check_features(
     raise ConfigError(
         f"{no_client_ids(config.name)} ({folder} has no feature {' or '.join(_CLIENT_FEATURES)})"
     )
-
-
-def _check_files(splits: Any, config: DataConfig, folder: Path) -> None:
-    for split in ("train", "test"):
-        for file in splits[split].filepaths:
-            if not file.exists():
-                raise ConfigError(
-                    f"data.name = {config.name!r}: {file} is missing; remove {folder} and "
-                    f"{_how_to_prepare(config)}"
-                )
 
 
 def _read(source: Any, shape: tuple[int, ...], client_feature: str | None) -> Rows:

@@ -1,0 +1,134 @@
+"""A run's hidden model for the transformers library: ``python -m fedqsn_jax.export``.
+
+  python -m fedqsn_jax.export --workdir=DIR --out=DIR2 [--round=N]
+
+reads the run's latest checkpoint, or that of a round, and writes ``model.safetensors``,
+``config.json`` and the tokenizer's files, which come from where the run's pre-trained model did.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedqsn_jax.command_line import Parser
+from fedqsn_jax.config import ConfigError
+from fedqsn_jax.workdir import WorkDirectory
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "generation_config.json",
+)
+"""What is copied beside the model, where it exists."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      arguments: What follows the program's name; by default the process's own.
+
+    Returns:
+      The exit code: 0; 2 after a mistake of the user's, which is told in one line.
+    """
+    parser = Parser("Writes a run's hidden model so that the transformers library reads it.")
+    parser.add_argument("--workdir", help="the directory of the run")
+    parser.add_argument("--out", help="a new directory for the model; it is made private")
+    parser.add_argument("--round", type=int, help="the round of the checkpoint; the latest")
+    try:
+        options = parser.parse_args(arguments)
+        for name in ("workdir", "out"):
+            if not getattr(options, name):
+                raise ConfigError(f"no --{name}: name a directory")
+        # Only now, so that mistakes are answered without waiting for JAX.
+        from fedqsn_jax.checkpoint import CheckpointError
+    except ConfigError as error:
+        return _refuse(error)
+    try:
+        finished = export(Path(options.workdir), Path(options.out), options.round)
+    except (ConfigError, CheckpointError) as error:
+        return _refuse(error)
+    print(f"{options.out}: the hidden model after round {finished}; only you may read it")
+    return 0
+
+
+def export(workdir: Path, out: Path, round: int | None = None) -> int:
+    """Writes the hidden model of a run that started from a pre-trained language model.
+
+    Args:
+      workdir: The directory of the run.
+      out: Where to write; a new or empty directory.
+      round: The round of the checkpoint; None is the latest.
+
+    Returns:
+      The round.
+
+    Raises:
+      ConfigError: The directories are not what they should be.
+      CheckpointError: The checkpoint cannot be read.
+    """
+    from fedqsn_jax.checkpoint import Checkpoints
+    from fedqsn_jax.models.pretrained import directory_of, nested, read_config, save_pretrained
+
+    work = WorkDirectory(workdir)
+    source = _source(work)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out={out}: it is not empty; name a new or empty directory")
+    with Checkpoints(work.checkpoints, keep_latest=1, keep_best=0) as checkpoints:
+        tensors, finished = checkpoints.read("params", round)
+    directory = directory_of(source)
+    config = read_config(directory)
+    overrides = {k: v for k, v in _settings_of(tensors).items() if hasattr(config, k)}
+    save_pretrained(out, read_config(directory, **overrides), nested(tensors))
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, out / name)
+    return finished
+
+
+def _source(work: WorkDirectory) -> str:
+    """Where the run's pre-trained model came from, by the configuration that it wrote down."""
+    file = work.path / "config.json"
+    try:
+        values = json.loads(file.read_text())
+        source = values["model"]["pretrained"]
+    except FileNotFoundError as error:
+        raise ConfigError(f"--workdir={work.path}: there is no run in it") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--workdir={work.path}: config.json cannot be read") from error
+    except (KeyError, TypeError):
+        source = ""
+    if not source or not isinstance(source, str):
+        raise ConfigError(
+            f"--workdir={work.path}: its model is not a pre-trained language model; only such "
+            f"(model.pretrained) can be exported"
+        )
+    return source
+
+
+def _settings_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run may have chosen otherwise than the file that it started from says."""
+    bias = tensors.get("classifier/out/bias")
+    return {
+        "classes": 0 if bias is None else bias.shape[0],
+        "pooling": "cls" if "classifier/dense/kernel" in tensors else "mean",
+        "tied": "lm_head/kernel" not in tensors,
+    }
+
+
+def _refuse(error: Exception) -> int:
+    print(f"fedqsn_jax: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

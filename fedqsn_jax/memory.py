@@ -1,0 +1,98 @@
+"""What lies on a device during a round: the memory contract, and how much of it there is.
+
+A round keeps, on every device:
+
+- the server's state (its dtypes, donated from call to call, so there is one copy of it): hidden
+  model, server optimizer, server mask, the attackers' copies;
+- one dequantized ``Q(W)`` (float32) for all clients, and the client masks (bool, a byte a column
+  and client of the cohort);
+- one sum of weighted deltas (float32): deltas are never stacked for a cohort;
+- for each client of the chunk its effective weights, a gradient, its optimizer's state (the
+  parameters' dtypes) and what the backward pass saves of the forward pass;
+- the rows of the clients, where they live on the device.
+
+So memory grows with the chunk, not with the number of clients a round.
+"""
+
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedqsn_jax.client_optimizer import ClientOptimizer
+from fedqsn_jax.tasks import Task
+from fedqsn_jax.types import ApplyFn, Batch, Params
+
+_USABLE = 0.9
+"""Of a device's memory; the rest is for the program and for what the compiler adds."""
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a pytree of arrays or of their shapes; a pseudo-random key counts 8."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        total += math.prod(leaf.shape) * (8 if is_key else leaf.dtype.itemsize)
+    return total
+
+
+def saved_activations(apply_fn: ApplyFn, task: Task, params: Params, batch: Batch) -> int:
+    """Bytes that a backward pass saves of the forward pass, parameters left out.
+
+    Args:
+      apply_fn: The model.
+      task: Its loss.
+      params: The parameters, or their shapes.
+      batch: One minibatch, or its shapes.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+
+    def residuals(params: Params, batch: Batch) -> Any:
+        def loss(params: Params) -> jax.Array:
+            outputs = apply_fn(params, batch, jax.random.key(0))
+            return task.loss(outputs, batch, jnp.ones(rows, bool))
+
+        return jax.vjp(loss, params)[1]
+
+    saved = jax.eval_shape(residuals, params, batch)
+    weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
+    return tree_bytes([x for x in jax.tree.leaves(saved) if (x.shape, x.dtype) not in weights])
+
+
+def client_bytes(
+    apply_fn: ApplyFn,
+    task: Task,
+    optimizer: ClientOptimizer,
+    params: Params,
+    batch: Batch,
+) -> int:
+    """Bytes that one more client of a chunk takes while it trains.
+
+    Args:
+      apply_fn: The model.
+      task: Its loss.
+      optimizer: The local optimizer.
+      params: The parameters, or their shapes.
+      batch: One minibatch, or its shapes.
+    """
+    state = jax.eval_shape(lambda params: optimizer(jnp.int32(1)).init(params), params)
+    activations = saved_activations(apply_fn, task, params, batch)
+    # Effective weights, gradient, optimizer state; the batch; what is saved, and one cotangent of
+    # about the same size in the worst case.
+    return 2 * tree_bytes(params) + tree_bytes(state) + tree_bytes(batch) + 2 * activations
+
+
+def device_bytes() -> int:
+    """Bytes of memory of one device that a program may use: what its allocator says.
+
+    A backend that does not tell, such as the CPU's, is taken to have the machine's memory, shared
+    among its devices.
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(_USABLE * stats["bytes_limit"])
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(_USABLE * machine / jax.local_device_count())

@@ -1,0 +1,287 @@
+"""Multi-head attention, with fewer key heads, rotary positions, learned biases and a cache."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fedqsn_jax.models import cache as caches
+from fedqsn_jax.models.transformer import Execution, drop
+from fedqsn_jax.types import Array, Key
+
+_CUDNN_LARGEST_HEAD = 128
+
+
+class Slots(NamedTuple):
+    """Where a layer's keys and values are cached.
+
+    Attributes:
+      key: All layers' keys ``[layers, rows, slots, heads, size]``.
+      value: Their values.
+      layer: This layer, int32 scalar.
+      used: The first free slot, int32 scalar.
+    """
+
+    key: Array
+    value: Array
+    layer: Array
+    used: Array
+
+
+class Attention(nn.Module):
+    """Attention with query, key, value and output projections.
+
+    Attributes:
+      heads: Query heads.
+      kv_heads: Key and value heads, a divisor of ``heads``.
+      size: Width of a head.
+      execution: How it is computed.
+      biases: Whether query, key and value have biases.
+      out_bias: Whether the output has one.
+      rate: Dropout rate of the attention's probabilities.
+      train: Whether dropout acts.
+      stddev: Of the initial kernels.
+      query_stddev: Of the initial query kernel; None: ``stddev``.
+      scale: What products of queries and keys are multiplied by; None: ``size ** -0.5``.
+      causal: Whether tokens attend to none after them. (With a cache, the mask says so.)
+    """
+
+    heads: int
+    kv_heads: int
+    size: int
+    execution: Execution
+    biases: bool = True
+    out_bias: bool = True
+    rate: float = 0.0
+    train: bool = False
+    stddev: float = 0.02
+    query_stddev: float | None = None
+    scale: float | None = None
+    causal: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Array,
+        mask: Array | None,
+        *,
+        bias: Array | None = None,
+        rotation: tuple[Array, Array] | None = None,
+        source: Array | None = None,
+        key_value: tuple[Array, Array] | None = None,
+        slots: Slots | None = None,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Attends.
+
+        Args:
+          hidden: ``[rows, queries, width]``.
+          mask: bool, broadcasts to ``[rows, heads, queries, keys]``; None: everything is seen.
+          bias: Added to the scaled products, the same shape.
+          rotation: `rotation_of` the positions of ``hidden``.
+          source: What keys and values are made of, ``[rows, keys, width]``; None: ``hidden``.
+          key_value: Keys and values themselves, ``[rows, keys, heads, size]``, in place of a
+            source.
+          slots: A cache to write the keys and values to, and to attend to.
+
+        Returns:
+          ``[rows, queries, width]``, and with slots all layers' cached keys and values.
+        """
+        source = hidden if source is None else source
+        query = self._project("query", self.heads, self.query_stddev or self.stddev)(hidden)
+        if key_value is None:
+            key = self._project("key", self.kv_heads, self.stddev)(source)
+            value = self._project("value", self.kv_heads, self.stddev)(source)
+        else:
+            key, value = key_value
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        cached = None
+        if slots is not None:
+            all_keys, key = caches.write(slots.key, slots.layer, slots.used, key)
+            all_values, value = caches.write(slots.value, slots.layer, slots.used, value)
+            cached = all_keys, all_values
+        dropping = self.train and self.rate > 0
+        attended = attend(
+            query,
+            key,
+            value,
+            mask,
+            bias,
+            scale=self.size**-0.5 if self.scale is None else self.scale,
+            causal=self.causal and slots is None,
+            attention="xla" if slots is not None else self.execution.attention,
+            dropout_key=self.make_rng("dropout") if dropping else None,
+            rate=self.rate,
+        )
+        out = nn.DenseGeneral(
+            hidden.shape[-1],
+            axis=(-2, -1),
+            use_bias=self.out_bias,
+            dtype=self.execution.dtype,
+            kernel_init=nn.initializers.normal(self.stddev),
+            name="out",
+        )
+        return out(attended), cached
+
+    def _project(self, name: str, heads: int, stddev: float) -> nn.DenseGeneral:
+        return nn.DenseGeneral(
+            (heads, self.size),
+            use_bias=self.biases,
+            dtype=self.execution.dtype,
+            kernel_init=nn.initializers.normal(stddev),
+            name=name,
+        )
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    bias: Array | None,
+    *,
+    scale: float,
+    causal: bool,
+    attention: str,
+    dropout_key: Key | None = None,
+    rate: float = 0.0,
+) -> Array:
+    """Scaled dot-product attention; a row that may attend to nothing gives something finite.
+
+    Args:
+      query: ``[rows, queries, heads, size]``.
+      key: ``[rows, keys, key heads, size]``.
+      value: The same.
+      mask: bool, broadcasts to ``[rows, heads, queries, keys]``, or None.
+      bias: Added to the scaled products, the same shape, or None. Where there is one, XLA's
+        attention is used: cuDNN's has no gradients for a bias that is masked too.
+      scale: What products are multiplied by.
+      causal: Whether query i sees keys up to i only.
+      attention: See `Execution`; ``cudnn`` on another device is a ValueError.
+      dropout_key: With a key, probabilities are dropped. JAX's attention cannot do that, so it is
+        then written out here.
+      rate: The rate of that.
+
+    Returns:
+      ``[rows, queries, heads, size]``.
+    """
+    if dropout_key is not None:
+        return _attend_with_dropout(query, key, value, mask, bias, scale, causal, dropout_key, rate)
+    if bias is not None:
+        attention = "xla"
+    elif attention == "auto":
+        attention = "cudnn" if _cudnn_applies(query, key) else "xla"
+    if attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(f"attention = 'cudnn' needs a GPU; this is a {jax.default_backend()}")
+    if attention == "cudnn" and mask is not None:
+        # cuDNN takes the mask as a bias and wants its last two axes whole.
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=causal,
+        implementation="cudnn" if attention == "cudnn" else "xla",
+    )
+
+
+def _cudnn_applies(query: Array, key: Array) -> bool:
+    """Whether cuDNN's flash attention takes these arrays, forwards and backwards."""
+    size, lengths = query.shape[-1], (query.shape[1], key.shape[1])
+    return (
+        jax.default_backend() == "gpu"
+        and query.dtype == jnp.bfloat16
+        and size <= _CUDNN_LARGEST_HEAD
+        and size % 8 == 0
+        and all(length % 2 == 0 for length in lengths)
+    )
+
+
+def _attend_with_dropout(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    bias: Array | None,
+    scale: float,
+    causal: bool,
+    dropout_key: Key,
+    rate: float,
+) -> Array:
+    rows, queries, heads, size = query.shape
+    keys, kv_heads = key.shape[1:3]
+    grouped = query.reshape(rows, queries, kv_heads, heads // kv_heads, size)
+    products = jnp.einsum(
+        "bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32
+    ).reshape(rows, heads, queries, keys)
+    products *= scale
+    if bias is not None:
+        products += jnp.broadcast_to(bias, products.shape)
+    if causal:
+        seen = jnp.tril(jnp.ones((1, 1, queries, keys), bool))
+        mask = seen if mask is None else mask & seen
+    if mask is not None:
+        products = jnp.where(mask, products, -0.7 * jnp.finfo(products.dtype).max)
+    probabilities = jax.nn.softmax(products).astype(value.dtype)
+    probabilities = drop(dropout_key, probabilities, rate)
+    probabilities = probabilities.reshape(rows, kv_heads, heads // kv_heads, queries, keys)
+    attended = jnp.einsum("bkgqs,bskd->bqkgd", probabilities, value)
+    return attended.reshape(rows, queries, heads, size)
+
+
+class RopeScaling(NamedTuple):
+    """How LLaMA 3 stretches the rotary periods beyond the lengths that it was first trained on.
+
+    Attributes:
+      factor: Periods much longer than the original length are stretched by it.
+      low_frequency_factor: The original length over this is the shortest period that is stretched
+        by the whole factor.
+      high_frequency_factor: The original length over this is the longest that is not stretched.
+      original_length: The number of positions of the first training.
+    """
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_length: int
+
+
+def rope_frequencies(size: int, base: float, scaling: RopeScaling | None = None) -> list[float]:
+    """Returns the ``size / 2`` angular frequencies of rotary positions (arXiv 2104.09864).
+
+    Args:
+      size: Width of a head.
+      base: The period of the slowest pair of entries, over 2 pi, roughly.
+      scaling: LLaMA 3's (arXiv 2407.21783), or None.
+    """
+    frequencies = [base ** (-2 * index / size) for index in range(size // 2)]
+    if scaling is None:
+        return frequencies
+
+    def stretched(frequency: float) -> float:
+        # How often the pair turns within the original length.
+        turns = scaling.original_length * frequency / (2 * math.pi)
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        share = min(max((turns - low) / (high - low), 0), 1)
+        return frequency * (share + (1 - share) / scaling.factor)
+
+    return [stretched(frequency) for frequency in frequencies]
+
+
+def rotation_of(positions: Array, frequencies: list[float]) -> tuple[Array, Array]:
+    """Returns cosines and sines, float32 ``[rows, length, 1, size / 2]``, of int32 positions."""
+    angles = positions[..., None, None] * jnp.asarray(frequencies, jnp.float32).reshape(1, 1, 1, -1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(heads: Array, rotation: tuple[Array, Array]) -> Array:
+    """Turns entry i with entry ``i + size / 2`` of each head, ``[rows, length, heads, size]``."""
+    cosine, sine = rotation
+    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(turned, axis=-1).astype(heads.dtype)

@@ -1,0 +1,311 @@
+"""BERT (arXiv 1810.04805; MiniLM is one) and RoBERTa (arXiv 1907.11692), as classifiers."""
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fedqsn_jax.models.attention import Attention
+from fedqsn_jax.models.cache import positions_of
+from fedqsn_jax.models.hugging_face import (
+    Settings,
+    Tensor,
+    embedding,
+    layer_norm,
+    linear,
+    token_ids,
+)
+from fedqsn_jax.models.transformer import (
+    Dropout,
+    Embed,
+    Execution,
+    Mlp,
+    check_length,
+    real_tokens,
+    stack,
+)
+from fedqsn_jax.types import Array
+
+POOLINGS = ("cls", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """An encoder with a classification head.
+
+    Attributes:
+      family: ``bert`` or ``roberta``.
+      vocab_size: Number of tokens.
+      width: Of the hidden states.
+      layers: Number of layers.
+      heads: Attention heads a layer.
+      inner: Width between the MLP's matrices.
+      activation: A name in `transformer.ACTIVATIONS`.
+      positions: Rows of the position table.
+      token_types: Rows of the token-type table.
+      norm_epsilon: Of the layer norms.
+      hidden_dropout: Rate after embeddings and in the residual branches.
+      attention_dropout: Rate of the attention's probabilities.
+      classifier_dropout: Rate in the head.
+      stddev: Of initial kernels.
+      pad_token_id: The padding's id.
+      bos_token_id: The id of the first token, where the file names one.
+      eos_token_ids: Ids that end a text, where the file names them.
+      classes: Number of logits; 0: no head, the outputs are the pooled hidden states.
+      pooling: ``cls``: the first token, through a dense layer with tanh, as the family's own
+        classifiers do; ``mean``: the mean over real tokens.
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    inner: int
+    activation: str = "gelu"
+    positions: int = 512
+    token_types: int = 2
+    norm_epsilon: float = 1e-12
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    classifier_dropout: float = 0.1
+    stddev: float = 0.02
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    classes: int = 2
+    pooling: str = "cls"
+
+    FAMILIES: ClassVar[tuple[str, ...]] = ("bert", "roberta")
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling = {self.pooling!r}: allowed are {', '.join(POOLINGS)}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
+
+    @property
+    def first_position(self) -> int:
+        """Where real tokens' positions begin: RoBERTa's follow the padding's id."""
+        return (self.pad_token_id or 0) + 1 if self.family == "roberta" else 0
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence."""
+        return self.positions - self.first_position
+
+    @property
+    def prefix(self) -> str:
+        """What names of tensors begin with, where the file has a head."""
+        return f"{self.family}."
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Patterns of tensors that a file may hold and that are not read.
+
+        These are parts of a classification head that another pooling does without, and the heads
+        of pre-training.
+        """
+        heads = ("pooler.dense.*", "classifier.*", "cls.*", "lm_head.*")
+        return ("embeddings.position_ids", *heads)
+
+    def with_dropout(self, rate: float) -> Self:
+        """Returns the same with one dropout rate everywhere."""
+        return dataclasses.replace(
+            self, hidden_dropout=rate, attention_dropout=rate, classifier_dropout=rate
+        )
+
+    @classmethod
+    def from_settings(cls, family: str, settings: Settings) -> Self:
+        """Reads a config.json."""
+        settings.require("position_embedding_type", "absolute")
+        settings.require("is_decoder", False)
+        settings.require("add_cross_attention", False)
+        hidden_dropout = settings.number("hidden_dropout_prob", 0.1)
+        labels = len(settings.section("id2label"))
+        return cls(
+            family=family,
+            vocab_size=settings.integer("vocab_size"),
+            width=settings.integer("hidden_size"),
+            layers=settings.integer("num_hidden_layers"),
+            heads=settings.integer("num_attention_heads"),
+            inner=settings.integer("intermediate_size"),
+            activation=settings.activation("hidden_act", "gelu"),
+            positions=settings.integer("max_position_embeddings"),
+            token_types=settings.integer("type_vocab_size", 2),
+            norm_epsilon=settings.number("layer_norm_eps", 1e-12),
+            hidden_dropout=hidden_dropout,
+            attention_dropout=settings.number("attention_probs_dropout_prob", 0.1),
+            classifier_dropout=settings.number("classifier_dropout", hidden_dropout),
+            stddev=settings.number("initializer_range", 0.02),
+            pad_token_id=settings.token("pad_token_id", 1 if family == "roberta" else 0),
+            bos_token_id=settings.token("bos_token_id"),
+            eos_token_ids=settings.tokens("eos_token_id"),
+            classes=labels or settings.integer("num_labels", 2),
+            pooling=settings.choice("pooling", "cls", *POOLINGS),
+        )
+
+    def to_settings(self) -> dict[str, Any]:
+        """Returns what config.json holds."""
+        name = {"bert": "Bert", "roberta": "Roberta"}[self.family]
+        kind = "ForSequenceClassification" if self.classes and self.pooling == "cls" else "Model"
+        names = {str(index): f"LABEL_{index}" for index in range(self.classes)}
+        return {
+            "architectures": [name + kind],
+            "model_type": self.family,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.inner,
+            "hidden_act": self.activation,
+            "max_position_embeddings": self.positions,
+            "type_vocab_size": self.token_types,
+            "layer_norm_eps": self.norm_epsilon,
+            "hidden_dropout_prob": self.hidden_dropout,
+            "attention_probs_dropout_prob": self.attention_dropout,
+            "classifier_dropout": self.classifier_dropout,
+            "initializer_range": self.stddev,
+            "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": token_ids(self.eos_token_ids),
+            "pooling": self.pooling,
+        } | (
+            {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}} if names else {}
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Returns how every tensor is written down."""
+        base, layer, ours = self.prefix, f"{self.prefix}encoder.layer.{{}}.", "layers"
+        found = [
+            embedding("token_embed", f"{base}embeddings.word_embeddings"),
+            embedding("position_embed", f"{base}embeddings.position_embeddings"),
+            embedding("type_embed", f"{base}embeddings.token_type_embeddings"),
+            *layer_norm("embed_norm", f"{base}embeddings.LayerNorm"),
+            *linear(f"{ours}/attention/query", f"{layer}attention.self.query"),
+            *linear(f"{ours}/attention/key", f"{layer}attention.self.key"),
+            *linear(f"{ours}/attention/value", f"{layer}attention.self.value"),
+            *linear(f"{ours}/attention/out", f"{layer}attention.output.dense", inputs=2),
+            *layer_norm(f"{ours}/attention_norm", f"{layer}attention.output.LayerNorm"),
+            *linear(f"{ours}/mlp/up", f"{layer}intermediate.dense"),
+            *linear(f"{ours}/mlp/down", f"{layer}output.dense"),
+            *layer_norm(f"{ours}/mlp_norm", f"{layer}output.LayerNorm"),
+        ]
+        if not self.classes:
+            return found
+        roberta = self.family == "roberta"
+        if self.pooling == "cls":
+            dense = "classifier.dense" if roberta else f"{base}pooler.dense"
+            found += linear("classifier/dense", dense, drawn=True)
+        out = "classifier.out_proj" if roberta else "classifier"
+        return found + linear("classifier/out", out, drawn=True)
+
+
+class Encoder(nn.Module):
+    """Tokens to logits.
+
+    Attributes:
+      config: The architecture.
+      execution: How it is computed.
+    """
+
+    config: EncoderConfig
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        mask: Array | None = None,
+        token_types: Array | None = None,
+        train: bool = False,
+    ) -> Array:
+        """Returns float32 logits ``[rows, classes]``, or ``[rows, width]`` without classes.
+
+        Args:
+          tokens: int32 ``[rows, length]``.
+          mask: bool or integer, the same shape: which tokens are real; None: all are.
+          token_types: int32, the same shape; None: zeros.
+          train: Whether dropout acts.
+
+        Raises:
+          ValueError: The sequences are longer than the model's positions.
+        """
+        config, dtype = self.config, self.execution.dtype
+        check_length(tokens.shape[1], config.max_length)
+        seen = None if mask is None else jnp.expand_dims(mask.astype(bool), (1, 2))
+        mask = real_tokens(tokens, mask)
+
+        def embed(entries: int, name: str) -> Embed:
+            return Embed(entries, config.width, dtype, config.stddev, name=name)
+
+        hidden = embed(config.vocab_size, "token_embed")(tokens)
+        positions = positions_of(mask) + config.first_position
+        hidden += embed(config.positions, "position_embed")(positions)
+        types = jnp.zeros_like(tokens) if token_types is None else token_types
+        hidden += embed(config.token_types, "type_embed")(types)
+        hidden = nn.LayerNorm(config.norm_epsilon, dtype, name="embed_norm")(hidden)
+        hidden = Dropout(config.hidden_dropout, train)(hidden)
+        layers = stack(_Layer, config.layers, self.execution)
+        layers = layers(config, self.execution, train, name="layers")
+        hidden, _ = layers(hidden, None, seen)
+        return self._classify(hidden.astype(jnp.float32), mask, train)
+
+    def _classify(self, hidden: Array, mask: Array, train: bool) -> Array:
+        config = self.config
+        if config.pooling == "mean":
+            counted = jnp.where(mask[..., None], hidden, 0).sum(axis=1)
+            pooled = counted / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+        else:
+            first = jnp.argmax(mask, axis=1).reshape(-1, 1, 1)
+            pooled = jnp.take_along_axis(hidden, first, axis=1)[:, 0]
+        if not config.classes:
+            return pooled
+        return _Classifier(config, train, name="classifier")(pooled)
+
+
+class _Layer(nn.Module):
+    config: EncoderConfig
+    execution: Execution
+    train: bool
+
+    @nn.compact
+    def __call__(self, hidden: Array, each: None, mask: Array | None) -> tuple[Array, None]:
+        config, dtype = self.config, self.execution.dtype
+        attention = Attention(
+            config.heads,
+            config.heads,
+            config.width // config.heads,
+            self.execution,
+            rate=config.attention_dropout,
+            train=self.train,
+            stddev=config.stddev,
+            name="attention",
+        )
+        attended, _ = attention(hidden, mask)
+        attended = Dropout(config.hidden_dropout, self.train)(attended)
+        norm = nn.LayerNorm(config.norm_epsilon, dtype, name="attention_norm")
+        hidden = norm(hidden + attended)
+        mlp = Mlp(config.inner, config.activation, self.execution, stddev=config.stddev, name="mlp")
+        changed = Dropout(config.hidden_dropout, self.train)(mlp(hidden))
+        norm = nn.LayerNorm(config.norm_epsilon, dtype, name="mlp_norm")
+        return norm(hidden + changed), None
+
+
+class _Classifier(nn.Module):
+    """The head, in float32: it costs little, and is often new."""
+
+    config: EncoderConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, pooled: Array) -> Array:
+        config = self.config
+        init = nn.initializers.normal(config.stddev)
+        if config.pooling == "cls":
+            if config.family == "roberta":
+                pooled = Dropout(config.classifier_dropout, self.train)(pooled)
+            pooled = jnp.tanh(nn.Dense(config.width, kernel_init=init, name="dense")(pooled))
+        pooled = Dropout(config.classifier_dropout, self.train)(pooled)
+        return nn.Dense(config.classes, kernel_init=init, name="out")(pooled)

@@ -1,0 +1,100 @@
+"""The command that writes a run's hidden model for the transformers library."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedqsn_jax.checkpoint import Checkpoints
+from fedqsn_jax.export import main
+from fedqsn_jax.models.pretrained import load_pretrained
+
+GOLDENS = Path(__file__).parent / "goldens" / "language"
+
+
+def make_run(directory, name, rounds=(3, 5), **overrides):
+    """What a run leaves behind: its configuration and checkpoints, with parameters that changed."""
+    loaded = load_pretrained(GOLDENS / name, jax.random.key(0), **overrides)
+    directory.mkdir()
+    (directory / "config.json").write_text(
+        json.dumps({"model": {"pretrained": str(GOLDENS / name)}, "seed": 0})
+    )
+    with Checkpoints(directory / "checkpoints", keep_latest=2, keep_best=1) as checkpoints:
+        for number in rounds:
+            params = jax.tree.map(lambda leaf: jnp.asarray(leaf) + number, loaded.params)  # noqa: B023
+            state = {"params": params, "attackers": params, "key": jax.random.key(0)}
+            checkpoints.save(number, state, [{"round": number}], score=0.5)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("bert_base", {"classes": 4}),
+        ("bert_base", {"classes": 4, "pooling": "mean"}),
+        ("gpt2", {}),
+        ("t5_v1_1", {}),
+    ],
+)
+def test_the_latest_model_is_written(name, overrides, tmp_path, capsys):
+    before = make_run(tmp_path / "run", name, **overrides)
+    out = tmp_path / "model"
+    assert main([f"--workdir={tmp_path / 'run'}", f"--out={out}"]) == 0
+    assert "model: the hidden model after round 5; only you may" in capsys.readouterr().out
+    after = load_pretrained(out, jax.random.key(1))
+    assert (after.config, after.fresh) == (before.config, ())
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 5), after.params, before.params)
+    assert out.stat().st_mode & 0o777 == 0o700
+
+
+def test_an_earlier_round_and_the_tokenizer(tmp_path, monkeypatch):
+    before = make_run(tmp_path / "run", "gpt2")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "tokenizer.json", "merges.txt"):
+        text = (GOLDENS / "gpt2" / name).read_text() if name == "config.json" else name
+        (source / name).write_text(text)
+    values = json.dumps({"model": {"pretrained": str(source)}})
+    (tmp_path / "run" / "config.json").write_text(values)
+    out = tmp_path / "model"
+    out.mkdir()
+    assert main([f"--workdir={tmp_path / 'run'}", f"--out={out}", "--round=3"]) == 0
+    names = {"config.json", "model.safetensors", "tokenizer.json", "merges.txt"}
+    assert {file.name for file in out.iterdir()} == names
+    assert (out / "merges.txt").read_text() == "merges.txt"
+    params = load_pretrained(out, jax.random.key(0)).params
+    np.testing.assert_array_equal(
+        params["final_norm"]["bias"], before.params["final_norm"]["bias"] + 3
+    )
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "model"
+
+    def refused(*arguments):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "no --workdir: name a directory" in refused()
+    assert "no --out: name a directory" in refused(f"--workdir={run}")
+    both = f"--workdir={run}", f"--out={out}"
+    assert "run: there is no run in it" in refused(*both)
+    run.mkdir()
+    (run / "config.json").write_text("{")
+    assert "config.json cannot be read" in refused(*both)
+    for values in ({}, {"model": {"name": "mlp"}}, {"model": {"pretrained": ""}}):
+        (run / "config.json").write_text(json.dumps(values))
+        assert "its model is not a pre-trained language model" in refused(*both)
+    values = {"model": {"pretrained": str(GOLDENS / "gpt2")}}
+    (run / "config.json").write_text(json.dumps(values))
+    assert "there is no checkpoint" in refused(*both)
+    assert "there is no checkpoint of round 2" in refused(*both, "--round=2")
+    assert "invalid int value" in refused(*both, "--round=x")
+    out.mkdir()
+    (out / "something").write_text("")
+    assert "it is not empty; name a new or empty directory" in refused(*both)
