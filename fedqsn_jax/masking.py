@@ -377,7 +377,7 @@ def _draw_mask(key: Key, site: MaskSite, probability: float | Array, sampling: S
     if sampling == "bernoulli":
         return noise >= probability
     ranks = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
-    return ranks >= _hidden_count(site, probability)
+    return ranks >= hidden_count(site, probability)
 
 
 def visible_share(site: MaskSite, probability: float | Array, sampling: Sampling) -> Array:
@@ -387,9 +387,10 @@ def visible_share(site: MaskSite, probability: float | Array, sampling: Sampling
     """
     if sampling == "bernoulli":
         return jnp.float32(1) - jnp.float32(probability)
-    return 1 - _hidden_count(site, probability).astype(jnp.float32) / site.columns
+    return 1 - hidden_count(site, probability).astype(jnp.float32) / site.columns
 
 
-def _hidden_count(site: MaskSite, probability: float | Array) -> Array:
+def hidden_count(site: MaskSite, probability: float | Array) -> Array:
+    """The number of columns that ``fixed_count`` hides in each layer, int32; one always stays."""
     count = jnp.round(jnp.float32(probability) * site.columns).astype(jnp.int32)
     return jnp.minimum(count, site.columns - 1)
