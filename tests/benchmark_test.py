@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fedqsn_jax import benchmark
 from fedqsn_jax.models.emnist_cnn import EmnistCNN
@@ -27,6 +28,7 @@ def test_the_network_has_its_published_size():
     assert count == 320 + 18496 + 1179776 + 7998
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_report(tmp_path, monkeypatch, capsys):
     small = benchmark.make_population(clients=3, mean=25)
     monkeypatch.setattr(benchmark, "make_population", lambda: small)

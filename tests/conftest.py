@@ -1,6 +1,6 @@
 """Settings and tiny fixtures that tests share: a model, its sites, and a population of clients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,14 @@ class Model(NamedTuple):
     apply_fn: Callable[[Any, Any, Any], jax.Array]
     params: Any
     sites: Sites
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """For tests of what programs are for, not of their last bits: XLA compiles with less effort."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

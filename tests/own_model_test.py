@@ -42,6 +42,7 @@ def squares() -> Task:
     )
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_task_of_ones_own_and_a_population_of_one():
     masks = {"p1": 0.0, "p2": 0.3, "sampling": "fixed_count"}
     result = federate(_Column(), [rows(6)], rows(9), task=squares(), **masks, **SHORT)
