@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedqsn_jax.aggregation import make_aggregator
+from fedqsn_jax.aggregation import Aggregator, make_aggregator
 from fedqsn_jax.algorithms import Algorithm, make_algorithm
 from fedqsn_jax.client import make_client_update
 from fedqsn_jax.client_optimizer import ClientOptimizer, unscheduled
@@ -44,6 +44,7 @@ class Simulation(NamedTuple):
       config: Its settings.
       federation: Its pure functions.
       algorithm: What clients receive.
+      aggregator: What becomes of the deltas.
       sites: The model's mask sites.
       traffic: The lengths of payloads.
       choice: How the client axis is run, and why.
@@ -55,6 +56,7 @@ class Simulation(NamedTuple):
     config: Config
     federation: Federation
     algorithm: Algorithm
+    aggregator: Aggregator
     sites: Sites
     traffic: Traffic
     choice: Choice
@@ -149,7 +151,9 @@ def make_simulation(
         evaluate_every=config.evaluation.every,
     )
     traffic = measure_traffic(algorithm.transform, params, sites)
-    return Simulation(config, federation, algorithm, sites, traffic, choice, memory, task, run)
+    return Simulation(
+        config, federation, algorithm, aggregator, sites, traffic, choice, memory, task, run
+    )
 
 
 def _some_clients(population: int) -> Array:
