@@ -8,7 +8,8 @@ A round keeps, on every device:
   and client of the cohort);
 - one sum of weighted deltas (float32): deltas are never stacked for a cohort;
 - for each client of the chunk its effective weights, a gradient, its optimizer's state (the
-  parameters' dtypes) and what the backward pass saves of the forward pass;
+  parameters' dtypes) and what the backward pass saves of the forward pass; and the effective
+  weights of those that take others' places;
 - the rows of the clients, where they live on the device.
 
 So memory grows with the chunk, not with the number of clients a round.

@@ -142,8 +142,10 @@ def make_simulation(
         device_bytes=device_bytes(),
     )
     choice = choose_client_axis(config.cohort, workload, jax.default_backend())
-    at_once = choice.axis.chunk_size
+    at_once, refills = choice.axis.chunk_size, choice.axis.refills
     memory = {**fixed, f"training of {at_once} client(s) at once": at_once * a_client}
+    if at_once > 1:
+        memory["clients that come and go"] = refills * tree_bytes(params)
     federation = federation_of(client_axis=choice.axis)
     run = make_rounds(
         federation,
