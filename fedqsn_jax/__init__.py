@@ -9,6 +9,7 @@ from typing import Any
 
 _PUBLIC = {
     "own_model": ("Federated", "federate"),
+    "trained": ("Trained", "load"),
     "config": ("Config", "ConfigError", "default_config", "resolve"),
     "masking": ("MaskSite", "draw_masks", "embedding_rules", "find_sites", "hide"),
     "quantization": ("NormalFloat", "Quantized", "Uniform"),

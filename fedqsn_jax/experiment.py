@@ -57,12 +57,19 @@ class Experiment(NamedTuple):
     simulation: Simulation
 
 
-def dry_run(config: Config, display: Display) -> None:
-    """Shows the model's tensors and mask sites, bytes and memory; trains nothing.
+def dry_run(config: Config, directory: Path | None, display: Display) -> None:
+    """Shows the model's tensors and mask sites, bytes and memory; trains and writes nothing.
+
+    Args:
+      config: What would run.
+      directory: Where, if that is known.
+      display: Where it is shown.
 
     Raises:
       ConfigError: The run would be refused.
     """
+    if directory is not None:
+        WorkDirectory(directory).check(config)
     _show(prepare(config), display)
 
 
@@ -81,15 +88,21 @@ def run(config: Config, directory: Path, display: Display) -> None:
     work = WorkDirectory(directory)
     work.check(config)
     experiment = prepare(config)
-    settings = config.checkpoint
+    with work.claim(config):
+        _run(experiment, work, display)
+
+
+def _run(experiment: Experiment, work: WorkDirectory, display: Display) -> None:
+    """The run in a directory that is ours alone."""
+    config, settings = experiment.config, experiment.config.checkpoint
     with (
         _stop_signals() as stopped,
         Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints,
     ):
         resumed = checkpoints.latest_round()
         restored = _restore(experiment, checkpoints)
-        work.create(config)
-        display.message(f"{directory}: only you may read it; it holds the hidden model")
+        work.write_config(config)
+        display.message(f"{work.path}: only you may read it; it holds the hidden model")
         if restored is not None and resumed == config.rounds and work.summary.exists():
             display.message(
                 f"finished at round {resumed}; a larger --config.rounds would extend the run"

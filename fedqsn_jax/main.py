@@ -5,9 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedqsn_jax.command_line import Parser, read_config
-from fedqsn_jax.config import Config, ConfigError, flatten
-
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code after a second Ctrl-C, by the shell's convention."""
 
@@ -21,6 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0; 2 after a mistake of the user's, which is told in one line; `INTERRUPTED`.
     """
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    # Imports stand here so that a Ctrl-C during them, seconds long, is no traceback.
+    from fedqsn_jax.command_line import Parser, read_config
+    from fedqsn_jax.config import Config, ConfigError, flatten
+
     parser = Parser(
         "Federated learning in which the model is the secret.",
         "fields, as --config.FIELD=VALUE, with their defaults:\n"
@@ -34,19 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_config(options.config, overrides)
         if not options.workdir and not options.dry_run:
             raise ConfigError("no --workdir: name the directory of the run")
-        # Only now, so that mistakes are answered without waiting for JAX.
-        from fedqsn_jax import experiment
-        from fedqsn_jax.checkpoint import CheckpointError
-        from fedqsn_jax.reporting.display import Display
     except ConfigError as error:
         return _refuse(error)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    # Only now, so that mistakes are answered without waiting for JAX.
+    from fedqsn_jax import experiment
+    from fedqsn_jax.checkpoint import CheckpointError
+    from fedqsn_jax.reporting.display import Display
+
+    directory = Path(options.workdir) if options.workdir else None
     try:
-        if options.dry_run:
-            experiment.dry_run(config, Display())
+        if options.dry_run or directory is None:
+            experiment.dry_run(config, directory, Display())
         else:
-            experiment.run(config, Path(options.workdir), Display())
+            experiment.run(config, directory, Display())
     except (ConfigError, CheckpointError) as error:
         return _refuse(error)
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ FLOORS = (
     ("algorithms",),
     ("simulation",),
     ("costs", "workloads"),
-    ("experiment", "own_model", "benchmark", "export"),
+    ("experiment", "own_model", "benchmark", "export", "trained"),
     ("main", "__init__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

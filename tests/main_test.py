@@ -4,10 +4,14 @@ import json
 import os
 import stat
 
+import numpy as np
 import pytest
 
-from fedqsn_jax import command_line
+from fedqsn_jax import command_line, linen_apply, load
+from fedqsn_jax.experiment import prepare
 from fedqsn_jax.main import main
+from fedqsn_jax.models.registry import make_model
+from fedqsn_jax.workdir import WorkDirectory
 
 SMALL = [
     "--config=configs/digits.py",
@@ -171,13 +175,27 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys):
     assert main(arguments) == 0
     assert "finished at round 4" in capsys.readouterr().out
 
-    before = (directory / "metrics.jsonl").read_bytes()
-    message = refusal(capsys, [*arguments, "--config.p1=0.5", "--config.seed=9"])
-    assert "p1 = 0.5 (there: 0.2)" in message
-    assert "seed = 9 (there: 0)" in message
-    message = refusal(capsys, [*arguments, "--config.rounds=2"])
-    assert "rounds = 2" in message
-    assert (directory / "metrics.jsonl").read_bytes() == before
+    trained = load(directory)
+    assert (trained.round, trained.history) == (4, history)
+    assert load(directory, round=2).round == 2
+    splits = prepare(trained.config).splits
+    module = make_model(trained.config.model, splits.num_classes, dropout=0.0)
+    logits = linen_apply(module)(trained.params, splits.test, None)
+    accuracy = (np.argmax(logits, axis=-1) == splits.test["label"]).mean()
+    assert accuracy == pytest.approx(history[-1]["global/accuracy"], abs=1e-6)
+
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    for mode in ([], ["--dry_run"]):
+        message = refusal(capsys, [*arguments, *mode, "--config.p1=0.5", "--config.seed=9"])
+        assert "p1 = 0.5 (there: 0.2)" in message
+        assert "seed = 9 (there: 0)" in message
+        message = refusal(capsys, [*arguments, *mode, "--config.rounds=2"])
+        assert "rounds = 2" in message
+    with WorkDirectory(directory).claim(trained.config):
+        message = refusal(capsys, [*arguments, "--config.rounds=6"])
+        assert "another run is at work in it" in message
+    after = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    assert after == before
 
     assert main([*arguments, "--config.rounds=6"]) == 0
     longer = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from orbax.checkpoint import v1 as orbax
 
 ROOT = Path(__file__).parent.parent
@@ -104,3 +105,30 @@ def test_interrupted_runs_end_as_an_uninterrupted_one_does(tmp_path):
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+CTRL_C_WHILE_IMPORTING = """
+import os, runpy, signal, sys
+_, module, directory = sys.argv
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+sys.argv = ["main", "--config=configs/digits.py", "--workdir=" + directory]
+runpy.run_module("fedqsn_jax.main", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["ml_collections", "jax", "optax"])
+def test_ctrl_c_while_libraries_are_imported_is_quiet(module, tmp_path):
+    """Not a run: it ends before the command line has done anything."""
+    directory = tmp_path / "run"
+    process = subprocess.run(
+        [sys.executable, "-c", CTRL_C_WHILE_IMPORTING, module, directory],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
+    assert not directory.exists()
