@@ -168,15 +168,16 @@ def run(command: Sequence[str], directory: Path, timeout: float) -> str:
         )
     except OSError as error:
         raise RunError(f"cannot start {command[0]}: {error.strerror}") from None
-    try:
-        output, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        raise RunError(f"took longer than {timeout:g} s") from None
-    finally:
-        # Workers that outlive their parent would disturb the next run, and keep the pipes open.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    # Leaving closes the pipes and waits.
+    with process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise RunError(f"took longer than {timeout:g} s") from None
+        finally:
+            # Workers that outlive their parent would disturb the next run.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         lines = (errors or output).strip().splitlines() or ["no message"]
         raise RunError(f"exit code {process.returncode}: {lines[-1]}")
