@@ -1,342 +1,515 @@
-"""Experimental version."""
+"""Convolution kernels for NVIDIA GPUs, which never write patches to memory.
+
+A convolution by patches moves every pixel ``window`` times through memory and is bound by that. The
+kernels here gather patches on the way to the tensor cores (an implicit matrix product). A program
+works on 2x2 tiles of outputs, so that of a 3x3 window 16 loads serve 36 products, and so that ReLU
+and 2x2 max-pooling happen in registers: what the convolution puts out is then never written either.
+The pooling keeps one byte a window: which of the four is the maximum, 4 where ReLU stopped it. The
+backward kernels expand cotangents by it while they load.
+
+Images are ``[rows * height * width, channels]`` in the kernels and kernels ``[taps, in, out]``,
+taps in the order of the window. Clients are a ``vmap`` axis, of which ``pallas_call`` makes an axis
+of the grid.
+"""
+
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+from jax.experimental.pallas import triton
+
+from fedqsn_jax.types import Array
+
+_STOPPED = 4
+"""Index of windows whose maximum is not positive, in which no gradient flows."""
+_LEAST_CHANNELS = 16
+"""What a tensor core takes at once."""
+_Fetch = Callable[[int, int], Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
+    """The shapes of one convolution with step 1.
+
+    Attributes:
+      rows: Number of images.
+      in_size: Height and width of the images.
+      out_size: Height and width of the outputs.
+      window: Height and width of the kernel.
+      before: Rows of padding above and columns left of the images.
+      inputs: Input channels.
+      outputs: Output channels.
+    """
+
     rows: int
     in_size: tuple[int, int]
     out_size: tuple[int, int]
     window: tuple[int, int]
-    pad: tuple[int, int]  # before
+    before: tuple[int, int]
     inputs: int
     outputs: int
 
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    tiles: int = 64
-    warps: int = 4
-    stages: int = 2
-    block_in: int = 32
-    block_out: int = 64
-    splits: int = 8
-    order: str = "unroll"
-    swap: bool = False
-
-
-def _block(n, most):
-    return math.gcd(n, most)
-
-
-def _div(a, b):
-    return jax.lax.div(a, jnp.full_like(a, b))
-
-
-def _rem(a, b):
-    return jax.lax.rem(a, jnp.full_like(a, b))
-
-
-class _Tiles:
-    """A block of 2x2 tiles of positions over [rows, height, width]."""
-
-    def __init__(self, first, count, rows, size):
-        self.across = (size[0] + 1) // 2, (size[1] + 1) // 2
-        total = rows * self.across[0] * self.across[1]
-        flat = first + jnp.arange(count, dtype=jnp.int32)
-        per_row = self.across[0] * self.across[1]
-        self.valid = flat < total
-        self.row = _div(flat, per_row)
-        rest = flat - self.row * per_row
-        self.y = _div(rest, self.across[1])
-        self.x = rest - self.y * self.across[1]
-        self.total = total
-
-
-def _load2(ref, index, columns, mask):
-    shape = (index.shape[0], columns.shape[0])
-    return plgpu.load(
-        ref.at[
-            jnp.broadcast_to(index[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
-        ],
-        mask=jnp.broadcast_to(mask[:, None], shape),
-        other=jnp.zeros((), ref.dtype),
-    )
-
-
-def _fetcher(ref, tiles, size, columns):
-    """fetch(dy, dx): values at (2y+dy, 2x+dx), zero outside."""
-
-    def fetch(dy, dx):
-        y, x = 2 * tiles.y + dy, 2 * tiles.x + dx
-        mask = tiles.valid
-        if dy < 0:
-            mask &= y >= 0
-        if 2 * (tiles.across[0] - 1) + dy >= size[0]:
-            mask &= y < size[0]
-        if dx < 0:
-            mask &= x >= 0
-        if 2 * (tiles.across[1] - 1) + dx >= size[1]:
-            mask &= x < size[1]
-        index = (tiles.row * size[0] + y) * size[1] + x
-        return _load2(ref, jnp.where(mask, index, 0), columns, mask)
-
-    return fetch
-
-
-def _unpool_fetcher(ref, which_ref, tiles, pooled_size, columns):
-    """fetch(dy, dx) of the un-pooled values."""
-    cache = {}
-
-    def pooled(py, px):
-        if (py, px) not in cache:
-            y, x = tiles.y + py, tiles.x + px
-            mask = tiles.valid
-            if py < 0:
-                mask &= y >= 0
-            if tiles.across[0] - 1 + py >= pooled_size[0]:
-                mask &= y < pooled_size[0]
-            if px < 0:
-                mask &= x >= 0
-            if tiles.across[1] - 1 + px >= pooled_size[1]:
-                mask &= x < pooled_size[1]
-            index = (tiles.row * pooled_size[0] + y) * pooled_size[1] + x
-            index = jnp.where(mask, index, 0)
-            values = _load2(ref, index, columns, mask)
-            which = _load2(which_ref, index, columns, mask)
-            cache[py, px] = values, which.astype(jnp.int32)
-        return cache[py, px]
-
-    def fetch(dy, dx):
-        values, which = pooled(dy // 2, dx // 2)
-        return jnp.where(which == (dy % 2) * 2 + dx % 2, values, jnp.zeros_like(values))
-
-    return fetch
-
-
-def _kernel_columns(start, size):
-    return start + jnp.arange(size, dtype=jnp.int32)
-
-
-def _load3(ref, tap, rows, columns):
-    shape = (rows.shape[0], columns.shape[0])
-    return ref[
-        jnp.full(shape, tap, jnp.int32),
-        jnp.broadcast_to(rows[:, None], shape),
-        jnp.broadcast_to(columns[None, :], shape),
-    ]
-
-
-def _forward(*refs, g: Geometry, t: Tuning, pool, unpool, precision):
-    refs = list(refs)
-    x_ref = refs.pop(0)
-    which_ref = refs.pop(0) if unpool else None
-    w_ref = refs.pop(0)
-    bias_ref = refs.pop(0) if pool else None
-    out_ref = refs.pop(0)
-    which_out = refs.pop(0) if pool else None
-    bk, bn = _block(g.inputs, t.block_in), _block(g.outputs, t.block_out)
-    blocks_n = g.outputs // bn
-    pid = pl.program_id(0)
-    tiles = _Tiles(_div(pid, blocks_n) * t.tiles, t.tiles, g.rows, g.out_size)
-    out_columns = _kernel_columns(_rem(pid, blocks_n) * bn, bn)
-    kh, kw = g.window
-
-    def dot(a, b):
-        return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
-
-    def step(start, acc):
-        acc = [list(acc[:2]), list(acc[2:])]
-        columns = _kernel_columns(start, bk)
-        if unpool:
-            fetch = _unpool_fetcher(x_ref, which_ref, tiles, pooled_size(g.in_size), columns)
-        else:
-            fetch = _fetcher(x_ref, tiles, g.in_size, columns)
-        if t.order == "unroll":
-            for i in range(kh + 1):
-                for j in range(kw + 1):
-                    v = fetch(i - g.pad[0], j - g.pad[1])
-                    for py in (0, 1):
-                        for px in (0, 1):
-                            dy, dx = i - py, j - px
-                            if 0 <= dy < kh and 0 <= dx < kw:
-                                w = _load3(w_ref, dy * kw + dx, columns, out_columns)
-                                acc[py][px] += dot(v, w)
-        elif t.order == "taps":
-            for dy in range(kh):
-                for dx in range(kw):
-                    w = _load3(w_ref, dy * kw + dx, columns, out_columns)
-                    for py in (0, 1):
-                        for px in (0, 1):
-                            v = fetch(dy + py - g.pad[0], dx + px - g.pad[1])
-                            acc[py][px] += dot(v, w)
-        return (*acc[0], *acc[1])
-
-    zero = jnp.zeros((t.tiles, bn), jnp.float32)
-    acc = (zero,) * 4
-    if t.order == "loop":
-        # one dynamic loop over taps and channel blocks, pipelined by the compiler
-        nk = g.inputs // bk
-
-        def body(s, acc):
-            tap, start = _div(s, nk), _rem(s, nk) * bk
-            dy, dx = _div(tap, kw), _rem(tap, kw)
-            columns = _kernel_columns(start, bk)
-            w = _load3(w_ref, tap, columns, out_columns)
-            out = []
-            for py in (0, 1):
-                for px in (0, 1):
-                    y = 2 * tiles.y + (dy + py - g.pad[0])
-                    x = 2 * tiles.x + (dx + px - g.pad[1])
-                    mask = tiles.valid
-                    if g.pad[0] or g.out_size[0] % 2:
-                        mask = mask & (y >= 0) & (y < g.in_size[0])
-                    if g.pad[1] or g.out_size[1] % 2:
-                        mask = mask & (x >= 0) & (x < g.in_size[1])
-                    index = jnp.where(mask, (tiles.row * g.in_size[0] + y) * g.in_size[1] + x, 0)
-                    out.append(acc[2 * py + px] + dot(_load2(x_ref, index, columns, mask), w))
-            return tuple(out)
-
-        acc = jax.lax.fori_loop(0, kh * kw * nk, body, acc)
-    elif g.inputs == bk:
-        acc = step(0, acc)
-    else:
-        acc = jax.lax.fori_loop(0, g.inputs // bk, lambda s, a: step(s * bk, a), acc)
-
-    shape = (t.tiles, bn)
-    columns = jnp.broadcast_to(out_columns[None, :], shape)
-
-    def store(ref, index, mask, values):
-        index = jnp.where(mask, index, ref.shape[0])
-        plgpu.store(
-            ref.at[jnp.broadcast_to(index[:, None], shape), columns],
-            values.astype(ref.dtype),
-            mask=jnp.broadcast_to(mask[:, None], shape),
+    def transposed(self) -> "Geometry":
+        """The convolution that maps cotangents of the outputs to cotangents of the inputs."""
+        height, width = self.window
+        before = height - 1 - self.before[0], width - 1 - self.before[1]
+        return Geometry(
+            self.rows, self.out_size, self.in_size, self.window, before, self.outputs, self.inputs
         )
 
-    if pool:
-        best, which = acc[0], jnp.zeros(shape, jnp.int32)
-        for number in (1, 2, 3):
-            more = acc[number] > best
-            best = jnp.where(more, acc[number], best)
-            which = jnp.where(more, number, which)
-        best = best + jnp.broadcast_to(bias_ref[out_columns].astype(jnp.float32)[None, :], shape)
-        which = jnp.where(best > 0, which, 4)
-        size = pooled_size(g.out_size)
-        mask = tiles.valid & (tiles.y < size[0]) & (tiles.x < size[1])
-        index = (tiles.row * size[0] + tiles.y) * size[1] + tiles.x
-        store(out_ref, index, mask, jnp.maximum(best, 0))
-        store(which_out, index, mask, which)
-        return
-    for py in (0, 1):
-        for px in (0, 1):
-            y, x = 2 * tiles.y + py, 2 * tiles.x + px
-            mask = tiles.valid
-            if g.out_size[0] % 2:
-                mask = mask & (y < g.out_size[0])
-            if g.out_size[1] % 2:
-                mask = mask & (x < g.out_size[1])
-            store(out_ref, (tiles.row * g.out_size[0] + y) * g.out_size[1] + x, mask, acc[2 * py + px])
+    @property
+    def tiles(self) -> int:
+        """Number of 2x2 tiles of outputs; those at odd edges stick out."""
+        return self.rows * math.prod(-(-size // 2) for size in self.out_size)
 
 
-def pooled_size(size):
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """How a kernel is cut: tiles and channels a program, and the compiler's settings."""
+
+    tiles: int
+    inputs: int
+    outputs: int
+    warps: int
+    stages: int = 1
+
+
+# Measured on an H200 with 25 clients, 20 rows, 26x26x32 to 24x24x64.
+_FORWARD = _Launch(tiles=64, inputs=32, outputs=64, warps=4)
+_KERNEL_GRADIENT = _Launch(tiles=32, inputs=32, outputs=64, warps=4)
+_TILES_A_SPLIT = 288
+_MOST_SPLITS = 16
+
+
+def fits(kernel_shape: tuple[int, ...], stride: int) -> bool:
+    """Whether the kernels here do a convolution ``[height, width, in, out]``."""
+    height, width, inputs, outputs = kernel_shape
+    whole = inputs % _LEAST_CHANNELS == 0 and outputs % _LEAST_CHANNELS == 0
+    return stride == 1 and (height, width) == (3, 3) and whole
+
+
+def current_precision(dtype: Any) -> jax.lax.Precision:
+    """The precision that a matrix product traced now has on a GPU: TF32 unless more is asked for.
+
+    To be called where the convolution is, not in its backward pass: that may be traced after the
+    context of ``jax.default_matmul_precision`` has ended.
+    """
+    asked = jax.config.jax_default_matmul_precision
+    exact = str(asked).lower() in ("highest", "float32", "f32_f32_f32") and dtype == jnp.float32
+    return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def convolve(
+    images: Array,
+    kernel: Array,
+    before: tuple[int, int],
+    out_size: tuple[int, int],
+    precision: jax.lax.Precision,
+    interpret: bool = False,
+) -> Array:
+    """Convolves with step 1.
+
+    Args:
+      images: ``[rows, height, width, in]``, float32 or bfloat16.
+      kernel: ``[height, width, in, out]``, of the same type, which is also the output's.
+      before: Rows of padding above and columns left of the images.
+      out_size: Height and width of the outputs; what windows see beyond the images is zero.
+      precision: Of the products of float32 values; sums are always float32.
+      interpret: Run without a GPU, slowly.
+    """
+    geometry = _geometry(images, kernel, before, out_size)
+    outputs = _correlate(geometry, precision, interpret, _flat(images), _taps(kernel))
+    return outputs.reshape(images.shape[0], *out_size, -1)
+
+
+def _convolve_forward(images, kernel, before, out_size, precision, interpret):  # type: ignore[no-untyped-def]
+    outputs = convolve(images, kernel, before, out_size, precision, interpret)
+    return outputs, (images, kernel)
+
+
+def _convolve_backward(before, out_size, precision, interpret, residuals, cotangent):  # type: ignore[no-untyped-def]
+    images, kernel = residuals
+    geometry = _geometry(images, kernel, before, out_size)
+    return _gradients(geometry, precision, interpret, images, kernel, _flat(cotangent), None)
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def convolve_relu_pool(
+    images: Array,
+    kernel: Array,
+    bias: Array,
+    before: tuple[int, int],
+    out_size: tuple[int, int],
+    precision: jax.lax.Precision,
+    interpret: bool = False,
+) -> Array:
+    """Convolves with step 1, adds the bias, and takes ReLU and the maximum over 2x2 windows.
+
+    Args:
+      images: As for `convolve`.
+      kernel: As for `convolve`.
+      bias: ``[out]``.
+      before: As for `convolve`.
+      out_size: Height and width before the pooling, which drops an odd last row or column.
+      precision: As for `convolve`.
+      interpret: As for `convolve`.
+    """
+    static = before, out_size, precision, interpret
+    return _convolve_relu_pool_forward(images, kernel, bias, *static)[0]
+
+
+def _convolve_relu_pool_forward(images, kernel, bias, before, out_size, precision, interpret):  # type: ignore[no-untyped-def]
+    geometry = _geometry(images, kernel, before, out_size)
+    pooled, which = _correlate(
+        geometry, precision, interpret, _flat(images), _taps(kernel), bias=bias
+    )
+    shape = (images.shape[0], *_halved(out_size), kernel.shape[-1])
+    return pooled.reshape(shape), (images, kernel, bias, which)
+
+
+def _convolve_relu_pool_backward(before, out_size, precision, interpret, residuals, cotangent):  # type: ignore[no-untyped-def]
+    images, kernel, bias, which = residuals
+    geometry = _geometry(images, kernel, before, out_size)
+    cotangent = _flat(cotangent)
+    gradients = _gradients(geometry, precision, interpret, images, kernel, cotangent, which)
+    flowing = jnp.where(which == _STOPPED, 0, cotangent.astype(jnp.float32))
+    return *gradients, flowing.sum(axis=0).astype(bias.dtype)
+
+
+convolve_relu_pool.defvjp(_convolve_relu_pool_forward, _convolve_relu_pool_backward)
+
+
+def _geometry(
+    images: Array, kernel: Array, before: tuple[int, int], out_size: tuple[int, int]
+) -> Geometry:
+    rows, in_height, in_width, inputs = images.shape
+    height, width, _, outputs = kernel.shape
+    in_size, window = (in_height, in_width), (height, width)
+    return Geometry(rows, in_size, out_size, window, before, inputs, outputs)
+
+
+def _flat(images: Array) -> Array:
+    return images.reshape(-1, images.shape[-1])
+
+
+def _taps(kernel: Array) -> Array:
+    return kernel.reshape(-1, *kernel.shape[2:])
+
+
+def _halved(size: tuple[int, int]) -> tuple[int, int]:
     return size[0] // 2, size[1] // 2
 
 
-def correlate(images, kernel, g: Geometry, t: Tuning, precision, *, bias=None, which=None, interpret=False):
-    """images [rows*h*w, in] (pooled if which), kernel [kh*kw, in, out]."""
-    pool, unpool = bias is not None, which is not None
-    tiles = g.rows * ((g.out_size[0] + 1) // 2) * ((g.out_size[1] + 1) // 2)
-    bn = _block(g.outputs, t.block_out)
-    size = pooled_size(g.out_size) if pool else g.out_size
-    flat = (g.rows * size[0] * size[1], g.outputs)
-    out_shape = [jax.ShapeDtypeStruct(flat, images.dtype)]
-    if pool:
-        out_shape.append(jax.ShapeDtypeStruct(flat, jnp.uint8))
-    operands = [images] + ([which] if unpool else []) + [kernel] + ([bias] if pool else [])
-    kernel_fn = functools.partial(_forward, g=g, t=t, pool=pool, unpool=unpool, precision=precision)
-    out = pl.pallas_call(
-        kernel_fn,
-        out_shape,
-        grid=(-(-tiles // t.tiles) * (g.outputs // bn),),
+def _gradients(
+    geometry: Geometry,
+    precision: jax.lax.Precision,
+    interpret: bool,
+    images: Array,
+    kernel: Array,
+    cotangent: Array,
+    which: Array | None,
+) -> tuple[Array, Array]:
+    """Cotangents of images and kernel; with ``which``, ``cotangent`` is that of the pooled."""
+    turned = _taps(kernel[::-1, ::-1].swapaxes(2, 3))
+    to_images = _correlate(
+        geometry.transposed(), precision, interpret, cotangent, turned, which=which
+    )
+    to_kernel = _kernel_gradient(geometry, precision, interpret, _flat(images), cotangent, which)
+    return to_images.reshape(images.shape), to_kernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _correlate(
+    geometry: Geometry,
+    precision: jax.lax.Precision,
+    interpret: bool,
+    images: Array,
+    kernel: Array,
+    *,
+    bias: Array | None = None,
+    which: Array | None = None,
+) -> Any:
+    """Convolves flat images; with a bias also pools, with ``which`` un-pools the images first.
+
+    Returns:
+      Flat outputs; with a bias those and the uint8 index of each window's maximum.
+    """
+    launch = _fitted(_FORWARD, geometry)
+    size = geometry.out_size if bias is None else _halved(geometry.out_size)
+    flat = geometry.rows * math.prod(size), geometry.outputs
+    shapes = [jax.ShapeDtypeStruct(flat, images.dtype)]
+    if bias is not None:
+        shapes.append(jax.ShapeDtypeStruct(flat, jnp.uint8))
+    optional = {"which": which, "kernel": kernel, "bias": bias}
+    operands = {name: array for name, array in optional.items() if array is not None}
+    names = ("images", *operands, "outputs", *(("maxima",) if bias is not None else ()))
+
+    def body(*refs: Any) -> None:
+        _correlate_kernel(geometry, launch, precision, **dict(zip(names, refs, strict=True)))
+
+    outputs = pl.pallas_call(
+        body,
+        shapes,
+        grid=(-(-geometry.tiles // launch.tiles) * (geometry.outputs // launch.outputs),),
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=t.warps, num_stages=t.stages),
-        name="correlate" + ("_pool" if pool else "") + ("_unpool" if unpool else ""),
-    )(*operands)
-    return out if pool else out[0]
+        compiler_params=triton.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
+        name="convolution",
+    )(images, *operands.values())
+    return outputs[0] if bias is None else outputs
 
 
-def _gradient(*refs, g: Geometry, t: Tuning, unpool, precision):
-    refs = list(refs)
-    x_ref = refs.pop(0)
-    c_ref = refs.pop(0)
-    which_ref = refs.pop(0) if unpool else None
-    out_ref = refs.pop(0)
-    bk, bn = _block(g.inputs, t.block_in), _block(g.outputs, t.block_out)
-    kh, kw = g.window
-    pid = pl.program_id(0)
-    blocks_n, blocks_k = g.outputs // bn, g.inputs // bk
-    split = _div(pid, blocks_n * blocks_k)
-    rest = _rem(pid, blocks_n * blocks_k)
-    in_columns = _kernel_columns(_div(rest, blocks_n) * bk, bk)
-    out_columns = _kernel_columns(_rem(rest, blocks_n) * bn, bn)
-    total = g.rows * ((g.out_size[0] + 1) // 2) * ((g.out_size[1] + 1) // 2)
-    steps = -(-total // (t.tiles * t.splits))
+def _correlate_kernel(
+    geometry: Geometry,
+    launch: _Launch,
+    precision: jax.lax.Precision,
+    *,
+    images: Any,
+    kernel: Any,
+    outputs: Any,
+    which: Any = None,
+    bias: Any = None,
+    maxima: Any = None,
+) -> None:
+    height, width = geometry.window
+    program, blocks = pl.program_id(0), geometry.outputs // launch.outputs
+    tiles = _Tiles(_div(program, blocks) * launch.tiles, launch.tiles, geometry)
+    columns = _range(_rem(program, blocks) * launch.outputs, launch.outputs)
 
-    def dot(a, b):
-        if t.swap:
-            a, b = b, a
-        return jax.lax.dot_general(
-            a, b, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    def add_channels(start: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        channels = _range(start, launch.inputs)
+        fetch = _fetching(tiles, geometry.in_size, images, which, channels)
+        four = list(sums)
+        for row in range(height + 1):
+            for column in range(width + 1):
+                values = fetch(row - geometry.before[0], column - geometry.before[1])
+                for place, tap in _served(row, column, geometry.window):
+                    weights = _load_tap(kernel, tap, channels, columns)
+                    four[place] += jnp.dot(
+                        values, weights, precision=precision, preferred_element_type=jnp.float32
+                    )
+        return tuple(four)
+
+    sums = (jnp.zeros((launch.tiles, launch.outputs), jnp.float32),) * 4
+    steps = geometry.inputs // launch.inputs
+    if steps == 1:
+        sums = add_channels(0, sums)
+    else:
+        sums = jax.lax.fori_loop(
+            0, steps, lambda step, sums: add_channels(step * launch.inputs, sums), sums
         )
-
-    def body(s, acc):
-        acc = list(acc)
-        tiles = _Tiles((split * steps + s) * t.tiles, t.tiles, g.rows, g.out_size)
-        fetch = _fetcher(x_ref, tiles, g.in_size, in_columns)
-        if unpool:
-            fetch_c = _unpool_fetcher(c_ref, which_ref, tiles, pooled_size(g.out_size), out_columns)
-        else:
-            fetch_c = _fetcher(c_ref, tiles, g.out_size, out_columns)
-        c = [[fetch_c(py, px) for px in (0, 1)] for py in (0, 1)]
-        for i in range(kh + 1):
-            for j in range(kw + 1):
-                v = fetch(i - g.pad[0], j - g.pad[1])
-                for py in (0, 1):
-                    for px in (0, 1):
-                        dy, dx = i - py, j - px
-                        if 0 <= dy < kh and 0 <= dx < kw:
-                            acc[dy * kw + dx] += dot(v, c[py][px])
-        return tuple(acc)
-
-    shape = (bn, bk) if t.swap else (bk, bn)
-    acc = (jnp.zeros(shape, jnp.float32),) * (kh * kw)
-    acc = jax.lax.fori_loop(0, steps, body, acc)
-    a = jnp.broadcast_to(in_columns[None, :] if t.swap else in_columns[:, None], shape)
-    b = jnp.broadcast_to(out_columns[:, None] if t.swap else out_columns[None, :], shape)
-    for tap in range(kh * kw):
-        out_ref[jnp.full(shape, split * (kh * kw) + tap, jnp.int32), a, b] = acc[tap]
+    if bias is None:
+        for place, values in enumerate(sums):
+            index, inside = tiles.places(place // 2, place % 2, geometry.out_size)
+            _store(outputs, index, columns, inside, values)
+        return
+    best, index = sums[0], jnp.zeros(sums[0].shape, jnp.int32)
+    for place in (1, 2, 3):
+        # Strictly more: the gradient goes to the first of equal maxima, as in a native pooling.
+        more = sums[place] > best
+        best, index = jnp.where(more, sums[place], best), jnp.where(more, place, index)
+    best += jnp.broadcast_to(bias[columns].astype(jnp.float32)[None], best.shape)
+    at, inside = tiles.places_of_windows(_halved(geometry.out_size))
+    _store(outputs, at, columns, inside, jnp.maximum(best, 0))
+    _store(maxima, at, columns, inside, jnp.where(best > 0, index, _STOPPED))
 
 
-def kernel_gradient(images, cotangent, g: Geometry, t: Tuning, precision, *, which=None, interpret=False):
-    """[kh*kw, in, out] float32."""
-    bk, bn = _block(g.inputs, t.block_in), _block(g.outputs, t.block_out)
-    taps = g.window[0] * g.window[1]
-    unpool = which is not None
-    out = pl.pallas_call(
-        functools.partial(_gradient, g=g, t=t, unpool=unpool, precision=precision),
-        jax.ShapeDtypeStruct((t.splits * taps, g.inputs, g.outputs), jnp.float32),
-        grid=(t.splits * (g.inputs // bk) * (g.outputs // bn),),
+def _kernel_gradient(
+    geometry: Geometry,
+    precision: jax.lax.Precision,
+    interpret: bool,
+    images: Array,
+    cotangent: Array,
+    which: Array | None,
+) -> Array:
+    """The kernel's gradient ``[taps, in, out]``, float32."""
+    launch = _fitted(_KERNEL_GRADIENT, geometry)
+    splits = min(max(geometry.tiles // _TILES_A_SPLIT, 1), _MOST_SPLITS)
+    blocks = geometry.inputs // launch.inputs, geometry.outputs // launch.outputs
+    taps = math.prod(geometry.window)
+
+    def body(images: Any, cotangent: Any, *rest: Any) -> None:
+        *optional, gradient = rest
+        which = optional[0] if optional else None
+        _gradient_kernel(geometry, launch, precision, splits, images, cotangent, which, gradient)
+
+    partial = pl.pallas_call(
+        body,
+        jax.ShapeDtypeStruct((splits * taps, geometry.inputs, geometry.outputs), jnp.float32),
+        grid=(splits * math.prod(blocks),),
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=t.warps, num_stages=t.stages),
-        name="kernel_gradient" + ("_unpool" if unpool else ""),
-    )(images, cotangent, *([which] if unpool else []))
-    return out.reshape(t.splits, taps, g.inputs, g.outputs).sum(0)
+        compiler_params=triton.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
+        name="convolution_kernel_gradient",
+    )(images, cotangent, *(() if which is None else (which,)))
+    return partial.reshape(splits, taps, geometry.inputs, geometry.outputs).sum(axis=0)
+
+
+def _gradient_kernel(
+    geometry: Geometry,
+    launch: _Launch,
+    precision: jax.lax.Precision,
+    splits: int,
+    images: Any,
+    cotangent: Any,
+    which: Any,
+    gradient: Any,
+) -> None:
+    height, width = geometry.window
+    blocks = geometry.inputs // launch.inputs, geometry.outputs // launch.outputs
+    program = pl.program_id(0)
+    split, block = _div(program, math.prod(blocks)), _rem(program, math.prod(blocks))
+    channels = _range(_div(block, blocks[1]) * launch.inputs, launch.inputs)
+    columns = _range(_rem(block, blocks[1]) * launch.outputs, launch.outputs)
+    steps = -(-geometry.tiles // (launch.tiles * splits))
+
+    def add_tiles(step: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        tiles = _Tiles((split * steps + step) * launch.tiles, launch.tiles, geometry)
+        fetch = _fetching(tiles, geometry.in_size, images, None, channels)
+        fetch_cotangent = _fetching(tiles, geometry.out_size, cotangent, which, columns)
+        cotangents = [fetch_cotangent(place // 2, place % 2) for place in range(4)]
+        all_taps = list(sums)
+        for row in range(height + 1):
+            for column in range(width + 1):
+                values = fetch(row - geometry.before[0], column - geometry.before[1])
+                for place, tap in _served(row, column, geometry.window):
+                    all_taps[tap] += jax.lax.dot_general(
+                        values,
+                        cotangents[place],
+                        (((0,), (0,)), ((), ())),
+                        precision=precision,
+                        preferred_element_type=jnp.float32,
+                    )
+        return tuple(all_taps)
+
+    sums = (jnp.zeros((launch.inputs, launch.outputs), jnp.float32),) * (height * width)
+    for tap, values in enumerate(jax.lax.fori_loop(0, steps, add_tiles, sums)):
+        at = jnp.full(values.shape, split * (height * width) + tap, jnp.int32)
+        gradient[at, *_grid_of(channels, columns)] = values
+
+
+def _fitted(launch: _Launch, geometry: Geometry) -> _Launch:
+    """The launch with blocks of channels that divide the channels; powers of two stay such."""
+    return dataclasses.replace(
+        launch,
+        inputs=math.gcd(geometry.inputs, launch.inputs),
+        outputs=math.gcd(geometry.outputs, launch.outputs),
+    )
+
+
+def _served(row: int, column: int, window: tuple[int, int]) -> list[tuple[int, int]]:
+    """For a tile's input at ``(row, column)``: which of its outputs it serves, with which tap."""
+    return [
+        (2 * down + right, (row - down) * window[1] + column - right)
+        for down in (0, 1)
+        for right in (0, 1)
+        if 0 <= row - down < window[0] and 0 <= column - right < window[1]
+    ]
+
+
+class _Tiles:
+    """Some 2x2 tiles, one an element of int32 vectors: their image, row and column of tiles."""
+
+    def __init__(self, first: Any, count: int, geometry: Geometry) -> None:
+        self._down, self._across = (-(-size // 2) for size in geometry.out_size)
+        number = _range(first, count)
+        self._exists = number < geometry.tiles
+        self._image = _div(number, self._down * self._across)
+        within = _rem(number, self._down * self._across)
+        self._row, self._column = _div(within, self._across), _rem(within, self._across)
+
+    def places(self, down: int, right: int, size: tuple[int, int]) -> tuple[Array, Array]:
+        """Flat indices of ``(2 row + down, 2 column + right)``, and whether they exist."""
+        return self._flat(2, down, right, size)
+
+    def places_of_windows(
+        self, size: tuple[int, int], down: int = 0, right: int = 0
+    ) -> tuple[Array, Array]:
+        """Flat indices of ``(row + down, column + right)``, and whether they exist."""
+        return self._flat(1, down, right, size)
+
+    def _flat(self, step: int, down: int, right: int, size: tuple[int, int]) -> tuple[Array, Array]:
+        row, column = step * self._row + down, step * self._column + right
+        exists = self._exists
+        # Comparisons that always hold are left out, because each costs registers.
+        if down < 0:
+            exists &= row >= 0
+        if right < 0:
+            exists &= column >= 0
+        if step * (self._down - 1) + down >= size[0]:
+            exists &= row < size[0]
+        if step * (self._across - 1) + right >= size[1]:
+            exists &= column < size[1]
+        return (self._image * size[0] + row) * size[1] + column, exists
+
+
+def _fetching(
+    tiles: _Tiles, size: tuple[int, int], values: Any, which: Any, channels: Array
+) -> _Fetch:
+    """Returns ``(down, right) -> [tiles, channels]``: values of images relative to tiles.
+
+    Args:
+      tiles: The tiles.
+      size: Height and width of the images.
+      values: A reference to flat images, or to their pooled values.
+      which: None, or a reference to the index of each pooled value's place.
+      channels: The channels to load.
+    """
+    if which is None:
+        return lambda down, right: _load(values, *tiles.places(down, right, size), channels)
+
+    @functools.cache
+    def pooled(down: int, right: int) -> tuple[Array, Array]:
+        at, exists = tiles.places_of_windows(_halved(size), down, right)
+        places = _load(which, at, exists, channels).astype(jnp.int32)
+        return _load(values, at, exists, channels), places
+
+    def fetch(down: int, right: int) -> Array:
+        window, places = pooled(down // 2, right // 2)
+        here = places == down % 2 * 2 + right % 2
+        return jnp.where(here, window, jnp.zeros_like(window))
+
+    return fetch
+
+
+def _range(start: Any, count: int) -> Array:
+    return start + jnp.arange(count, dtype=jnp.int32)
+
+
+def _div(value: Array, divisor: int) -> Array:
+    """The quotient of numbers that are not negative: ``//`` would also check their sign."""
+    return jax.lax.div(value, jnp.full_like(value, divisor))
+
+
+def _rem(value: Array, divisor: int) -> Array:
+    return jax.lax.rem(value, jnp.full_like(value, divisor))
+
+
+def _grid_of(rows: Array, columns: Array) -> tuple[Array, Array]:
+    shape = rows.size, columns.size
+    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)
+
+
+def _load(ref: Any, index: Array, exists: Array, channels: Array) -> Array:
+    """Loads ``[index, channels]``, zero where an index does not exist."""
+    at = _grid_of(jnp.where(exists, index, 0), channels)
+    mask = jnp.broadcast_to(exists[:, None], at[0].shape)
+    return triton.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def _load_tap(kernel: Any, tap: int, channels: Array, columns: Array) -> Array:
+    at = _grid_of(channels, columns)
+    return kernel[jnp.full(at[0].shape, tap, jnp.int32), *at]
+
+
+def _store(ref: Any, index: Array, channels: Array, exists: Array, values: Array) -> None:
+    # Beyond the end, not at an index that another element writes: the interpreter scatters all.
+    at = _grid_of(jnp.where(exists, index, ref.shape[0]), channels)
+    mask = jnp.broadcast_to(exists[:, None], at[0].shape)
+    triton.store(ref.at[at], values.astype(ref.dtype), mask=mask)
