@@ -18,7 +18,8 @@ import numpy as np
 ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn")
 CODEBOOKS = ("normal_float", "uniform")
 DATA_SETS = ("digits", "mnist", "emnist", "cifar10")
-MODELS = ("mlp", "cnn")
+MODELS = ("mlp", "cnn", "resnet18")
+STEMS = ("cifar", "imagenet")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SERVER_OPTIMIZERS = ("sgd", "adagrad", "adam", "yogi", "lamb", "adafactor")
 PARTITIONS = ("dirichlet", "shards", "natural", "iid")
@@ -63,6 +64,8 @@ class ModelConfig:
     hidden: tuple[int, ...] = _field((256, 256), _range(1), "widths of the MLP's hidden layers")
     channels: tuple[int, ...] = _field((32, 64), _range(1), "channels of the CNN's convolutions")
     dense: int = _field(128, _range(1), "width of the CNN's hidden dense layer")
+    width: int = _field(64, _range(1), "channels of the ResNet's first stage")
+    stem: str = _field("cifar", _one_of(*STEMS), "the ResNet's stem: 3x3, or 7x7 and pooling")
 
 
 @dataclasses.dataclass(frozen=True)
