@@ -135,7 +135,7 @@ class Checkpoints:
         if round in self.rounds():
             return
         keys = {name: leaf for name, leaf in leaves.items() if _is_key(leaf)}
-        tensors = {
+        tensors: dict[str, Any] = {
             "types": {name: _type(leaf) for name, leaf in leaves.items()},
             "keys": {name: str(jax.random.key_impl(key)) for name, key in keys.items()},
         }

@@ -23,6 +23,8 @@ STEMS = ("cifar", "imagenet")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SERVER_OPTIMIZERS = ("sgd", "adagrad", "adam", "yogi", "lamb", "adafactor")
 PARTITIONS = ("dirichlet", "shards", "natural", "iid")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+RESIDENCES = ("auto", "device", "host")
 PARALLELISM = ("auto", "scan", "vmap", "mesh")
 
 
@@ -54,6 +56,7 @@ class DataConfig:
     shards_per_client: int = _field(2, _range(1), "label-sorted shards a client (partition=shards)")
     private_rows: int = _field(200, _range(0), "rows that the server keeps to pre-train on")
     test_rows: int = _field(360, _range(1), "rows held out for testing, where the set has no split")
+    resident: str = _field("auto", _one_of(*RESIDENCES), "where clients' rows live between rounds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +93,7 @@ class ClientConfig:
     momentum: float = _field(0.0, _range(0, below=1), "momentum of sgd")
     weight_decay: float = _field(0.0, _range(0), "decoupled weight decay (adamw)")
     dropout: float = _field(0.0, _range(0, below=1), "dropout in hidden layers")
+    compute_dtype: str = _field("float32", _one_of(*COMPUTE_DTYPES), "of forward and backward pass")
 
 
 @dataclasses.dataclass(frozen=True)
