@@ -11,12 +11,14 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.config import Config, ConfigError
 from fedqsn_jax.costs import expected_costs, tensor_rows
 from fedqsn_jax.data import registry
 from fedqsn_jax.data.federated import Splits
+from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.models.adapters import linen_apply, linen_init
 from fedqsn_jax.models.registry import make_model
 from fedqsn_jax.randomness import fold_in_name
@@ -57,6 +59,16 @@ class Experiment(NamedTuple):
     simulation: Simulation
 
 
+def keep_compiled_programs(directory: str) -> None:
+    """Makes JAX keep compiled programs in a directory, and look for them there first.
+
+    Programs that compile in less than a second are not kept, by JAX's default.
+    """
+    jax.config.update("jax_compilation_cache_dir", directory)
+    # JAX looks at the setting once, which may have been before.
+    compilation_cache.reset_cache()
+
+
 def dry_run(config: Config, directory: Path | None, display: Display) -> None:
     """Shows the model's tensors and mask sites, bytes and memory; trains and writes nothing.
 
@@ -83,6 +95,7 @@ def run(config: Config, directory: Path, display: Display) -> None:
 
     Raises:
       ConfigError: The configuration is not possible, or the directory belongs to another one.
+      OutOfMemoryError: The device ran out of memory; the last checkpoint stands.
       CheckpointError: The checkpoints in the directory cannot be read or do not fit.
     """
     work = WorkDirectory(directory)
@@ -110,20 +123,22 @@ def _run(experiment: Experiment, work: WorkDirectory, display: Display) -> None:
             _finish(experiment, work, restored[1], display)
             return
         _show(experiment, display)
-        if restored is not None:
-            state, history = restored
-            display.message(f"resumed after round {resumed}")
-        else:
-            params = pretrain(
-                config,
-                experiment.pretraining_apply,
-                experiment.simulation.task,
-                experiment.params,
-                experiment.splits.private,
-            )
-            state = initial_state(experiment.simulation, params)
-            history = [first_entry(experiment.simulation, state, experiment.splits.test)]
-        finished = _train(experiment, state, history, work, checkpoints, display, stopped)
+        chunk = experiment.simulation.choice.axis.chunk_size
+        with answer_out_of_memory(config, chunk, lambda: _what_stands(checkpoints)):
+            if restored is not None:
+                state, history = restored
+                display.message(f"resumed after round {resumed}")
+            else:
+                params = pretrain(
+                    config,
+                    experiment.pretraining_apply,
+                    experiment.simulation.task,
+                    experiment.params,
+                    experiment.splits.private,
+                )
+                state = initial_state(experiment.simulation, params)
+                history = [first_entry(experiment.simulation, state, experiment.splits.test)]
+            finished = _train(experiment, state, history, work, checkpoints, display, stopped)
     if finished == config.rounds:
         _finish(experiment, work, history, display)
     else:
@@ -152,6 +167,13 @@ def prepare(config: Config) -> Experiment:
         config, linen_apply(module), classification(), params, splits.clients
     )
     return Experiment(config, splits, params, linen_apply(pretraining), simulation)
+
+
+def _what_stands(checkpoints: Checkpoints) -> str:
+    latest = checkpoints.latest_round()
+    if latest is None:
+        return "no checkpoint was written yet"
+    return f"the checkpoint of round {latest} stands"
 
 
 def _restore(

@@ -36,6 +36,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     )
     parser.add_argument("--config", help="a file under configs/, as FILE or FILE:ALGORITHM")
     parser.add_argument("--workdir", help="the directory of the run; it is made private")
+    parser.add_argument(
+        "--compilation_cache",
+        metavar="DIR",
+        help="keep compiled programs here, for later runs; as JAX_COMPILATION_CACHE_DIR does",
+    )
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
     try:
         options, overrides = parser.parse_known_args(arguments)
@@ -50,6 +55,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     from fedqsn_jax.reporting.display import Display
 
     directory = Path(options.workdir) if options.workdir else None
+    if options.compilation_cache:
+        experiment.keep_compiled_programs(options.compilation_cache)
     try:
         if options.dry_run or directory is None:
             experiment.dry_run(config, directory, Display())

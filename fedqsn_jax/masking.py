@@ -11,8 +11,8 @@ axis of the kernels whose path matches the pattern. Roles are ``layer`` (a scann
 ``"PATTERN: whole ROLE ROLE ..."`` makes a site that is quantized but never hidden. The first rule
 that matches decides.
 
-A pattern is compared with the whole path, name by name, in the shell's style and without regard
-to case: ``conv_*`` stands for one name that begins so. A ``*`` between slashes stands for any
+A pattern is compared with the whole path, name by name, in the shell's style and without regard to
+case: ``conv_*`` stands for one name that begins so. A name that is ``*`` alone stands for any
 number of names, none included. So ``*/head/kernel`` is the kernel of every ``head``, at any depth,
 and of no ``overhead``.
 """

@@ -17,7 +17,7 @@ FLOORS = (
     ("rounds", "traffic", "text_views"),
     ("algorithms",),
     ("simulation",),
-    ("costs",),
+    ("costs", "workloads"),
     ("experiment", "own_model", "benchmark", "export", "trained"),
     ("main", "__init__"),
 )
