@@ -8,7 +8,7 @@ recompiles. While the device works on a call, the host gathers the rows of the n
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -175,10 +175,8 @@ def stream(data: HostData, ids: np.ndarray, capacity: Capacity) -> StreamedData:
     unused = capacity.clients - len(distinct)
     places = np.pad(distinct, (0, unused), constant_values=_NO_CLIENT)
     offsets = np.pad(ends, (1, unused), constant_values=(0, total))
-    sent, ids, bounds = jax.device_put(
-        (examples, places.astype(np.int32), offsets.astype(np.int32))
-    )
-    return StreamedData(sent, ids, bounds, data.clients)
+    sent: Any = jax.device_put((examples, places.astype(np.int32), offsets.astype(np.int32)))
+    return StreamedData(sent[0], sent[1], sent[2], data.clients)
 
 
 def place(data: HostData, resident: str) -> FederatedData | HostData:
