@@ -177,7 +177,7 @@ def test_a_run_does_not_depend_on_hidden_values(model, data, set_hidden, shared)
 def test_what_is_sent_is_what_is_simulated(model, algorithm):
     """To the byte, also where a client sees no column of a site; zero may lose its sign."""
     transform = algorithm.transform
-    state = federate(model, algorithm).init(KEY, model.params)
+    state = fast(federate(model, algorithm).init)(KEY, model.params)
     whole = whole_proxy(model.params, model.sites)
     prepared = fast(transform.prepare)(state.transform_state, whole)
     simulated, _ = simulated_proxies(transform, model, state)
