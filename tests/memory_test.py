@@ -13,9 +13,7 @@ def fail(chunk, message="RESOURCE_EXHAUSTED: Out of memory", **others):
 
 
 def test_running_out_of_memory_names_the_setting():
-    with pytest.raises(
-        OutOfMemoryError, match=r"^cohort\.chunk_size = 32: .* try 16.*'scan'.*; ok$"
-    ):
+    with pytest.raises(OutOfMemoryError, match=r"^cohort.chunk_size = 32: .* 16.*'scan'.*; ok$"):
         fail(32, outcome=lambda: "ok")
     with pytest.raises(OutOfMemoryError, match=r"client\.batch_size = 32.*'host'$"):
         fail(1)
