@@ -32,7 +32,13 @@ from fedqsn_jax.parallelism import Choice, Workload, choose_client_axis
 from fedqsn_jax.proxy import whole_proxy
 from fedqsn_jax.quantization import NormalFloat, Quantizer, Uniform
 from fedqsn_jax.randomness import fold_in_name
-from fedqsn_jax.rounds import Federation, ServerState, make_federation, make_rounds
+from fedqsn_jax.rounds import (
+    Federation,
+    ServerState,
+    draw_cohorts,
+    make_federation,
+    make_rounds,
+)
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.traffic import Traffic, measure_traffic
 from fedqsn_jax.types import ApplyFn, Array, Batch, Params
@@ -204,7 +210,7 @@ def _rows_memory(
     state = dataclasses.replace(
         jax.eval_shape(federation.init, key, params), public_key=jax.jit(public_key)(key)
     )
-    cohorts = draw_cohorts(federation, state, config)
+    cohorts = draw_cohorts(federation, state, config.rounds)
     calls = [cohorts[start:stop] for start, stop in _calls(0, config)]
     needed, available = 2 * capacity_for(data, calls).device_bytes(data), device_bytes()
     if needed > available:
@@ -214,31 +220,6 @@ def _rows_memory(
             f"or a smaller cohort.size"
         )
     return {"clients' rows of two calls": needed}
-
-
-def draw_cohorts(federation: Federation, state: ServerState, config: Config) -> np.ndarray:
-    """Returns who takes part in each round of a run, int32 ``[rounds, cohort]``, on the host.
-
-    Args:
-      federation: The method.
-      state: A state of the run; which one does not matter. Of its leaves only the public key need
-        be an array.
-      config: The settings: how many rounds, how many clients.
-    """
-    # So many rounds at once that a draw stays small.
-    block = max(1, min(config.rounds, 2**22 // config.cohort.size))
-
-    @jax.jit
-    @jax.vmap
-    def draw(index: Array) -> Array:
-        return federation.cohort(dataclasses.replace(state, round=index))
-
-    blocks = [
-        np.asarray(draw(jnp.arange(start, start + block, dtype=jnp.int32)))
-        for start in range(0, config.rounds, block)
-    ]
-    none = np.zeros((0, config.cohort.size), np.int32)
-    return np.concatenate([none, *blocks])[: config.rounds]
 
 
 def _calls(finished: int, config: Config) -> list[tuple[int, int]]:
@@ -377,7 +358,7 @@ def _feed(
     if not isinstance(data, HostData):
         yield from itertools.repeat(data, len(calls))
         return
-    cohorts = draw_cohorts(simulation.federation, state, simulation.config)
+    cohorts = draw_cohorts(simulation.federation, state, simulation.config.rounds)
     # Of all the run's calls, so that a run that was interrupted goes on with the same program.
     every_call = [cohorts[start:stop] for start, stop in _calls(0, simulation.config)]
     capacity = capacity_for(data, every_call)

@@ -152,15 +152,15 @@ def capacity_for(data: HostData, calls: Sequence[np.ndarray]) -> Capacity:
     return Capacity(clients, rows)
 
 
-def stream(data: HostData, ids: np.ndarray, capacity: Capacity) -> StreamedData:
+def stream(data: HostData, cohorts: np.ndarray, capacity: Capacity) -> StreamedData:
     """Gathers the rows of some clients, and starts their transfer to the device.
 
     Args:
       data: The population.
-      ids: Those that take part, integers of any shape; repeated ids count once.
+      cohorts: Ids of those that take part, integers of any shape; repeated ids count once.
       capacity: The static shape; see `capacity_for`.
     """
-    distinct = np.unique(ids)
+    distinct = np.unique(cohorts)
     counts = data.counts(distinct)
     ends = np.cumsum(counts)
     total = int(counts.sum())
