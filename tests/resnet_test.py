@@ -1,5 +1,7 @@
 """ResNet-18: its size, its layers against Flax's own, its mask sites."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,7 @@ def native(params, images, stem):
         return module.apply({"params": name}, values)
 
     def norm(values, name):
-        return nn.GroupNorm(np.gcd(32, values.shape[-1])).apply({"params": name}, values)
+        return nn.GroupNorm(math.gcd(32, values.shape[-1])).apply({"params": name}, values)
 
     window, stride = (3, 1) if stem == "cifar" else (7, 2)
     values = images.astype(jnp.float32) / 255

@@ -25,11 +25,13 @@ from jax.experimental.pallas import triton
 
 from fedqsn_jax.types import Array
 
+_K_MAJOR = False
 _STOPPED = 4
 """Index of windows whose maximum is not positive, in which no gradient flows."""
 _LEAST_CHANNELS = 16
 """What a tensor core takes at once."""
-_Fetch = Callable[[int, int], Array]
+_Fetch = Callable[[Any, Any], Array]
+_Four = tuple[Array, Array, Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,8 @@ class _Launch:
 
 
 # Measured on an H200 with 25 clients, 20 rows, 26x26x32 to 24x24x64.
-_FORWARD = _Launch(tiles=64, inputs=32, outputs=64, warps=4)
+_FORWARD = _Launch(tiles=64, inputs=32, outputs=64, warps=4, stages=3)
+_UNPOOLING = _Launch(tiles=64, inputs=32, outputs=64, warps=4)
 _KERNEL_GRADIENT = _Launch(tiles=32, inputs=32, outputs=64, warps=4)
 _TILES_A_SPLIT = 288
 _MOST_SPLITS = 16
@@ -99,7 +102,7 @@ def current_precision(dtype: Any) -> jax.lax.Precision:
     To be called where the convolution is, not in its backward pass: that may be traced after the
     context of ``jax.default_matmul_precision`` has ended.
     """
-    asked = jax.config.jax_default_matmul_precision
+    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     exact = str(asked).lower() in ("highest", "float32", "f32_f32_f32") and dtype == jnp.float32
     return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
 
@@ -128,12 +131,12 @@ def convolve(
     return outputs.reshape(images.shape[0], *out_size, -1)
 
 
-def _convolve_forward(images, kernel, before, out_size, precision, interpret):  # type: ignore[no-untyped-def]
+def _convolve_forward(images, kernel, before, out_size, precision, interpret):
     outputs = convolve(images, kernel, before, out_size, precision, interpret)
     return outputs, (images, kernel)
 
 
-def _convolve_backward(before, out_size, precision, interpret, residuals, cotangent):  # type: ignore[no-untyped-def]
+def _convolve_backward(before, out_size, precision, interpret, residuals, cotangent):
     images, kernel = residuals
     geometry = _geometry(images, kernel, before, out_size)
     return _gradients(geometry, precision, interpret, images, kernel, _flat(cotangent), None)
@@ -167,7 +170,7 @@ def convolve_relu_pool(
     return _convolve_relu_pool_forward(images, kernel, bias, *static)[0]
 
 
-def _convolve_relu_pool_forward(images, kernel, bias, before, out_size, precision, interpret):  # type: ignore[no-untyped-def]
+def _convolve_relu_pool_forward(images, kernel, bias, before, out_size, precision, interpret):
     geometry = _geometry(images, kernel, before, out_size)
     pooled, which = _correlate(
         geometry, precision, interpret, _flat(images), _taps(kernel), bias=bias
@@ -176,7 +179,7 @@ def _convolve_relu_pool_forward(images, kernel, bias, before, out_size, precisio
     return pooled.reshape(shape), (images, kernel, bias, which)
 
 
-def _convolve_relu_pool_backward(before, out_size, precision, interpret, residuals, cotangent):  # type: ignore[no-untyped-def]
+def _convolve_relu_pool_backward(before, out_size, precision, interpret, residuals, cotangent):
     images, kernel, bias, which = residuals
     geometry = _geometry(images, kernel, before, out_size)
     cotangent = _flat(cotangent)
@@ -242,12 +245,14 @@ def _correlate(
     Returns:
       Flat outputs; with a bias those and the uint8 index of each window's maximum.
     """
-    launch = _fitted(_FORWARD, geometry)
+    launch = _fitted(_FORWARD if which is None else _UNPOOLING, geometry)
     size = geometry.out_size if bias is None else _halved(geometry.out_size)
     flat = geometry.rows * math.prod(size), geometry.outputs
     shapes = [jax.ShapeDtypeStruct(flat, images.dtype)]
     if bias is not None:
         shapes.append(jax.ShapeDtypeStruct(flat, jnp.uint8))
+    if _K_MAJOR:
+        kernel = kernel.swapaxes(1, 2)
     optional = {"which": which, "kernel": kernel, "bias": bias}
     operands = {name: array for name, array in optional.items() if array is not None}
     names = ("images", *operands, "outputs", *(("maxima",) if bias is not None else ()))
@@ -279,32 +284,47 @@ def _correlate_kernel(
     maxima: Any = None,
 ) -> None:
     height, width = geometry.window
-    program, blocks = pl.program_id(0), geometry.outputs // launch.outputs
-    tiles = _Tiles(_div(program, blocks) * launch.tiles, launch.tiles, geometry)
-    columns = _range(_rem(program, blocks) * launch.outputs, launch.outputs)
+    program, parts = pl.program_id(0), geometry.outputs // launch.outputs
+    tiles = _Tiles(_div(program, parts) * launch.tiles, launch.tiles, geometry)
+    columns = _range(_rem(program, parts) * launch.outputs, launch.outputs)
+    taps, blocks = height * width, geometry.inputs // launch.inputs
 
-    def add_channels(start: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        channels = _range(start, launch.inputs)
-        fetch = _fetching(tiles, geometry.in_size, images, which, channels)
-        four = list(sums)
-        for row in range(height + 1):
-            for column in range(width + 1):
-                values = fetch(row - geometry.before[0], column - geometry.before[1])
-                for place, tap in _served(row, column, geometry.window):
-                    weights = _load_tap(kernel, tap, channels, columns)
-                    four[place] += jnp.dot(
-                        values, weights, precision=precision, preferred_element_type=jnp.float32
-                    )
-        return tuple(four)
+    def fetching(block: Any) -> tuple[_Fetch, Array]:
+        channels = _range(block * launch.inputs, launch.inputs)
+        return _fetching(tiles, geometry.in_size, images, which, channels), channels
 
-    sums = (jnp.zeros((launch.tiles, launch.outputs), jnp.float32),) * 4
-    steps = geometry.inputs // launch.inputs
-    if steps == 1:
-        sums = add_channels(0, sums)
+    def add_tap(
+        fetch: _Fetch, channels: Array, tap: Any, row: Any, column: Any, sums: _Four
+    ) -> _Four:
+        weights = _load_tap(kernel, tap, channels, columns)
+
+        def add(place: int, values: Array) -> Array:
+            down = place // 2 + row - geometry.before[0]
+            right = place % 2 + column - geometry.before[1]
+            return values + _product(fetch(down, right), weights, precision)
+
+        first, second, third, fourth = sums
+        return add(0, first), add(1, second), add(2, third), add(3, fourth)
+
+    def add_step(step: Array, sums: _Four) -> _Four:
+        tap = _div(step, blocks)
+        fetch, channels = fetching(_rem(step, blocks))
+        return add_tap(fetch, channels, tap, _div(tap, width), _rem(tap, width), sums)
+
+    def add_block(block: Array, sums: _Four) -> _Four:
+        fetch, channels = fetching(block)
+        for tap in range(taps):
+            sums = add_tap(fetch, channels, tap, *divmod(tap, width), sums)
+        return sums
+
+    zeros = jnp.zeros((launch.tiles, launch.outputs), jnp.float32)
+    sums = zeros, zeros, zeros, zeros
+    if which is None:
+        # In a loop over taps the compiler overlaps loads with products.
+        sums = jax.lax.fori_loop(0, taps * blocks, add_step, sums)
     else:
-        sums = jax.lax.fori_loop(
-            0, steps, lambda step, sums: add_channels(step * launch.inputs, sums), sums
-        )
+        # Written out, taps share what they load of the pooled values.
+        sums = jax.lax.fori_loop(0, blocks, add_block, sums)
     if bias is None:
         for place, values in enumerate(sums):
             index, inside = tiles.places(place // 2, place % 2, geometry.out_size)
@@ -316,7 +336,7 @@ def _correlate_kernel(
         more = sums[place] > best
         best, index = jnp.where(more, sums[place], best), jnp.where(more, place, index)
     best += jnp.broadcast_to(bias[columns].astype(jnp.float32)[None], best.shape)
-    at, inside = tiles.places_of_windows(_halved(geometry.out_size))
+    at, inside = tiles.windows(0, 0, _halved(geometry.out_size))
     _store(outputs, at, columns, inside, jnp.maximum(best, 0))
     _store(maxima, at, columns, inside, jnp.where(best > 0, index, _STOPPED))
 
@@ -380,18 +400,20 @@ def _gradient_kernel(
                 values = fetch(row - geometry.before[0], column - geometry.before[1])
                 for place, tap in _served(row, column, geometry.window):
                     all_taps[tap] += jax.lax.dot_general(
-                        values,
                         cotangents[place],
+                        values,
                         (((0,), (0,)), ((), ())),
                         precision=precision,
                         preferred_element_type=jnp.float32,
                     )
         return tuple(all_taps)
 
-    sums = (jnp.zeros((launch.inputs, launch.outputs), jnp.float32),) * (height * width)
+    # Outputs are the rows: there are more of them, and tensor cores work on many rows.
+    sums = (jnp.zeros((launch.outputs, launch.inputs), jnp.float32),) * (height * width)
     for tap, values in enumerate(jax.lax.fori_loop(0, steps, add_tiles, sums)):
         at = jnp.full(values.shape, split * (height * width) + tap, jnp.int32)
-        gradient[at, *_grid_of(channels, columns)] = values
+        down, across = _grid_of(columns, channels)
+        gradient[at, across, down] = values
 
 
 def _fitted(launch: _Launch, geometry: Geometry) -> _Launch:
@@ -424,28 +446,16 @@ class _Tiles:
         within = _rem(number, self._down * self._across)
         self._row, self._column = _div(within, self._across), _rem(within, self._across)
 
-    def places(self, down: int, right: int, size: tuple[int, int]) -> tuple[Array, Array]:
+    def places(self, down: Any, right: Any, size: tuple[int, int]) -> tuple[Array, Array]:
         """Flat indices of ``(2 row + down, 2 column + right)``, and whether they exist."""
-        return self._flat(2, down, right, size)
+        return self._flat(2 * self._row + down, 2 * self._column + right, size)
 
-    def places_of_windows(
-        self, size: tuple[int, int], down: int = 0, right: int = 0
-    ) -> tuple[Array, Array]:
+    def windows(self, down: Any, right: Any, size: tuple[int, int]) -> tuple[Array, Array]:
         """Flat indices of ``(row + down, column + right)``, and whether they exist."""
-        return self._flat(1, down, right, size)
+        return self._flat(self._row + down, self._column + right, size)
 
-    def _flat(self, step: int, down: int, right: int, size: tuple[int, int]) -> tuple[Array, Array]:
-        row, column = step * self._row + down, step * self._column + right
-        exists = self._exists
-        # Comparisons that always hold are left out, because each costs registers.
-        if down < 0:
-            exists &= row >= 0
-        if right < 0:
-            exists &= column >= 0
-        if step * (self._down - 1) + down >= size[0]:
-            exists &= row < size[0]
-        if step * (self._across - 1) + right >= size[1]:
-            exists &= column < size[1]
+    def _flat(self, row: Array, column: Array, size: tuple[int, int]) -> tuple[Array, Array]:
+        exists = self._exists & (row >= 0) & (row < size[0]) & (column >= 0) & (column < size[1])
         return (self._image * size[0] + row) * size[1] + column, exists
 
 
@@ -466,7 +476,7 @@ def _fetching(
 
     @functools.cache
     def pooled(down: int, right: int) -> tuple[Array, Array]:
-        at, exists = tiles.places_of_windows(_halved(size), down, right)
+        at, exists = tiles.windows(down, right, _halved(size))
         places = _load(which, at, exists, channels).astype(jnp.int32)
         return _load(values, at, exists, channels), places
 
@@ -503,9 +513,19 @@ def _load(ref: Any, index: Array, exists: Array, channels: Array) -> Array:
     return triton.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def _load_tap(kernel: Any, tap: int, channels: Array, columns: Array) -> Array:
-    at = _grid_of(channels, columns)
+def _load_tap(kernel: Any, tap: Any, channels: Array, columns: Array) -> Array:
+    at = _grid_of(columns, channels) if _K_MAJOR else _grid_of(channels, columns)
     return kernel[jnp.full(at[0].shape, tap, jnp.int32), *at]
+
+
+def _product(values: Array, weights: Array, precision: jax.lax.Precision) -> Array:
+    return jax.lax.dot_general(
+        values,
+        weights,
+        (((1,), (1 if _K_MAJOR else 0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _store(ref: Any, index: Array, channels: Array, exists: Array, values: Array) -> None:
