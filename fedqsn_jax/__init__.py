@@ -9,6 +9,7 @@ from typing import Any
 
 _PUBLIC = {
     "own_model": ("Federated", "federate"),
+    "trained": ("Trained", "load"),
     "config": ("Config", "ConfigError", "default_config", "resolve"),
     "masking": ("MaskSite", "draw_masks", "embedding_rules", "find_sites", "hide"),
     "quantization": ("NormalFloat", "Quantized", "Uniform"),
@@ -34,7 +35,8 @@ _PUBLIC = {
     "metrics": ("make_evaluator",),
     "tasks": ("Task", "classification"),
     "data.federated": ("ClientData", "FederatedData", "from_clients"),
-    "models.adapters": ("linen_apply", "linen_init", "nnx_split"),
+    "data.streamed": ("HostData",),
+    "models.adapters": ("in_compute_dtype", "linen_apply", "linen_init", "nnx_split"),
     "models.language": ("LanguageModel", "make_language_model"),
     "models.pretrained": ("Pretrained", "load_pretrained", "read_config", "save_pretrained"),
     "models.transformer": ("Execution",),

@@ -2,10 +2,17 @@
 
   python -m fedqsn_jax.benchmark
 
-A round is 100 clients with 10,258 samples of 28x28 images in lognormal sizes 20 to 400, batch 20,
-one local epoch of SGD, no evaluation; the images are noise around 62 prototypes, because speed does
-not depend on them. ``cnn`` is `EmnistCNN`, ``dense`` an MLP 784-200-200-62. FedAvg and FedQSN
-(p1 = p2 = 0.2, 4 bits) alternate, so that a drifting machine meets both.
+measures both workloads of `fedqsn_jax.workloads` (100 clients a round, a CNN and a dense network)
+on whatever device is there. FedAvg and FedQSN (p1 = p2 = 0.2, 4 bits) alternate, so that a drifting
+machine meets both. A second table says what FedQSN adds to a round, part by part.
+
+  python -m fedqsn_jax.benchmark --clients=1000,10000,100000
+
+measures rounds of so many clients, with the dense network and examples that are made on the device.
+
+  python -m fedqsn_jax.benchmark --population=1000000 --rounds=1000
+
+runs so many rounds of 1,000 clients out of such a population.
 """
 
 import argparse
@@ -16,85 +23,37 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
 
-from fedqsn_jax.config import ConfigError, resolve
-from fedqsn_jax.data.federated import FederatedData, from_clients
-from fedqsn_jax.models.adapters import linen_apply, linen_init
-from fedqsn_jax.models.emnist_cnn import EmnistCNN
-from fedqsn_jax.models.mlp import MLP
-from fedqsn_jax.simulation import Simulation, initial_state, make_simulation
-from fedqsn_jax.tasks import classification
+from fedqsn_jax.config import ConfigError
+from fedqsn_jax.data.federated import ClientData
+from fedqsn_jax.proxy import dequantize_proxy, whole_proxy
+from fedqsn_jax.randomness import client_round_key
+from fedqsn_jax.simulation import Simulation, initial_state
 from fedqsn_jax.types import Batch, Params
+from fedqsn_jax.workloads import (
+    MODELS,
+    make_endless_population,
+    make_population,
+    make_workload,
+    workload_config,
+)
 
-CLASSES = 62
-WORKLOADS: dict[str, nn.Module] = {
-    "cnn": EmnistCNN(CLASSES),
-    "dense": MLP((200, 200), CLASSES),
-}
 ALGORITHMS = ("fedavg", "fedqsn")
-
-
-def make_population(clients: int = 100, mean: int = 100, seed: int = 0) -> FederatedData:
-    """Makes clients with lognormal numbers of rows, 20 to 400; with the defaults 10,258 in all.
-
-    Args:
-      clients: Number of clients.
-      mean: About the mean number of rows.
-      seed: Seed of sizes, labels and noise.
-    """
-    generator = np.random.default_rng(seed)
-    sizes = generator.lognormal(np.log(mean) - 0.125, 0.5, clients).astype(int).clip(20, 400)
-    prototypes = generator.normal(size=(CLASSES, 28, 28, 1)).astype(np.float32)
-    rows = []
-    for size in sizes:
-        labels = generator.integers(0, CLASSES, size).astype(np.int32)
-        noise = generator.normal(size=(size, 28, 28, 1)).astype(np.float32)
-        rows.append({"image": 0.5 * prototypes[labels] + noise, "label": labels})
-    return from_clients(rows)
-
-
-def round_seconds(
-    workload: str, algorithm: str, data: FederatedData, rounds_per_call: int, chunk_size: int
-) -> Iterator[float]:
-    """Runs call after call and yields the seconds of a round; the first call compiles.
-
-    Args:
-      workload: A key of `WORKLOADS`.
-      algorithm: The algorithm's name.
-      data: The population; all of it takes part in every round.
-      rounds_per_call: Rounds in one compiled call.
-      chunk_size: Clients a vmapped chunk; 0: what the package chooses.
-    """
-    never = 2**30
-    config = resolve(
-        {
-            "algorithm": algorithm,
-            "rounds": never,
-            "rounds_per_call": rounds_per_call,
-            "client": {"batch_size": 20, "epochs": 1, "learning_rate": 0.1},
-            "cohort": {"size": data.clients, "chunk_size": chunk_size},
-            "data": {"clients": data.clients},
-            "evaluation": {"every": never, "attackers": ()},
-        }
-    )
-    module = WORKLOADS[workload]
-    example = {name: array[:20] for name, array in data.examples.items()}
-    params = linen_init(module, jax.random.key(0), example)
-    simulation = make_simulation(config, linen_apply(module), classification(), params, data)
-    return timed_calls(simulation, params, data, example)
+COHORT = 1000
+"""Clients a round of the large population."""
 
 
 def timed_calls(
-    simulation: Simulation, params: Params, data: FederatedData, rows: Batch
+    simulation: Simulation, params: Params, data: ClientData, rows: Batch
 ) -> Iterator[float]:
     """Runs call after call and yields the seconds of a round; the first call compiles.
 
@@ -115,29 +74,121 @@ def timed_calls(
 
 
 def measure(
-    workload: str, data: FederatedData, calls: int, rounds_per_call: int, chunk_size: int
+    model: str, data: ClientData, calls: int, rounds_per_call: int, chunk_size: int
 ) -> dict[str, Any]:
     """Measures one workload, algorithms in turn; seconds of a round, JSON-able."""
-    running = {
-        name: round_seconds(workload, name, data, rounds_per_call, chunk_size)
-        for name in ALGORITHMS
-    }
+    running, choices = {}, {}
+    for name in ALGORITHMS:
+        config = workload_config(name, data.clients, data.clients, rounds_per_call, chunk_size)
+        simulation, params, rows = make_workload(model, config, data)
+        running[name] = timed_calls(simulation, params, data, rows)
+        choices[name] = simulation.choice.reason
     compiling = {name: next(each) * rounds_per_call for name, each in running.items()}
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(calls):
         for name, each in running.items():
             times[name].append(next(each))
-    facts = {}
-    for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        facts[name] = {
-            "median": median,
-            "quartiles": [low, high],
-            "best": min(values),
-            "first_call": compiling[name],
-        }
+    facts = {
+        name: _spread(values) | {"first_call": compiling[name], "clients": choices[name]}
+        for name, values in times.items()
+    }
     ratios = [ours / base for ours, base in zip(times["fedqsn"], times["fedavg"], strict=True)]
     return {"algorithms": facts, "fedqsn_over_fedavg": statistics.median(ratios)}
+
+
+def measure_parts(model: str, data: ClientData, calls: int) -> dict[str, Any]:
+    """Seconds of what FedQSN adds to a round, each part as a program of its own; JSON-able."""
+    config = workload_config("fedqsn", data.clients, data.clients, 1)
+    simulation, params, _ = make_workload(model, config, data)
+    sites, transform = simulation.sites, simulation.algorithm.transform
+    state = initial_state(simulation, params)
+    ids = jnp.arange(data.clients, dtype=jnp.int32)
+
+    @jax.jit
+    def quantized() -> Any:
+        whole = whole_proxy(state.params, sites)
+        return dequantize_proxy(transform.prepare(state.transform_state, whole))
+
+    prepared = quantized()
+
+    @jax.jit
+    def masks() -> Any:
+        def one(client_id: jax.Array) -> Any:
+            key = client_round_key(state.secret_key, state.round, client_id)
+            return transform.apply(key, state.transform_state, prepared).visible
+
+        return jax.vmap(one)(ids)
+
+    visible, aggregator = masks(), simulation.aggregator
+    weights = aggregator.weigh(data.rows(ids))
+
+    @jax.jit
+    def aggregated() -> Any:
+        return aggregator.finish(
+            params, state.optimizer_state, prepared.params, weights, visible, prepared.visible
+        )
+
+    parts = {"quantize": quantized, "mask": masks, "aggregate": aggregated}
+    return {name: _spread(_repeated(part, calls)) for name, part in parts.items()}
+
+
+def measure_cohorts(sizes: Sequence[int], calls: int) -> dict[str, Any]:
+    """Seconds and memory of rounds of so many clients, dense network, ascending; JSON-able."""
+    facts = {}
+    for size in sorted(sizes):
+        data = make_endless_population(size)
+        simulation, params, rows = make_workload(
+            "dense", workload_config("fedqsn", size, size, 1), data
+        )
+        running = timed_calls(simulation, params, data, rows)
+        next(running)
+        times = [next(running) for _ in range(calls)]
+        facts[str(size)] = _spread(times) | _memory() | {"clients": simulation.choice.reason}
+    return facts
+
+
+def measure_population(population: int, rounds: int, rounds_per_call: int) -> dict[str, Any]:
+    """Many rounds out of a large population: seconds, memory, compilations; JSON-able."""
+    data = make_endless_population(population)
+    cohort = min(COHORT, population)
+    config = workload_config("fedqsn", cohort, population, rounds_per_call)
+    simulation, params, rows = make_workload("dense", config, data)
+    running = timed_calls(simulation, params, data, rows)
+    next(running)
+    before, began = _memory(), time.perf_counter()
+    times = [next(running) for _ in range(-(-rounds // rounds_per_call))]
+    seconds = time.perf_counter() - began
+    return _spread(times) | {
+        "rounds": len(times) * rounds_per_call,
+        "seconds": seconds,
+        "in_calls": sum(times) * rounds_per_call / seconds,
+        "programs": simulation.run._cache_size(),  # type: ignore[attr-defined]
+        "memory_before": before,
+        "memory_after": _memory(),
+        "clients": simulation.choice.reason,
+    }
+
+
+def _repeated(function: Callable[[], Any], calls: int) -> list[float]:
+    times = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [*values]
+    )
+    return {"median": median, "quartiles": [low, high], "best": min(values)}
+
+
+def _memory() -> dict[str, int]:
+    """Bytes in use and the most so far, where the device tells."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return {name: stats[name] for name in ("bytes_in_use", "peak_bytes_in_use") if name in stats}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,10 +196,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workload", action="append", choices=list(WORKLOADS), help="default: all")
+    parser.add_argument("--workload", action="append", choices=list(MODELS), help="default: all")
     parser.add_argument("--calls", type=int, default=10, help="measured calls of each algorithm")
     parser.add_argument("--rounds_per_call", type=int, default=5)
-    parser.add_argument("--chunk_size", type=int, default=0, help="clients a vmapped chunk")
+    parser.add_argument(
+        "--chunk_size", type=int, default=0, help="clients at once; 0: what the package chooses"
+    )
+    parser.add_argument("--clients", type=_sizes, help="sizes of rounds, for example 1000,10000")
+    parser.add_argument("--population", type=int, help="number of clients to draw rounds from")
+    parser.add_argument("--rounds", type=int, default=100, help="rounds of --population")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--profile", type=Path, help="a directory for a JAX profiler trace")
     options = parser.parse_args(arguments)
@@ -156,36 +212,93 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "jax": jax.__version__,
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
         "chunk_size": options.chunk_size,
         "workloads": {},
     }
-    table = Table("workload", "algorithm", title=f"JAX {facts['jax']}, {facts['device']}")
-    for name in ("ms a round", "quartiles", "best", "over FedAvg"):
-        table.add_column(name, justify="right")
-    data = make_population()
-    trace = (
-        jax.profiler.trace(str(options.profile)) if options.profile else contextlib.nullcontext()
-    )
+    profile = options.profile
+    trace = jax.profiler.trace(str(profile)) if profile else contextlib.nullcontext()
     try:
         with trace:
-            for workload in options.workload or WORKLOADS:
-                result = measure(
-                    workload, data, options.calls, options.rounds_per_call, options.chunk_size
+            if options.clients:
+                facts["cohorts"] = measure_cohorts(options.clients, options.calls)
+            if options.population:
+                facts["population"] = measure_population(
+                    options.population, options.rounds, options.rounds_per_call
                 )
-                facts["workloads"][workload] = result
+            if not (options.clients or options.population):
+                data = make_population()
+                for workload in options.workload or MODELS:
+                    result = measure(
+                        workload, data, options.calls, options.rounds_per_call, options.chunk_size
+                    )
+                    result["parts"] = measure_parts(workload, data, options.calls)
+                    facts["workloads"][workload] = result
     except ConfigError as error:
         print(f"fedqsn_jax: {error}", file=sys.stderr)
         return 2
-    for workload, result in facts["workloads"].items():
-        for name, times in result["algorithms"].items():
-            low, high = times["quartiles"]
-            ratio = f"{result['fedqsn_over_fedavg']:.3f}" if name == "fedqsn" else ""
-            milliseconds = (f"{1000 * times['median']:.2f}", f"{1000 * low:.2f}-{1000 * high:.2f}")
-            table.add_row(workload, name, *milliseconds, f"{1000 * times['best']:.2f}", ratio)
-    Console().print(table)
+    _show(facts)
     if options.out:
         options.out.write_text(json.dumps(facts, indent=2) + "\n")
     return 0
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [int(part) for part in text.split(",")]
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError("allowed are numbers of 1 or more")
+    return sizes
+
+
+def _show(facts: dict[str, Any]) -> None:
+    console, title = Console(), f"JAX {facts['jax']}, {facts['device']}"
+    columns = ("ms a round", "quartiles", "best")
+    if facts["workloads"]:
+        table = _table("workload", "algorithm", *columns, "over FedAvg", title=title)
+        parts = _table("workload", "part", *columns, title="FedQSN's parts, apart")
+        for workload, result in facts["workloads"].items():
+            for name, times in result["algorithms"].items():
+                ratio = f"{result['fedqsn_over_fedavg']:.3f}" if name == "fedqsn" else ""
+                table.add_row(workload, name, *_cells(times), ratio)
+            for name, times in result["parts"].items():
+                parts.add_row(workload, name, *_cells(times))
+        console.print(table)
+        console.print(parts)
+    if "cohorts" in facts:
+        table = _table("clients a round", *columns, "peak memory, MB", title=title)
+        for size, result in facts["cohorts"].items():
+            peak = result.get("peak_bytes_in_use")
+            table.add_row(size, *_cells(result), f"{peak / 1e6:.0f}" if peak else "")
+        console.print(table)
+        for size, result in facts["cohorts"].items():
+            console.print(f"{size}: {result['clients']}")
+    if "population" in facts:
+        result = facts["population"]
+        table = _table("rounds", *columns, "in calls", "programs", title=title)
+        table.add_row(
+            str(result["rounds"]),
+            *_cells(result),
+            f"{result['in_calls']:.1%}",
+            str(result["programs"]),
+        )
+        console.print(table)
+        console.print(result["clients"])
+
+
+def _table(*columns: str, title: str) -> Table:
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _cells(times: dict[str, Any]) -> tuple[str, str, str]:
+    low, high = times["quartiles"]
+    return (
+        f"{1000 * times['median']:.2f}",
+        f"{1000 * low:.2f}-{1000 * high:.2f}",
+        f"{1000 * times['best']:.2f}",
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ of the same round. It holds four items:
 
 - ``state``: the tensors as plain arrays, by name; typed keys as their key data.
 - ``tensors``: what those are, ``{"types": {"params/kernel": "float32[64,10]"}, "keys": {...}}``, so
-  that a state that does not fit is refused in one line before anything large is read.
+  that a state that does not fit is refused in one line before anything large is read; and a digest
+  of all that, so that no changed bit goes unnoticed.
 - ``history``: a JSON list.
 - ``metrics``: the score, by which Orbax keeps the best.
 
@@ -16,6 +17,7 @@ writes, and Orbax lets none go on before the others are ready. Each reads by its
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -39,6 +41,7 @@ _STATE = "state"
 _TENSORS = "tensors"
 _HISTORY = "history"
 _SCORE = "score"
+_DIGEST = "digest"
 
 
 class CheckpointError(ValueError):
@@ -134,7 +137,7 @@ class Checkpoints:
         if round in self.rounds():
             return
         keys = {name: leaf for name, leaf in leaves.items() if _is_key(leaf)}
-        tensors = {
+        tensors: dict[str, Any] = {
             "types": {name: _type(leaf) for name, leaf in leaves.items()},
             "keys": {name: str(jax.random.key_impl(key)) for name, key in keys.items()},
         }
@@ -147,7 +150,9 @@ class Checkpoints:
         try:
             # On a CPU device_get gives views of the devices' own memory. Orbax copies them before
             # it returns: deepcopy_host_arrays, in the context of the writer.
-            items = {_STATE: jax.device_get(plain), _TENSORS: tensors, _HISTORY: history}
+            host = jax.device_get(plain)
+            tensors[_DIGEST] = _digest(tensors, host, history)
+            items = {_STATE: host, _TENSORS: tensors, _HISTORY: history}
             response = self._open_writer().save_checkpointables_async(
                 round, items, metrics={_SCORE: float(score)}, force=True
             )
@@ -179,10 +184,9 @@ class Checkpoints:
         if difference:
             raise CheckpointError(f"{path}: {difference}")
         try:
-            loaded = _load(path, _STATE, _HISTORY)
+            state, history = _load_checked(path, tensors)
             host = {
-                name: _host_array(name, loaded[_STATE], leaf)
-                for name, leaf in _named_leaves(like).items()
+                name: _host_array(name, state, leaf) for name, leaf in _named_leaves(like).items()
             }
         except Exception as error:
             raise _unreadable(path, round, rounds, error) from error
@@ -190,9 +194,11 @@ class Checkpoints:
         for name, implementation in implementations.items():
             arrays[name] = jax.random.wrap_key_data(arrays[name], impl=implementation)
         leaves = [arrays[name] for name in expected]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), loaded[_HISTORY]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), history
 
-    def read(self, prefix: str, round: int | None = None) -> tuple[dict[str, np.ndarray], int]:
+    def read(
+        self, prefix: str, round: int | None = None
+    ) -> tuple[dict[str, np.ndarray], History, int]:
         """Returns a part of a state without knowing the rest.
 
         Args:
@@ -200,19 +206,20 @@ class Checkpoints:
           round: Which checkpoint; None is the latest.
 
         Returns:
-          Host arrays by what follows the prefix, and the checkpoint's round.
+          Host arrays by what follows the prefix, the history, and the checkpoint's round.
 
         Raises:
           CheckpointError: There is no such checkpoint, or it cannot be read.
         """
         path, round, rounds = self._find(round)
         try:
-            state = _load(path, _STATE)[_STATE]
+            state, history = _load_checked(path, _load(path, _TENSORS)[_TENSORS])
         except Exception as error:
             raise _unreadable(path, round, rounds, error) from error
         prefix = f"{prefix}/"
         found = {name: array for name, array in state.items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): np.asarray(a) for name, a in found.items()}, round
+        arrays = {name.removeprefix(prefix): np.asarray(array) for name, array in found.items()}
+        return arrays, history, round
 
     def _find(self, round: int | None) -> tuple[Path, int, list[int]]:
         """The path and round of a checkpoint, by default the latest, and all rounds."""
@@ -334,6 +341,24 @@ def _is_key(leaf: Any) -> bool:
 
 def _type(leaf: Any) -> str:
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _load_checked(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, Any], History]:
+    """Loads state and history; ValueError unless they are what was saved, to the last bit."""
+    loaded = _load(path, _STATE, _HISTORY)
+    if _digest(tensors, loaded[_STATE], loaded[_HISTORY]) != tensors[_DIGEST]:
+        raise ValueError("its digest is not that of its contents")
+    return loaded[_STATE], loaded[_HISTORY]
+
+
+def _digest(tensors: dict[str, Any], state: dict[str, Any], history: History) -> str:
+    """BLAKE2b of what a checkpoint holds, but for the digest itself and the score."""
+    facts = {name: fact for name, fact in tensors.items() if name != _DIGEST}
+    digest = hashlib.blake2b(json.dumps([facts, history], sort_keys=True).encode(), digest_size=32)
+    for name in sorted(state):
+        # As bytes: NumPy gives no buffer of dtypes that are not its own, such as bfloat16.
+        digest.update(np.ascontiguousarray(state[name]).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _first_difference(stored: dict[str, str], expected: dict[str, str]) -> str | None:

@@ -18,10 +18,13 @@ import numpy as np
 ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn")
 CODEBOOKS = ("normal_float", "uniform")
 DATA_SETS = ("digits", "mnist", "emnist", "cifar10")
-MODELS = ("mlp", "cnn")
+MODELS = ("mlp", "cnn", "resnet18")
+STEMS = ("cifar", "imagenet")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SERVER_OPTIMIZERS = ("sgd", "adagrad", "adam", "yogi", "lamb", "adafactor")
 PARTITIONS = ("dirichlet", "shards", "natural", "iid")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+RESIDENCES = ("auto", "device", "host")
 PARALLELISM = ("auto", "scan", "vmap", "mesh")
 
 
@@ -53,6 +56,7 @@ class DataConfig:
     shards_per_client: int = _field(2, _range(1), "label-sorted shards a client (partition=shards)")
     private_rows: int = _field(200, _range(0), "rows that the server keeps to pre-train on")
     test_rows: int = _field(360, _range(1), "rows held out for testing, where the set has no split")
+    resident: str = _field("auto", _one_of(*RESIDENCES), "where clients' rows live between rounds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,8 @@ class ModelConfig:
     hidden: tuple[int, ...] = _field((256, 256), _range(1), "widths of the MLP's hidden layers")
     channels: tuple[int, ...] = _field((32, 64), _range(1), "channels of the CNN's convolutions")
     dense: int = _field(128, _range(1), "width of the CNN's hidden dense layer")
+    width: int = _field(64, _range(1), "channels of the ResNet's first stage")
+    stem: str = _field("cifar", _one_of(*STEMS), "the ResNet's stem: 3x3, or 7x7 and pooling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +93,7 @@ class ClientConfig:
     momentum: float = _field(0.0, _range(0, below=1), "momentum of sgd")
     weight_decay: float = _field(0.0, _range(0), "decoupled weight decay (adamw)")
     dropout: float = _field(0.0, _range(0, below=1), "dropout in hidden layers")
+    compute_dtype: str = _field("float32", _one_of(*COMPUTE_DTYPES), "of forward and backward pass")
 
 
 @dataclasses.dataclass(frozen=True)

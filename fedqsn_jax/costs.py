@@ -1,6 +1,6 @@
 """What a run will cost, before it runs: how tensors travel, bytes a client, memory."""
 
-from fedqsn_jax.masking import leaves_by_path
+from fedqsn_jax.masking import MaskSite, hidden_count, leaves_by_path
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 from fedqsn_jax.simulation import Simulation
 from fedqsn_jax.types import Params
@@ -23,7 +23,7 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
         hidden = None
         if site is not None:
             masked = site.path in simulation.traffic.down.per_column
-            hidden = hidden_share(simulation) if masked else None
+            hidden = hidden_share(simulation, site) if masked else None
             columns = "visible columns" if masked else "whole"
             travels = f"{leaf.dtype}, {columns}"
             if quantizer is not None and path in kernels:
@@ -44,10 +44,19 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
     return rows
 
 
-def hidden_share(simulation: Simulation) -> float:
-    """Expected share of a site's columns that one client does not see in one round."""
+def hidden_share(simulation: Simulation, site: MaskSite) -> float:
+    """Expected share of a site's columns that one client does not see in one round.
+
+    With ``fixed_count`` it is the share of whole columns that are hidden, not the configured one.
+    """
     algorithm = simulation.algorithm
-    return 1 - (1 - algorithm.p1) * (1 - algorithm.p2)
+
+    def visible(probability: float) -> float:
+        if algorithm.sampling == "bernoulli":
+            return 1 - probability
+        return 1 - int(hidden_count(site, probability)) / site.columns
+
+    return 1 - visible(algorithm.p1) * visible(algorithm.p2)
 
 
 def expected_costs(simulation: Simulation) -> Costs:
@@ -56,11 +65,12 @@ def expected_costs(simulation: Simulation) -> Costs:
     Args:
       simulation: The method.
     """
-    traffic, share = simulation.traffic, 1 - hidden_share(simulation)
+    traffic = simulation.traffic
     by_path = {site.path: site for site in simulation.sites}
     visible = {
-        path: share * by_path[path].layers * by_path[path].columns
-        for path in traffic.down.per_column
+        path: (1 - hidden_share(simulation, site)) * site.layers * site.columns
+        for path, site in by_path.items()
+        if path in traffic.down.per_column
     }
     return Costs(
         down=traffic.down.of(visible),
@@ -68,4 +78,5 @@ def expected_costs(simulation: Simulation) -> Costs:
         fedavg_down=traffic.fedavg_down,
         fedavg_up=traffic.fedavg_up,
         memory=(*simulation.memory.items(), ("in all", sum(simulation.memory.values()))),
+        hides=bool(visible),
     )

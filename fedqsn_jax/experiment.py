@@ -1,17 +1,19 @@
 """The main job: data, the server's own training, rounds, checkpoints and reports."""
 
+import contextlib
 import functools
 import math
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from fedqsn_jax import processes
 from fedqsn_jax.checkpoint import Checkpoints
@@ -19,6 +21,7 @@ from fedqsn_jax.config import Config, ConfigError
 from fedqsn_jax.costs import expected_costs, tensor_rows
 from fedqsn_jax.data import registry
 from fedqsn_jax.data.federated import Splits
+from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.models.adapters import linen_apply, linen_init
 from fedqsn_jax.models.registry import make_model
 from fedqsn_jax.randomness import fold_in_name
@@ -60,12 +63,29 @@ class Experiment(NamedTuple):
     simulation: Simulation
 
 
-def dry_run(config: Config, display: Display) -> None:
-    """Shows the model's tensors and mask sites, bytes and memory; trains nothing.
+def keep_compiled_programs(directory: str) -> None:
+    """Makes JAX keep compiled programs in a directory, and look for them there first.
+
+    Programs that compile in less than a second are not kept, by JAX's default.
+    """
+    jax.config.update("jax_compilation_cache_dir", directory)
+    # JAX looks at the setting once, which may have been before.
+    compilation_cache.reset_cache()
+
+
+def dry_run(config: Config, directory: Path | None, display: Display) -> None:
+    """Shows the model's tensors and mask sites, bytes and memory; trains and writes nothing.
+
+    Args:
+      config: What would run.
+      directory: Where, if that is known.
+      display: Where it is shown.
 
     Raises:
       ConfigError: The run would be refused.
     """
+    if directory is not None:
+        processes.by_leader(lambda: WorkDirectory(directory).check(config))
     _show(processes.together(lambda: prepare(config)), display)
 
 
@@ -82,19 +102,27 @@ def run(config: Config, directory: Path, display: Display) -> None:
 
     Raises:
       ConfigError: The configuration is not possible, or the directory belongs to another one.
+      OutOfMemoryError: The device ran out of memory; the last checkpoint stands.
       CheckpointError: The checkpoints in the directory cannot be read or do not fit.
     """
     work = WorkDirectory(directory)
     processes.by_leader(lambda: work.check(config))
     experiment = processes.together(lambda: prepare(config))
-    settings = config.checkpoint
+    with contextlib.ExitStack() as claim:
+        processes.by_leader(lambda: claim.enter_context(work.claim(config)))
+        _run(experiment, work, display)
+
+
+def _run(experiment: Experiment, work: WorkDirectory, display: Display) -> None:
+    """The run in a directory that is ours alone."""
+    config, settings = experiment.config, experiment.config.checkpoint
     with (
         _stop_signals() as stopped,
         Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints,
     ):
         restored = _restore(experiment, checkpoints)
-        processes.by_leader(lambda: work.create(config))
-        display.message(f"{directory}: only you may read it; it holds the hidden model")
+        processes.by_leader(lambda: work.write_config(config))
+        display.message(f"{work.path}: only you may read it; it holds the hidden model")
         if restored is not None and _is_finished(restored, config, work):
             display.message(
                 f"finished at round {config.rounds}; a larger --config.rounds would extend the run"
@@ -102,21 +130,23 @@ def run(config: Config, directory: Path, display: Display) -> None:
             processes.by_leader(lambda: _finish(experiment, work, restored[1], display))
             return
         _show(experiment, display)
-        if restored is not None:
-            state, history = restored
-            display.message(f"resumed after round {int(state.round)}")
-        else:
-            params = pretrain(
-                config,
-                experiment.pretraining_apply,
-                experiment.simulation.task,
-                experiment.params,
-                experiment.splits.private,
-            )
-            # Two processes' devices may round differently: the leader's model is the model.
-            state = initial_state(experiment.simulation, processes.from_leader(params))
-            history = [first_entry(experiment.simulation, state, experiment.splits.test)]
-        finished = _train(experiment, state, history, work, checkpoints, display, stopped)
+        chunk = experiment.simulation.choice.axis.chunk_size
+        with answer_out_of_memory(config, chunk, lambda: _what_stands(checkpoints)):
+            if restored is not None:
+                state, history = restored
+                display.message(f"resumed after round {int(state.round)}")
+            else:
+                params = pretrain(
+                    config,
+                    experiment.pretraining_apply,
+                    experiment.simulation.task,
+                    experiment.params,
+                    experiment.splits.private,
+                )
+                # Two processes' devices may round differently: the leader's model is the model.
+                state = initial_state(experiment.simulation, processes.from_leader(params))
+                history = [first_entry(experiment.simulation, state, experiment.splits.test)]
+            finished = _train(experiment, state, history, work, checkpoints, display, stopped)
     if finished == config.rounds:
         processes.by_leader(lambda: _finish(experiment, work, history, display))
     else:
@@ -154,6 +184,13 @@ def prepare(config: Config) -> Experiment:
     clients, test = place(simulation, (splits.clients, splits.test))
     splits = splits._replace(clients=clients, test=test)
     return Experiment(config, splits, params, linen_apply(pretraining), simulation)
+
+
+def _what_stands(checkpoints: Checkpoints) -> str:
+    latest = checkpoints.latest_round()
+    if latest is None:
+        return "no checkpoint was written yet"
+    return f"the checkpoint of round {latest} stands"
 
 
 def _restore(
@@ -228,7 +265,7 @@ def _train(
     return finished
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
     """Turns SIGTERM and the first Ctrl-C into a request to stop at the next boundary."""
     stopped = threading.Event()

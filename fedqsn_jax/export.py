@@ -84,7 +84,7 @@ def export(workdir: Path, out: Path, round: int | None = None) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out}: it is not empty; name a new or empty directory")
     with Checkpoints(work.checkpoints, keep_latest=1, keep_best=0) as checkpoints:
-        tensors, finished = checkpoints.read("params", round)
+        tensors, _, finished = checkpoints.read("params", round)
     directory = directory_of(source)
     config = read_config(directory)
     overrides = {k: v for k, v in _settings_of(tensors).items() if hasattr(config, k)}

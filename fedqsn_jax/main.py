@@ -8,11 +8,11 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedqsn_jax import processes
-from fedqsn_jax.command_line import Parser, read_config
-from fedqsn_jax.config import Config, ConfigError, flatten
-from fedqsn_jax.lifeline import SILENCE_SECONDS
+if TYPE_CHECKING:
+    from fedqsn_jax import processes
+    from fedqsn_jax.config import Config
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code after a second Ctrl-C, by the shell's convention."""
@@ -27,6 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0; 2 after a mistake of the user's, which is told in one line; `INTERRUPTED`.
     """
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    # Imports stand here so that a Ctrl-C during them, seconds long, is no traceback.
+    from fedqsn_jax import processes
+    from fedqsn_jax.command_line import Parser, read_config
+    from fedqsn_jax.config import Config, ConfigError, flatten
+
     parser = Parser(
         "Federated learning in which the model is the secret.",
         "fields, as --config.FIELD=VALUE, with their defaults:\n"
@@ -34,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", help="a file under configs/, as FILE or FILE:ALGORITHM")
     parser.add_argument("--workdir", help="the directory of the run; it is made private")
+    parser.add_argument(
+        "--compilation_cache",
+        metavar="DIR",
+        help="keep compiled programs here, for later runs; as JAX_COMPILATION_CACHE_DIR does",
+    )
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
     parser.add_argument(
         "--coordinator_address", help="HOST:PORT of process 0, for a run of several"
@@ -50,28 +67,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run_among(several, config, options)
     except ConfigError as error:
         return _refuse(error)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return _run(config, options)
 
 
 def _run(
-    config: Config, options: argparse.Namespace, leave: Callable[[], None] = lambda: None
+    config: "Config", options: argparse.Namespace, leave: Callable[[], None] = lambda: None
 ) -> int:
     """Runs; ``leave`` is called at an end that all processes come to."""
-    try:
-        # Only now, so that mistakes are answered without waiting for JAX.
-        from fedqsn_jax import experiment
-        from fedqsn_jax.checkpoint import CheckpointError
-        from fedqsn_jax.reporting.display import Display, silent_display
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    # Only now, so that mistakes are answered without waiting for JAX.
+    from fedqsn_jax import experiment, processes
+    from fedqsn_jax.checkpoint import CheckpointError
+    from fedqsn_jax.config import ConfigError
+    from fedqsn_jax.reporting.display import Display, silent_display
+
+    directory = Path(options.workdir) if options.workdir else None
+    if options.compilation_cache:
+        experiment.keep_compiled_programs(options.compilation_cache)
     try:
         display = Display() if processes.is_leader() else silent_display()
-        if options.dry_run:
-            experiment.dry_run(config, display)
+        if options.dry_run or directory is None:
+            experiment.dry_run(config, directory, display)
         else:
-            experiment.run(config, Path(options.workdir), display)
+            experiment.run(config, directory, display)
     except ConfigError as error:
         leave()
         return _refuse(error)
@@ -84,12 +101,15 @@ def _run(
     return 0
 
 
-def _run_among(several: processes.Settings, config: Config, options: argparse.Namespace) -> int:
+def _run_among(several: "processes.Settings", config: "Config", options: argparse.Namespace) -> int:
     """Runs as one of several processes; does not return from an end that the others do not share.
 
     Raises:
       ConfigError: The processes do not come together.
     """
+    from fedqsn_jax import processes
+    from fedqsn_jax.lifeline import SILENCE_SECONDS
+
     lifeline = processes.connect(several, config)
     left = False
 

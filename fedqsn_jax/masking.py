@@ -6,10 +6,15 @@ with the bias entry of that index. Whatever the kernel's shape, a site can be se
 array ``[layers, columns]``, kept in a dictionary by the kernel's path.
 
 Sites are found by *rules*, which are text: ``"PATTERN: ROLE ROLE ..."`` names a role for each
-axis of the kernels whose path matches the shell-style pattern (``*`` also crosses ``/``). Roles
-are ``layer`` (a scanned stack), ``input`` and ``column``. ``"PATTERN: none"`` says that a tensor
-is no site. ``"PATTERN: whole ROLE ROLE ..."`` makes a site that is quantized but never hidden.
-The first rule that matches decides.
+axis of the kernels whose path matches the pattern. Roles are ``layer`` (a scanned stack),
+``input`` and ``column``. ``"PATTERN: none"`` says that a tensor is no site.
+``"PATTERN: whole ROLE ROLE ..."`` makes a site that is quantized but never hidden. The first rule
+that matches decides.
+
+A pattern is compared with the whole path, name by name, in the shell's style and without regard to
+case: ``conv_*`` stands for one name that begins so. A name that is ``*`` alone stands for any
+number of names, none included. So ``*/head/kernel`` is the kernel of every ``head``, at any depth,
+and of no ``overhead``.
 """
 
 import dataclasses
@@ -29,45 +34,46 @@ SiteSelection = Literal["all", "residual"]
 
 DEFAULT_RULES: tuple[str, ...] = (
     # The task head, embeddings and norms are never hidden.
-    "*head/kernel: none",
-    "*classifier*/kernel: none",
-    "*logits/kernel: none",
-    "*embed*: none",
-    "*norm*: none",
+    "*/head/kernel: none",
+    "*/*_head/kernel: none",
+    "*/lmhead/kernel: none",
+    "*/*classifier*/*/kernel: none",
+    "*/logits/kernel: none",
+    "*/*_logits/kernel: none",
+    "*/*embed*/*: none",
+    "*/*norm*/*: none",
     # Attention as flax.linen and flax.nnx lay it out.
-    "*query/kernel: input column column",
-    "*key/kernel: input column column",
-    "*value/kernel: input column column",
-    "*out/kernel: input input column",
+    "*/query/kernel: input column column",
+    "*/key/kernel: input column column",
+    "*/value/kernel: input column column",
+    "*/out/kernel: input input column",
     # The same in a scanned stack.
-    "*query/kernel: layer input column column",
-    "*key/kernel: layer input column column",
-    "*value/kernel: layer input column column",
-    "*out/kernel: layer input input column",
+    "*/query/kernel: layer input column column",
+    "*/key/kernel: layer input column column",
+    "*/value/kernel: layer input column column",
+    "*/out/kernel: layer input input column",
     # Feed-forward layers in a scanned stack.
-    "*layers/mlp/*/kernel: layer input column",
+    "*/*layers/mlp/*/kernel: layer input column",
     # Convolutions: spatial axes and input channels are inputs.
-    "*conv*/kernel: input input column",
+    "*/*conv*/kernel: input input column",
     "*/kernel: input input input column",
-    "kernel: input input input column",
-    "*conv*/kernel: input input input input column",
+    "*/*conv*/kernel: input input input input column",
     # Dense layers.
     "*/kernel: input column",
-    "kernel: input column",
 )
 """The rules that follow the user's own. A rule whose number of axes differs does not match."""
 
 RESIDUAL_PATTERNS: tuple[str, ...] = (
-    "*attention*/out/kernel",
-    "*attention*/output/kernel",
-    "*attn*/out/kernel",
-    "*mlp/down/kernel",
-    "*mlp/output/kernel",
-    "*feed_forward/output/kernel",
+    "*/*attention*/*/out/kernel",
+    "*/*attention*/*/output/kernel",
+    "*/*attn*/*/out/kernel",
+    "*/*mlp/down/kernel",
+    "*/*mlp/output/kernel",
+    "*/*feed_forward/output/kernel",
 )
 """The layers that write to a transformer's residual stream (``sites="residual"``)."""
 
-_EMBEDDINGS = {"*embed*/embedding": "column input", "*lm_head/kernel": "input column"}
+_EMBEDDINGS = {"*/*embed*/*/embedding": "column input", "*/*lm_head/kernel": "input column"}
 
 _ROLES = ("layer", "input", "column")
 
@@ -276,7 +282,20 @@ def _first_match(
 
 
 def _matches_any(path: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path.lower(), pattern.lower()) for pattern in patterns)
+    names = path.lower().split("/")
+    return any(_matches(names, pattern.lower().split("/")) for pattern in patterns)
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not names
+    if pattern[0] in ("*", "**"):
+        return any(_matches(names[skipped:], pattern[1:]) for skipped in range(len(names) + 1))
+    return (
+        bool(names)
+        and fnmatch.fnmatchcase(names[0], pattern[0])
+        and _matches(names[1:], pattern[1:])
+    )
 
 
 def _make_site(
@@ -358,7 +377,7 @@ def _draw_mask(key: Key, site: MaskSite, probability: float | Array, sampling: S
     if sampling == "bernoulli":
         return noise >= probability
     ranks = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
-    return ranks >= _hidden_count(site, probability)
+    return ranks >= hidden_count(site, probability)
 
 
 def visible_share(site: MaskSite, probability: float | Array, sampling: Sampling) -> Array:
@@ -368,9 +387,10 @@ def visible_share(site: MaskSite, probability: float | Array, sampling: Sampling
     """
     if sampling == "bernoulli":
         return jnp.float32(1) - jnp.float32(probability)
-    return 1 - _hidden_count(site, probability).astype(jnp.float32) / site.columns
+    return 1 - hidden_count(site, probability).astype(jnp.float32) / site.columns
 
 
-def _hidden_count(site: MaskSite, probability: float | Array) -> Array:
+def hidden_count(site: MaskSite, probability: float | Array) -> Array:
+    """The number of columns that ``fixed_count`` hides in each layer, int32; one always stays."""
     count = jnp.round(jnp.float32(probability) * site.columns).astype(jnp.int32)
     return jnp.minimum(count, site.columns - 1)

@@ -8,20 +8,25 @@ A round keeps, on every device:
   and client of the cohort);
 - one sum of weighted deltas (float32): deltas are never stacked for a cohort;
 - for each client of the chunk its effective weights, a gradient, its optimizer's state (the
-  parameters' dtypes) and what the backward pass saves of the forward pass;
-- the rows of the clients, where they live on the device.
+  parameters' dtypes) and what the backward pass saves of the forward pass; and the effective
+  weights of those that take others' places;
+- the rows of the clients: all of them where they live on the device, otherwise those of two calls,
+  the one that runs and the next.
 
 So memory grows with the chunk, not with the number of clients a round.
 """
 
+import contextlib
 import math
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fedqsn_jax.client_optimizer import ClientOptimizer
+from fedqsn_jax.config import Config, ConfigError
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.types import ApplyFn, Batch, Params
 
@@ -82,6 +87,44 @@ def client_bytes(
     # Effective weights, gradient, optimizer state; the batch; what is saved, and one cotangent of
     # about the same size in the worst case.
     return 2 * tree_bytes(params) + tree_bytes(state) + tree_bytes(batch) + 2 * activations
+
+
+class OutOfMemoryError(ConfigError):
+    """A run that a device's memory does not hold; the message is one line and says what to set."""
+
+
+@contextlib.contextmanager
+def answer_out_of_memory(
+    config: Config, chunk_size: int, outcome: Callable[[], str] = str
+) -> Iterator[None]:
+    """Turns a device's running out of memory into an answer for the user.
+
+    Args:
+      config: The settings.
+      chunk_size: Clients that are trained at once on a device.
+      outcome: Says what became of the run; called only when it failed.
+
+    Raises:
+      OutOfMemoryError: Instead of XLA's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        if chunk_size > 1:
+            advice = (
+                f"cohort.chunk_size = {chunk_size}: the device ran out of memory; try "
+                f"{chunk_size // 2}, or cohort.parallelism = 'scan', one client at a time"
+            )
+        else:
+            advice = (
+                f"cohort.chunk_size = 1: the device ran out of memory with one client at a time; "
+                f"lower client.batch_size = {config.client.batch_size} or evaluation.batch_size = "
+                f"{config.evaluation.batch_size}, or set data.resident = 'host'"
+            )
+        told = outcome()
+        raise OutOfMemoryError(f"{advice}; {told}" if told else advice) from error
 
 
 def device_bytes() -> int:

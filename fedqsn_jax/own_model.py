@@ -11,9 +11,11 @@ from flax import linen, nnx
 
 from fedqsn_jax.config import Config, ConfigError, resolve
 from fedqsn_jax.costs import expected_costs, tensor_rows
-from fedqsn_jax.data.federated import FederatedData, from_clients
+from fedqsn_jax.data.federated import FederatedData, from_clients, join_clients
+from fedqsn_jax.data.streamed import HostData, place
 from fedqsn_jax.heads import find_heads
 from fedqsn_jax.masking import leaves_by_path
+from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.models.adapters import linen_apply, linen_init, nnx_split
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.reporting.summary import Costs, TensorRow
@@ -58,7 +60,7 @@ class Federated(NamedTuple):
 
 def federate(
     model: linen.Module | nnx.Module | tuple[ApplyFn, Params],
-    clients: Sequence[Arrays],
+    clients: Sequence[Arrays] | HostData,
     test: Arrays,
     *,
     private: Arrays | None = None,
@@ -80,7 +82,8 @@ def federate(
     Args:
       model: A linen module, an nnx module, or ``(apply_fn, params)``. A module is called with
         ``batch[inputs]``. Its task head is found by what it does, and never hidden.
-      clients: Each client's named arrays ``[rows, ...]``; numbers of rows may differ.
+      clients: Each client's named arrays ``[rows, ...]``; numbers of rows may differ. Or all of
+        them as `HostData`, whose arrays may be memory-mapped files.
       test: Held-out rows with the same names.
       private: The server's own rows, on which it trains before the first round
         (``pretraining`` in the settings); None: no such training.
@@ -89,14 +92,18 @@ def federate(
       inputs: The name of the model's input.
       on_progress: Called with the number of finished rounds, and what was newly evaluated.
       **settings: Fields of `config.Config`, sections as dictionaries. ``cohort.size`` and
-        ``evaluation.attackers`` are by default at most the number of clients.
+        ``evaluation.attackers`` are by default at most the number of clients. Of ``data`` there
+        is ``resident`` only.
 
     Raises:
       ConfigError: A setting is unknown, out of range, or does not fit the model.
       ValueError: The arrays do not agree, or the model has running statistics.
     """
-    data = from_clients([{name: np.asarray(a) for name, a in rows.items()} for rows in clients])
-    config = _resolve(settings, data.clients)
+    if not isinstance(clients, HostData):
+        arrays = [{name: np.asarray(a) for name, a in rows.items()} for rows in clients]
+        clients = HostData(*join_clients(arrays))
+    config = _resolve(settings, clients.clients)
+    data = place(clients, config.data.resident)
     held_out = _checked(test, data, "test")
     example = {name: array[:1] for name, array in held_out.items()}
     apply_fn, own_params = _as_function(model, config, example, inputs)
@@ -111,16 +118,17 @@ def federate(
     rules = (*config.site_rules, *(f"{path}: none" for path in heads))
     config = dataclasses.replace(config, site_rules=rules)
     simulation = make_simulation(config, apply_fn, task, start, data)
-    if private is not None:
-        rows = _checked(private, data, "private")
-        start = pretrain(config, apply_fn, task, start, rows)
-    state = initial_state(simulation, start)
-    history = [first_entry(simulation, state, held_out)]
-    for finished, after, entries in run_rounds(simulation, state, data, held_out):
-        state = after
-        history += entries
-        if on_progress is not None:
-            on_progress(finished, entries)
+    with answer_out_of_memory(config, simulation.choice.axis.chunk_size):
+        if private is not None:
+            rows = _checked(private, data, "private")
+            start = pretrain(config, apply_fn, task, start, rows)
+        state = initial_state(simulation, start)
+        history = [first_entry(simulation, state, held_out)]
+        for finished, after, entries in run_rounds(simulation, state, data, held_out):
+            state = after
+            history += entries
+            if on_progress is not None:
+                on_progress(finished, entries)
     return Federated(
         state.params,
         history,
@@ -131,11 +139,14 @@ def federate(
     )
 
 
-def _checked(rows: Arrays, data: FederatedData, name: str) -> dict[str, Array]:
+def _checked(rows: Arrays, data: FederatedData | HostData, name: str) -> dict[str, Array]:
     """The rows on the device, once names, dtypes, shapes and numbers of rows agree."""
     joined = from_clients([{key: np.asarray(array) for key, array in rows.items()}]).examples
     ours = {key: (array.dtype, array.shape[1:]) for key, array in joined.items()}
-    theirs = {key: (array.dtype, array.shape[1:]) for key, array in data.examples.items()}
+    theirs = {
+        key: (jax.dtypes.canonicalize_dtype(array.dtype), array.shape[1:])
+        for key, array in data.examples.items()
+    }
     if ours != theirs:
         raise ValueError(f"{name} has arrays {ours}, the clients have {theirs}")
     if not jax.tree.leaves(joined)[0].shape[0]:
@@ -144,8 +155,9 @@ def _checked(rows: Arrays, data: FederatedData, name: str) -> dict[str, Array]:
 
 
 def _resolve(settings: Mapping[str, Any], population: int) -> Config:
+    data = dict(settings.get("data", {}))
     for section in ("data", "model", "checkpoint"):
-        if section in settings:
+        if section in settings and (section != "data" or set(data) - {"resident"}):
             raise ConfigError(f"{section}: of no use here, the model and the arrays are your own")
     cohort = {"size": min(Config().cohort.size, population), **settings.get("cohort", {})}
     attackers = tuple(sorted({min(n, population) for n in Config().evaluation.attackers}))
@@ -155,7 +167,7 @@ def _resolve(settings: Mapping[str, Any], population: int) -> Config:
             **settings,
             "cohort": cohort,
             "evaluation": evaluation,
-            "data": {"clients": population},
+            "data": {"clients": population, **data},
         }
     )
 

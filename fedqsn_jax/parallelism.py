@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from fedqsn_jax.cohort import CLIENTS_AXIS, ClientAxis
 from fedqsn_jax.config import CohortConfig, ConfigError
 
-STEP_BYTES = 2**30
+STEP_BYTES = 2**31
 """What a step of a chunk should move at least on a GPU or TPU, so that the launches of its kernels
 do not count: more clients at once than that gain nothing."""
 
@@ -119,8 +119,9 @@ def _chunk_size(
     longest = max(int(workload.steps.max(initial=0)), 1)
     limits = {
         "all that a device has": share,
+        # A third more than would do if every place were refilled at once.
         "the rest waits for the longest client": math.ceil(
-            share * float(workload.steps.mean()) / longest
+            4 / 3 * share * float(workload.steps.mean()) / longest
         ),
         "they fill the device": math.ceil(STEP_BYTES / max(workload.client_bytes, 1)),
         "more would not fit": workload.largest_chunk,

@@ -31,6 +31,8 @@ from fedqsn_jax.quantization import Quantized, Quantizer
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.types import Array, Columns, Key, Params
 
+_SERVER_MASK, _CLIENT_MASK = "server_mask", "client_mask"
+
 
 @struct.dataclass
 class Proxy:
@@ -60,11 +62,13 @@ class ProxyTransform(NamedTuple):
       prepare: ``(state, proxy) -> proxy``, once a round, the same for every client.
       apply: ``(key, state, proxy) -> proxy``, for one client in one round. It only hides columns
         and changes scales: `select_columns` with both gives the same proxy.
+      steps: The names of what it does; a chain does each at most once. Empty: it does nothing.
     """
 
     init: Callable[[Key, Proxy], Any]
     prepare: Callable[[Any, Proxy], Proxy]
     apply: Callable[[Key, Any, Proxy], Proxy]
+    steps: tuple[str, ...] = ()
 
 
 def whole_proxy(params: Params, sites: Sites) -> Proxy:
@@ -85,8 +89,15 @@ def chain(*transforms: ProxyTransform) -> ProxyTransform:
     """Composes transforms; each sees what the ones before it made.
 
     A transform derives its keys from its own name, so its draws do not depend on its neighbours.
-    A chain may hold each kind of mask once: two of a kind would draw the same mask twice.
+
+    Raises:
+      ValueError: Two transforms do the same: two masks of a kind would hide the same columns, and
+        scale the others twice; a second quantizer would find nothing to do.
     """
+    steps = [name for transform in transforms for name in transform.steps]
+    for name in steps:
+        if steps.count(name) > 1:
+            raise ValueError(f"chain: {name} stands in it {steps.count(name)} times; allowed is 1")
 
     def init(key: Key, proxy: Proxy) -> tuple[Any, ...]:
         return tuple(transform.init(key, proxy) for transform in transforms)
@@ -101,7 +112,7 @@ def chain(*transforms: ProxyTransform) -> ProxyTransform:
             proxy = transform.apply(key, state, proxy)
         return proxy
 
-    return ProxyTransform(init, prepare, apply)
+    return ProxyTransform(init, prepare, apply, tuple(steps))
 
 
 def quantize(quantizer: Quantizer) -> ProxyTransform:
@@ -123,7 +134,7 @@ def quantize(quantizer: Quantizer) -> ProxyTransform:
         # A zero has a code of its own: hide again, so that hidden columns have code zero.
         return _hide(dataclasses.replace(proxy, params=params), proxy.visible)
 
-    return identity()._replace(prepare=prepare)
+    return identity()._replace(prepare=prepare, steps=("quantize",))
 
 
 def server_mask(probability: float | Array, sampling: Sampling = "bernoulli") -> ProxyTransform:
@@ -137,12 +148,12 @@ def server_mask(probability: float | Array, sampling: Sampling = "bernoulli") ->
         return identity()
 
     def init(key: Key, proxy: Proxy) -> Columns:
-        return draw_masks(fold_in_name(key, "server_mask"), proxy.sites, probability, sampling)
+        return draw_masks(fold_in_name(key, _SERVER_MASK), proxy.sites, probability, sampling)
 
     def prepare(mask: Columns, proxy: Proxy) -> Proxy:
         return _hide_and_scale(proxy, mask, probability, sampling)
 
-    return identity()._replace(init=init, prepare=prepare)
+    return identity()._replace(init=init, prepare=prepare, steps=(_SERVER_MASK,))
 
 
 def client_mask(probability: float | Array, sampling: Sampling = "bernoulli") -> ProxyTransform:
@@ -156,10 +167,10 @@ def client_mask(probability: float | Array, sampling: Sampling = "bernoulli") ->
         return identity()
 
     def apply(key: Key, state: tuple[()], proxy: Proxy) -> Proxy:
-        mask = draw_masks(fold_in_name(key, "client_mask"), proxy.sites, probability, sampling)
+        mask = draw_masks(fold_in_name(key, _CLIENT_MASK), proxy.sites, probability, sampling)
         return _hide_and_scale(proxy, mask, probability, sampling)
 
-    return identity()._replace(apply=apply)
+    return identity()._replace(apply=apply, steps=(_CLIENT_MASK,))
 
 
 def dequantize_proxy(proxy: Proxy) -> Proxy:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -222,6 +223,35 @@ def make_federation(
         )
 
     return Federation(init, run_round, cohort_of, evaluate)
+
+
+def draw_cohorts(federation: Federation, state: ServerState, rounds: int) -> np.ndarray:
+    """Returns who takes part in each of a run's rounds, int32 ``[rounds, cohort]``, on the host.
+
+    Args:
+      federation: The method.
+      state: A state of the run; which one does not matter. Of its leaves only the public key need
+        be an array.
+      rounds: The run's number of rounds, from the first on.
+    """
+    cohort = jax.eval_shape(federation.cohort, state).shape[0]
+    # So many rounds at once that a draw stays small.
+    block = max(1, min(rounds, _DRAWN_AT_ONCE // cohort))
+
+    @jax.jit
+    @jax.vmap
+    def draw(index: Array) -> Array:
+        return federation.cohort(dataclasses.replace(state, round=index))
+
+    blocks = [
+        np.asarray(draw(jnp.arange(start, start + block, dtype=jnp.int32)))
+        for start in range(0, rounds, block)
+    ]
+    return np.concatenate([np.zeros((0, cohort), np.int32), *blocks])[:rounds]
+
+
+_DRAWN_AT_ONCE = 2**22
+"""Client ids that `draw_cohorts` draws in one call."""
 
 
 class CallResult(NamedTuple):

@@ -3,7 +3,9 @@
 The main job and the call for a user's own model build the same thing here.
 """
 
+import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,22 +16,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedqsn_jax.aggregation import make_aggregator
+from fedqsn_jax.aggregation import Aggregator, make_aggregator
 from fedqsn_jax.algorithms import Algorithm, make_algorithm
 from fedqsn_jax.client import make_client_update
 from fedqsn_jax.client_optimizer import ClientOptimizer, unscheduled
 from fedqsn_jax.cohort import ClientAxis
 from fedqsn_jax.config import ClientConfig, Config, ConfigError, ServerConfig
 from fedqsn_jax.data.federated import ClientData, FederatedData, single_client
+from fedqsn_jax.data.streamed import HostData, capacity_for, stream
 from fedqsn_jax.masking import Sites, find_sites
 from fedqsn_jax.memory import client_bytes, device_bytes, tree_bytes
 from fedqsn_jax.metrics import make_evaluator
+from fedqsn_jax.models.adapters import in_compute_dtype
 from fedqsn_jax.parallelism import Choice, Workload, choose_client_axis
 from fedqsn_jax.placement import Tree, replicate
 from fedqsn_jax.proxy import whole_proxy
 from fedqsn_jax.quantization import NormalFloat, Quantizer, Uniform
 from fedqsn_jax.randomness import fold_in_name
-from fedqsn_jax.rounds import Federation, ServerState, make_federation, make_rounds
+from fedqsn_jax.rounds import (
+    Federation,
+    ServerState,
+    draw_cohorts,
+    make_federation,
+    make_rounds,
+)
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.traffic import Traffic, measure_traffic
 from fedqsn_jax.types import ApplyFn, Array, Batch, Params
@@ -45,6 +55,7 @@ class Simulation(NamedTuple):
       config: Its settings.
       federation: Its pure functions.
       algorithm: What clients receive.
+      aggregator: What becomes of the deltas.
       sites: The model's mask sites.
       traffic: The lengths of payloads.
       choice: How the client axis is run, and why.
@@ -56,6 +67,7 @@ class Simulation(NamedTuple):
     config: Config
     federation: Federation
     algorithm: Algorithm
+    aggregator: Aggregator
     sites: Sites
     traffic: Traffic
     choice: Choice
@@ -102,8 +114,9 @@ def make_simulation(
         config.sampling,  # type: ignore[arg-type]
     )
     optimizer = client_optimizer(config.client)
+    local_apply = in_compute_dtype(apply_fn, config.client.compute_dtype)
     update = make_client_update(
-        apply_fn,
+        local_apply,
         task,
         optimizer,
         config.client.batch_size,
@@ -130,7 +143,7 @@ def make_simulation(
         score=task.score,
     )
     batch = _batch_shapes(data, config.client.batch_size)
-    a_client = client_bytes(apply_fn, task, optimizer, params, batch)
+    a_client = client_bytes(local_apply, task, optimizer, params, batch)
     fixed = _fixed_memory(federation_of(client_axis=ClientAxis()), params, sites, config, data)
     steps = update.step_count(data.rows(_some_clients(population)))
     workload = Workload(
@@ -141,8 +154,10 @@ def make_simulation(
         device_bytes=device_bytes(),
     )
     choice = choose_client_axis(config.cohort, workload, jax.default_backend())
-    at_once = choice.axis.chunk_size
+    at_once, refills = choice.axis.chunk_size, choice.axis.refills
     memory = {**fixed, f"training of {at_once} client(s) at once": at_once * a_client}
+    if at_once > 1:
+        memory["clients that come and go"] = refills * tree_bytes(params)
     federation = federation_of(client_axis=choice.axis)
     run = make_rounds(
         federation,
@@ -150,7 +165,9 @@ def make_simulation(
         evaluate_every=config.evaluation.every,
     )
     traffic = measure_traffic(algorithm.transform, params, sites)
-    return Simulation(config, federation, algorithm, sites, traffic, choice, memory, task, run)
+    return Simulation(
+        config, federation, algorithm, aggregator, sites, traffic, choice, memory, task, run
+    )
 
 
 def _some_clients(population: int) -> Array:
@@ -176,8 +193,42 @@ def _fixed_memory(
         "dequantized proxy of the round": model,
         "sum of deltas": model,
         "client masks": config.cohort.size * columns,
-        "clients' rows": data.device_bytes,
+        **_rows_memory(federation, params, config, data),
     }
+
+
+def _rows_memory(
+    federation: Federation, params: Params, config: Config, data: ClientData
+) -> dict[str, int]:
+    if not isinstance(data, HostData):
+        return {"clients' rows": data.device_bytes}
+
+    def public_key(key: Array) -> Array:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+        return federation.init(key, zeros).public_key
+
+    key = _federation_key(config)
+    state = dataclasses.replace(
+        jax.eval_shape(federation.init, key, params), public_key=jax.jit(public_key)(key)
+    )
+    cohorts = draw_cohorts(federation, state, config.rounds)
+    calls = [cohorts[start:stop] for start, stop in _calls(0, config)]
+    needed, available = 2 * capacity_for(data, calls).device_bytes(data), device_bytes()
+    if needed > available:
+        raise ConfigError(
+            f"rounds_per_call = {config.rounds_per_call}: the clients' rows of two calls take "
+            f"{needed / 2**30:.1f} GiB, a device has {available / 2**30:.1f} GiB; allowed is less, "
+            f"or a smaller cohort.size"
+        )
+    return {"clients' rows of two calls": needed}
+
+
+def _calls(finished: int, config: Config) -> list[tuple[int, int]]:
+    """The calls that are left: numbers of rounds that are finished before and after each."""
+    per_call = config.rounds_per_call
+    boundaries = range((finished // per_call + 1) * per_call, config.rounds, per_call)
+    ends = [*boundaries, config.rounds]
+    return list(zip([finished, *ends], ends, strict=False)) if finished < config.rounds else []
 
 
 def make_quantizer(config: Config) -> Quantizer:
@@ -232,8 +283,12 @@ def place(simulation: Simulation, tree: Tree) -> Tree:
 
 def initial_state(simulation: Simulation, params: Params) -> ServerState:
     """Returns the state before the first round, in its place; the parameters are copied."""
-    key = fold_in_name(root_key(simulation.config), "federation")
-    return place(simulation, jax.jit(simulation.federation.init)(key, params))
+    init = jax.jit(simulation.federation.init)
+    return place(simulation, init(_federation_key(simulation.config), params))
+
+
+def _federation_key(config: Config) -> Array:
+    return fold_in_name(root_key(config), "federation")
 
 
 def first_entry(simulation: Simulation, state: ServerState, test: Batch) -> Entry:
@@ -246,7 +301,7 @@ def first_entry(simulation: Simulation, state: ServerState, test: Batch) -> Entr
 def run_rounds(
     simulation: Simulation,
     state: ServerState,
-    data: FederatedData,
+    data: ClientData,
     test: Batch,
     *,
     seconds: float = 0.0,
@@ -260,7 +315,8 @@ def run_rounds(
     Args:
       simulation: What to run.
       state: The state to start from, in its place (see `place`); it is donated.
-      data: The clients' rows.
+      data: The clients' rows. Those of `HostData` are streamed: while the device works on a call,
+        the rows of the next are gathered and sent.
       test: Held-out rows.
       seconds: What earlier parts of the run took; entries count on from there.
 
@@ -268,15 +324,16 @@ def run_rounds(
       ``(round, state, entries)`` after each call, with the rounds evaluated in it.
     """
     config = simulation.config
-    finished = int(state.round)
-    data, test = place(simulation, (data, test))
-    last = place(simulation, jnp.int32(config.rounds))
-    while finished < config.rounds:
-        per_call = config.rounds_per_call
-        stop = min((finished // per_call + 1) * per_call, config.rounds)
-        began = time.perf_counter()
+    calls = _calls(int(state.round), config)
+    test, last = place(simulation, (test, jnp.int32(config.rounds)))
+    feed = _feed(simulation, state, data, calls)
+    began = time.perf_counter()
+    rows = next(feed, None)
+    for finished, stop in calls:
         until = place(simulation, jnp.int32(stop))
-        state, result = simulation.run(state, data, test, until, last)
+        state, result = simulation.run(state, rows, test, until, last)
+        # The call runs on while the host prepares the next one's rows.
+        rows = next(feed, None)
         facts, metrics, evaluated = jax.device_get(result)
         took = time.perf_counter() - began
         entries = []
@@ -299,8 +356,23 @@ def run_rounds(
                 }
             )
         seconds += took
-        finished = stop
-        yield finished, state, entries
+        yield stop, state, entries
+        began = time.perf_counter()
+
+
+def _feed(
+    simulation: Simulation, state: ServerState, data: ClientData, calls: list[tuple[int, int]]
+) -> Iterator[ClientData]:
+    """The rows for one call after the other."""
+    if not isinstance(data, HostData):
+        yield from itertools.repeat(place(simulation, data), len(calls))
+        return
+    cohorts = draw_cohorts(simulation.federation, state, simulation.config.rounds)
+    # Of all the run's calls, so that a run that was interrupted goes on with the same program.
+    every_call = [cohorts[start:stop] for start, stop in _calls(0, simulation.config)]
+    capacity = capacity_for(data, every_call)
+    for start, stop in calls:
+        yield place(simulation, stream(data, cohorts[start:stop], capacity))
 
 
 def _ordered(metrics: dict[str, Any]) -> dict[str, float]:

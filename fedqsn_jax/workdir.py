@@ -1,12 +1,20 @@
 """The directory of a run: whose it is, who may read it, and which configuration made it."""
 
 import dataclasses
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedqsn_jax.config import Config, ConfigError, flatten, to_dict
+from fedqsn_jax.config import Config, ConfigError, flatten, resolve, to_dict
+
+try:
+    import fcntl
+except ImportError:  # Not everywhere; there, two runs are not kept apart.
+    fcntl = None  # type: ignore[assignment]
 
 _CONFIG_FILE = "config.json"
 _MODE = 0o700
@@ -74,15 +82,55 @@ class WorkDirectory:
             return
         self._compare(stored, config)
 
-    def create(self, config: Config) -> None:
-        """Creates the directory, or makes an existing one private, and writes the configuration.
+    @contextmanager
+    def claim(self, config: Config) -> Iterator[None]:
+        """Creates the directory, or makes an existing one private, and keeps other runs out of it.
+
+        Other runs are kept out while the ``with`` block runs, by a lock on the directory itself: it
+        leaves nothing behind, and ends with the process however that ends. It is advisory; file
+        systems that have no such locks are taken as they are.
+
+        Raises:
+          ConfigError: Another run is at work in it, it does not serve this configuration (any
+            more), or the file system refuses.
+        """
+        try:
+            self.path.mkdir(mode=_MODE, parents=True, exist_ok=True)
+            self.path.chmod(_MODE)
+            descriptor = _lock(self.path)
+        except OSError as error:
+            reason = error.strerror
+            if error.errno == errno.EWOULDBLOCK:
+                reason = "another run is at work in it; wait for its end, or name another directory"
+            raise ConfigError(f"--workdir={self.path}: {reason}") from error
+        try:
+            # Another run may have been at work since the caller has looked.
+            self.check(config)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def config(self) -> Config:
+        """Returns the configuration that made the directory.
+
+        Raises:
+          ConfigError: There is none, or it is not one that this version knows.
+        """
+        stored = self._stored()
+        if stored is None:
+            raise ConfigError(f"--workdir={self.path}: there is no run in it, no {_CONFIG_FILE}")
+        try:
+            return resolve(stored)
+        except ConfigError as error:
+            raise ConfigError(f"--workdir={self.path}: {_CONFIG_FILE}: {error}") from error
+
+    def write_config(self, config: Config) -> None:
+        """Writes the configuration, all of it or nothing.
 
         Raises:
           ConfigError: The file system refuses.
         """
         try:
-            self.path.mkdir(mode=_MODE, parents=True, exist_ok=True)
-            self.path.chmod(_MODE)
             temporary = self.path / f".{_CONFIG_FILE}.new"
             temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
             temporary.replace(self.path / _CONFIG_FILE)
@@ -94,10 +142,9 @@ class WorkDirectory:
         if not file.exists():
             return None
         try:
-            stored = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+            return dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"--workdir={self.path}: {_CONFIG_FILE} cannot be read") from error
-        return stored if isinstance(stored, dict) else {}
 
     def _compare(self, stored: dict[str, Any], config: Config) -> None:
         ours = {name: _as_json(value) for name, value in flatten(config).items()}
@@ -117,6 +164,20 @@ class WorkDirectory:
                 f"rounds = {config.rounds}: the run in {self.path} has {theirs['rounds']}; "
                 f"allowed are as many or more"
             )
+
+
+def _lock(directory: Path) -> int:
+    """Locks a directory until the descriptor that it returns is closed; EWOULDBLOCK if it is."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Others mean that the file system has no such locks.
+        if error.errno == errno.EWOULDBLOCK:
+            os.close(descriptor)
+            raise
+    return descriptor
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,8 +5,9 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from fedqsn_jax import benchmark
+from fedqsn_jax import benchmark, workloads
 from fedqsn_jax.models.emnist_cnn import EmnistCNN
 
 
@@ -27,6 +28,7 @@ def test_the_network_has_its_published_size():
     assert count == 320 + 18496 + 1179776 + 7998
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_report(tmp_path, monkeypatch, capsys):
     small = benchmark.make_population(clients=3, mean=25)
     monkeypatch.setattr(benchmark, "make_population", lambda: small)
@@ -39,4 +41,39 @@ def test_a_report(tmp_path, monkeypatch, capsys):
     for one in times.values():
         assert 0 < one["best"] <= one["quartiles"][0] <= one["median"] <= one["quartiles"][1]
     assert report["jax"] == jax.__version__
-    assert "over FedAvg" in capsys.readouterr().out
+    assert set(report["workloads"]["dense"]["parts"]) == {"quantize", "mask", "aggregate"}
+    shown = capsys.readouterr().out
+    assert "over FedAvg" in shown
+    assert "parts" in shown
+
+
+def test_reports_of_large_rounds(tmp_path, capsys):
+    """Examples are made where they are used; one program runs all the rounds."""
+    out = tmp_path / "report.json"
+    arguments = ["--clients=4,2", "--population=50", "--rounds=2", "--rounds_per_call=1"]
+    assert benchmark.main([*arguments, "--calls=1", f"--out={out}"]) == 0
+    report = json.loads(out.read_text())
+    assert list(report["cohorts"]) == ["2", "4"]
+    assert report["population"]["programs"] == 1
+    assert report["population"]["rounds"] == 2
+    assert "one client at a time" in capsys.readouterr().out
+
+
+def test_endless_clients_are_like_the_others():
+    data = workloads.make_endless_population(10**6)
+    rows = np.asarray(data.rows(jnp.arange(0, 10**6, 199, dtype=jnp.int32)))
+    assert rows.min() >= 20
+    assert rows.max() <= 400
+    # Of a lognormal distribution with mean 100 and sigma 0.5; 5,026 clients.
+    assert abs(rows.mean() - 100) < 3
+    assert abs(np.median(rows) - 100 * np.exp(-0.125)) < 3
+    batch = data.gather(jnp.int32(999_999), jnp.arange(400, dtype=jnp.int32))
+    image, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
+    assert image.shape == (400, 28, 28, 1)
+    assert set(labels.tolist()) <= set(range(62))
+    assert len(set(labels.tolist())) > 50
+    assert len(np.unique(image.reshape(400, -1), axis=0)) == 400
+    # Noise has variance 1/3, prototypes 1/12: images of one label have something in common.
+    same = [image[labels == label].mean(axis=0) for label in range(62) if (labels == label).any()]
+    np.testing.assert_allclose(np.var(image), 1 / 3 + 1 / 12, rtol=0.05)
+    assert np.mean([np.var(one) for one in same]) > 1 / 12

@@ -108,6 +108,30 @@ def test_a_damaged_checkpoint_is_named_and_can_be_removed(tmp_path, capfd, what)
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("item", ["state", "history"])
+def test_a_single_changed_bit_is_noticed(tmp_path, item):
+    """Also one after which everything still reads as numbers, which Orbax does not notice."""
+    state = noise(1 << 12) | {"key": jax.random.key(0), "narrow": jnp.ones(3, jnp.bfloat16)}
+    with Checkpoints(tmp_path, keep_latest=1, keep_best=0) as checkpoints:
+        checkpoints.save(5, state, [{"round": 5, "loss": 0.25}], score=0)
+        checkpoints.restore(state)
+        files = [path for path in (tmp_path / "5" / item).rglob("*") if path.is_file()]
+        contents = {path: bytearray(path.read_bytes()) for path in files}
+        if item == "history":
+            file = next(path for path, data in contents.items() if b"0.25" in data)
+            place = contents[file].index(b"0.25") + 3
+        else:
+            # Noise does not compress, so it is most of the largest file.
+            file = max(contents, key=lambda path: len(contents[path]))
+            place = len(contents[file]) // 2
+        contents[file][place] ^= 1
+        file.write_bytes(contents[file])
+        for use in (lambda: checkpoints.restore(state), lambda: checkpoints.read("weights")):
+            with pytest.raises(CheckpointError, match="its digest is not that of its") as error:
+                use()
+            assert assert_one_line(error).startswith(f"{tmp_path / '5'}: this checkpoint cannot")
+
+
 def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path):
     with Checkpoints(tmp_path, keep_latest=2, keep_best=1) as checkpoints:
         checkpoints.save(5, weights(5.0), [], score=0.5)

@@ -57,7 +57,7 @@ def test_strategies_differ_by_rounding_only(model, data):
             attackers=(1, 4),
             score=task.score,
         )
-        state = state or federation.init(KEY, model.params)
+        state = state or fast(federation.init)(KEY, model.params)
         after, facts = fast(federation.round)(state, data)
         delta = jax.tree.map(
             lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64),

@@ -1,12 +1,14 @@
 """Settings and tiny fixtures that tests share: a model, its sites, and a population of clients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from rounds_cases import FEDQSN, fast, federate
 
 from fedqsn_jax.data.federated import FederatedData, from_clients
 from fedqsn_jax.masking import Sites, find_sites
@@ -24,6 +26,14 @@ class Model(NamedTuple):
     apply_fn: Callable[[Any, Any, Any], jax.Array]
     params: Any
     sites: Sites
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """For tests of what programs are for, not of their last bits: XLA compiles with less effort."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
@@ -114,3 +124,12 @@ def numpy_loss_and_gradient() -> Callable[[Any, np.ndarray, np.ndarray], tuple[f
         return loss, gradient
 
     return loss_and_gradient
+
+
+@pytest.fixture(scope="session")
+def shared(model: Model) -> tuple[Any, ...]:
+    """One federation for several tests, with its functions compiled: Adam on both sides."""
+    server = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
+    client = optax.adamw(0.01, weight_decay=0.1)
+    federation = federate(model, FEDQSN, server=server, client=client)
+    return federation, fast(federation.init), fast(federation.round), fast(federation.evaluate)

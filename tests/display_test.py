@@ -1,5 +1,6 @@
 """What users see in a terminal and in a pipe: tables, messages and progress."""
 
+import dataclasses
 import io
 import re
 import subprocess
@@ -95,9 +96,19 @@ def test_final_table_in_a_pipe(history):
     assert "attacker_10 0.1000 0.8125 20 0.8125 2.4000 0.5000 0.5000" in lines
     assert "down 300 1,000 30.0%" in lines
     assert "up 500 1,400 35.7%" in lines
-    assert re.search(r"global - attacker_1 +0\.2500 ", text)
+    assert re.search(r"global - attacker_1 +0\.2500  what the method buys", text)
     assert re.search(r"global - proxy +0\.1875 ", text)
     assert "seconds: 10.0 in total, 0.5 a round" in text
+
+
+def test_final_table_of_a_run_that_hides_nothing_claims_nothing(history):
+    console = pipe()
+    costs = dataclasses.replace(COSTS, hides=False)
+    Display(console).final_table(summarize(history, costs, 10.0))
+    text = console.file.getvalue()
+    assert_plain(text)
+    assert "buys" not in text
+    assert re.search(r"global - attacker_1 +0\.2500  no column is hidden from clients", text)
 
 
 def test_final_table_in_a_terminal_and_of_a_poor_run():

@@ -38,6 +38,7 @@ def test_it_is_the_last_layer_and_no_other_of_its_width(outputs):
         assert found == ("whatever/kernel",)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_it_is_found_behind_many_convolutions():
     module, batch = Deep(), {"image": jnp.ones((3, 8))}
     params = linen_init(module, jax.random.key(0), batch)

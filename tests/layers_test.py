@@ -11,14 +11,15 @@ FLOORS = (
     ("randomness", "config"),
     ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir"),
     ("client_optimizer", "generation", "masking", "text_scores"),
-    ("metrics", "models", "data", "language_tasks", "memory"),
+    ("memory",),
+    ("metrics", "models", "data", "language_tasks"),
     ("cohort", "heads", "proxy", "text_evaluation"),
     ("client", "aggregation", "views", "wire", "parallelism"),
     ("rounds", "traffic", "text_views"),
     ("algorithms",),
     ("simulation",),
-    ("costs",),
-    ("experiment", "own_model", "benchmark", "export"),
+    ("costs", "workloads"),
+    ("experiment", "own_model", "benchmark", "export", "trained"),
     ("main", "__init__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

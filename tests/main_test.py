@@ -4,10 +4,16 @@ import json
 import os
 import stat
 
+import numpy as np
 import pytest
 
-from fedqsn_jax import command_line
+from fedqsn_jax import command_line, linen_apply, load
+from fedqsn_jax.checkpoint import Checkpoints
+from fedqsn_jax.experiment import prepare
 from fedqsn_jax.main import main
+from fedqsn_jax.models.registry import make_model
+from fedqsn_jax.simulation import initial_state
+from fedqsn_jax.workdir import WorkDirectory
 
 SMALL = [
     "--config=configs/digits.py",
@@ -144,6 +150,7 @@ def test_a_dry_run_shows_sites_bytes_and_memory_and_writes_nothing(tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys):
     directory = tmp_path / "run"
     arguments = [*SMALL, f"--workdir={directory}"]
@@ -171,13 +178,27 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys):
     assert main(arguments) == 0
     assert "finished at round 4" in capsys.readouterr().out
 
-    before = (directory / "metrics.jsonl").read_bytes()
-    message = refusal(capsys, [*arguments, "--config.p1=0.5", "--config.seed=9"])
-    assert "p1 = 0.5 (there: 0.2)" in message
-    assert "seed = 9 (there: 0)" in message
-    message = refusal(capsys, [*arguments, "--config.rounds=2"])
-    assert "rounds = 2" in message
-    assert (directory / "metrics.jsonl").read_bytes() == before
+    trained = load(directory)
+    assert (trained.round, trained.history) == (4, history)
+    assert load(directory, round=2).round == 2
+    splits = prepare(trained.config).splits
+    module = make_model(trained.config.model, splits.num_classes, dropout=0.0)
+    logits = linen_apply(module)(trained.params, splits.test, None)
+    accuracy = (np.argmax(logits, axis=-1) == splits.test["label"]).mean()
+    assert accuracy == pytest.approx(history[-1]["global/accuracy"], abs=1e-6)
+
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    for mode in ([], ["--dry_run"]):
+        message = refusal(capsys, [*arguments, *mode, "--config.p1=0.5", "--config.seed=9"])
+        assert "p1 = 0.5 (there: 0.2)" in message
+        assert "seed = 9 (there: 0)" in message
+        message = refusal(capsys, [*arguments, *mode, "--config.rounds=2"])
+        assert "rounds = 2" in message
+    with WorkDirectory(directory).claim(trained.config):
+        message = refusal(capsys, [*arguments, "--config.rounds=6"])
+        assert "another run is at work in it" in message
+    after = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    assert after == before
 
     assert main([*arguments, "--config.rounds=6"]) == 0
     longer = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -186,17 +207,19 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys):
 
 
 def test_a_checkpoint_of_another_structure_is_refused(tmp_path, capsys):
+    """As where the stored configuration was edited, which gets past the comparison of fields."""
     directory = tmp_path / "run"
-    assert main([*SMALL, f"--workdir={directory}"]) == 0
-    capsys.readouterr()
-    # Whoever edits the stored configuration gets past the comparison of fields, not past this.
-    file = directory / "config.json"
-    stored = json.loads(file.read_text())
-    stored["model"]["hidden"] = [24]
-    file.write_text(json.dumps(stored))
-    arguments = [*SMALL, f"--workdir={directory}", "--config.model.hidden=(24,)"]
-    message = refusal(capsys, arguments)
+    before = prepare(command_line.read_config(SMALL[0].removeprefix("--config="), SMALL[1:]))
+    with Checkpoints(directory / "checkpoints", keep_latest=1, keep_best=0) as checkpoints:
+        state = initial_state(before.simulation, before.params)
+        checkpoints.save(4, state, [{"round": 4}], score=0.0)
+    wider = [*SMALL, "--config.model.hidden=(24,)"]
+    after = command_line.read_config(wider[0].removeprefix("--config="), wider[1:])
+    WorkDirectory(directory).write_config(after)
+    files = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    message = refusal(capsys, [*wider, "--config.rounds=6", f"--workdir={directory}"])
     assert "head/kernel is stored as float32[16,10], but float32[24,10] is expected" in message
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == files
 
 
 def test_a_directory_without_permission(tmp_path, capsys, monkeypatch):

@@ -133,6 +133,46 @@ def test_user_rules_override_defaults_and_the_first_decides():
     assert set(sites) == {"b/kernel"}
 
 
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("*", {"head/kernel", "a/head/kernel", "a/b/head/kernel", "overhead/kernel", "a/b/w"}),
+        ("*/kernel", {"head/kernel", "a/head/kernel", "a/b/head/kernel", "overhead/kernel"}),
+        ("head/kernel", {"head/kernel"}),
+        ("*/head/kernel", {"head/kernel", "a/head/kernel", "a/b/head/kernel"}),
+        ("**/Head/kernel", {"head/kernel", "a/head/kernel", "a/b/head/kernel"}),
+        ("*head/kernel", {"head/kernel", "overhead/kernel"}),
+        ("*/*head/kernel", {"head/kernel", "a/head/kernel", "a/b/head/kernel", "overhead/kernel"}),
+        ("a/*", {"a/head/kernel", "a/b/head/kernel", "a/b/w"}),
+        ("a/*/kernel", {"a/head/kernel", "a/b/head/kernel"}),
+        ("?/head/[jk]ernel", {"a/head/kernel"}),
+        ("*/b/*", {"a/b/head/kernel", "a/b/w"}),
+        ("*/w", {"a/b/w"}),
+    ],
+)
+def test_patterns_match_whole_names(pattern, matched):
+    """A star beside letters stays inside a name; one alone stands for any number of names."""
+    params = {
+        "head": layer((2, 3)),
+        "overhead": layer((2, 3)),
+        "a": {"head": layer((2, 3)), "b": {"head": layer((2, 3)), "w": zeros(2, 3)}},
+    }
+    # Sites of the rule run along the second axis, those of the package's rules along the first.
+    sites = find_sites(params, [f"{pattern}: column input"])
+    assert {site.path for site in sites if site.input_axes == (1,)} == matched
+
+
+def test_names_that_only_end_like_a_head_are_hidden():
+    names = ("overhead", "monologits", "monkey", "readout", "Head", "lm_head", "LMHead")
+    params = {"block": {name: layer((4, 5), (5,)) for name in names}}
+    sites = by_path(find_sites(params))
+    hidden = {f"block/{name}/kernel" for name in ("overhead", "monologits", "monkey", "readout")}
+    assert set(sites) == hidden
+    for name in ("monkey", "readout"):
+        with pytest.raises(ValueError, match=f"no rule says which axes of '{name}/kernel'"):
+            find_sites({name: layer((4, 2, 3))})
+
+
 def test_rules_match_without_regard_to_case_and_only_the_right_rank():
     params = {"Attn": {"Query": layer((6, 2, 3)), "w": zeros(3, 4)}, "x": layer((2, 3))}
     sites = by_path(find_sites(params, ["attn/*: column input"]))

@@ -42,12 +42,19 @@ def squares() -> Task:
     )
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_task_of_ones_own_and_a_population_of_one():
-    result = federate(_Column(), [rows(6)], rows(9), task=squares(), **SHORT)
+    masks = {"p1": 0.0, "p2": 0.3, "sampling": "fixed_count"}
+    result = federate(_Column(), [rows(6)], rows(9), task=squares(), **masks, **SHORT)
     assert {"global/score", "proxy/score_std", "attacker_1/loss"} <= set(result.history[-1])
     travels = {row.path: row.travels for row in result.tensors}
     assert travels["score/kernel"] == "float32, whole"
     assert travels["hidden/kernel"].startswith("4-bit NormalFloat")
+    # Of 16 columns, round(0.3 * 16) are hidden: what was expected is exactly what travelled.
+    assert {row.path: row.hidden for row in result.tensors}["hidden/kernel"] == 5 / 16
+    assert result.costs.hides
+    for way, expected in (("down", result.costs.down), ("up", result.costs.up)):
+        assert result.history[-1][f"bytes/{way}_per_client"] == expected
 
 
 class _Column(nn.Module):

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from orbax.checkpoint import v1 as orbax
 
 ROOT = Path(__file__).parent.parent
+ROUNDS = 40
 COMMAND = [
     sys.executable,
     "-m",
     "fedqsn_jax.main",
     "--config=configs/digits.py",
-    "--config.rounds=40",
+    f"--config.rounds={ROUNDS}",
     "--config.rounds_per_call=2",
     "--config.evaluation.every=2",
     "--config.evaluation.proxy_samples=2",
@@ -53,12 +55,17 @@ def finish(directory: Path) -> str:
     return output
 
 
+def latest(directory: Path) -> int:
+    """The latest round that is saved as a whole; -1 if none is."""
+    names = [path.name for path in (directory / "checkpoints").glob("[0-9]*")]
+    return max((int(name) for name in names if name.isdigit()), default=-1)
+
+
 def wait_for_checkpoint(directory: Path, first: int, process: subprocess.Popen) -> None:
     """Waits until the run has saved round ``first`` or a later one."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        saved = [path.name for path in (directory / "checkpoints").glob("[0-9]*")]
-        if any(name.isdigit() and int(name) >= first for name in saved):
+        if latest(directory) >= first:
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
@@ -71,36 +78,61 @@ def metrics(directory: Path) -> list[dict]:
 
 
 def saved_state(directory: Path) -> dict:
-    latest = max(int(path.name) for path in (directory / "checkpoints").glob("[0-9]*"))
-    return orbax.load_checkpointables(directory / "checkpoints" / str(latest), {"state": None})[
-        "state"
-    ]
+    path = directory / "checkpoints" / str(latest(directory))
+    return orbax.load_checkpointables(path, {"state": None})["state"]
 
 
-def test_interrupted_runs_end_as_an_uninterrupted_one_does(tmp_path):
-    """Invariant 9, with a kill -9 and with a SIGTERM."""
-    whole, killed, stopped = (tmp_path / name for name in ("whole", "killed", "stopped"))
+def test_an_interrupted_run_ends_as_an_uninterrupted_one_does(tmp_path):
+    """Invariant 9: one run gets a kill -9, goes on, gets a SIGTERM, and goes on again."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
     output = finish(whole)
     assert "\x1b" not in output
 
-    process = start(killed)
-    wait_for_checkpoint(killed, 4, process)
+    process = start(broken)
+    wait_for_checkpoint(broken, 4, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    assert "resumed after round" in finish(killed)
+    after_kill = latest(broken)
 
-    process = start(stopped)
-    wait_for_checkpoint(stopped, 4, process)
+    process = start(broken)
+    wait_for_checkpoint(broken, after_kill + 4, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
+    assert f"resumed after round {after_kill}" in output
     assert "stopped after round" in output
-    finish(stopped)
+    assert after_kill < latest(broken) < ROUNDS
+    finish(broken)
 
-    expected = saved_state(whole)
-    for directory in (killed, stopped):
-        assert metrics(directory) == metrics(whole)
-        found = saved_state(directory)
-        assert jax.tree.structure(found) == jax.tree.structure(expected)
-        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_array_equal(one, other)
+    assert metrics(broken) == metrics(whole)
+    found, expected = saved_state(broken), saved_state(whole)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+CTRL_C_WHILE_IMPORTING = """
+import os, runpy, signal, sys
+_, module, directory = sys.argv
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+sys.argv = ["main", "--config=configs/digits.py", "--workdir=" + directory]
+runpy.run_module("fedqsn_jax.main", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["ml_collections", "jax", "optax"])
+def test_ctrl_c_while_libraries_are_imported_is_quiet(module, tmp_path):
+    """Not a run: it ends before the command line has done anything."""
+    directory = tmp_path / "run"
+    process = subprocess.run(
+        [sys.executable, "-c", CTRL_C_WHILE_IMPORTING, module, directory],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
+    assert not directory.exists()

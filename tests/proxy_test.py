@@ -298,6 +298,17 @@ def test_draws_do_not_depend_on_neighbours():
         np.testing.assert_array_equal(visible[path], mask[path] & alone[path])
 
 
+@pytest.mark.parametrize("twice", [server_mask(0.4), client_mask(0.3), quantize(NF2)])
+def test_a_chain_does_nothing_twice(twice):
+    """Two masks of a kind would be the same draw."""
+    (name,) = twice.steps
+    for transforms in ((twice, twice), (twice, chain(identity(), twice))):
+        with pytest.raises(ValueError, match=f"^chain: {name} stands in it 2 times; allowed is 1$"):
+            chain(*transforms)
+    # Nothing done twice is nothing done.
+    assert chain(identity(), server_mask(0.0), server_mask(0.0), twice).steps == (name,)
+
+
 def test_effective_params_multiply_visible_columns_by_one_over_kappa():
     whole = whole_proxy(PARAMS, SITES)
     transform = chain(server_mask(0.4), client_mask(0.3))

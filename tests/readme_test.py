@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -10,6 +12,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_example_runs(capsys):
     (example,) = blocks("python")
     assert len(example.strip().splitlines()) <= 20

@@ -16,7 +16,7 @@ def history():
 
 def test_summary_agrees_with_a_hand_computation(history):
     summary = summarize(history, COSTS, seconds=10)
-    assert (summary["score"], summary["rounds"]) == ("accuracy", 20)
+    assert (summary["score"], summary["rounds"], summary["hides"]) == ("accuracy", 20, True)
     assert list(summary["views"]) == list(VIEWS)
     view = summary["views"]["global"]
     assert view["start"] == {"round": 0, "accuracy": 0.5, "loss": 2.0}

@@ -56,14 +56,14 @@ MODELS = {
             "head": shapes(kernel=(4, 2), bias=(2,)),
         },
         (
-            "*query/kernel: layer input column column",
-            "*out/kernel: layer input input column",
-            "*up/kernel: layer input column",
+            "*/query/kernel: layer input column column",
+            "*/out/kernel: layer input input column",
+            "*/up/kernel: layer input column",
         ),
     ),
     "whole": (
         {"embed": shapes(embedding=(7, 4)), "up": shapes(kernel=(4, 3), bias=(3,))},
-        ("*embedding: whole column input",),
+        ("*/embedding: whole column input",),
     ),
 }
 

@@ -96,7 +96,7 @@ def test_decoded_is_what_the_simulation_sees(quantizer):
     jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
     chosen = {name: MODELS[name] for name in ("convolution", "stack", "whole")}
     template = {name: model for name, (model, _) in chosen.items()}
-    rules = [f"*{rule}" for _, rules in chosen.values() for rule in rules]
+    rules = [f"*/{rule.removeprefix('*/')}" for _, rules in chosen.values() for rule in rules]
     sites = find_sites(template, rules)
     rng = np.random.default_rng(2)
     params = jax.tree.map(lambda leaf: jnp.asarray(random_values(rng, leaf.shape, "f4")), template)

@@ -14,7 +14,7 @@ from fedqsn_jax.types import Array, Batch
 class ClientData(Protocol):
     """The examples of a population, as a round asks for them inside ``jit``; a pytree.
 
-    `FederatedData` has them on the device, `streaming.StreamedData` those of the clients that take
+    `FederatedData` has them on the device, `streamed.StreamedData` those of the clients that take
     part next, `generated.GeneratedData` makes them when they are used.
     """
 
@@ -69,24 +69,30 @@ class Splits(NamedTuple):
     """A data set as a run needs it.
 
     Attributes:
-      clients: The clients' rows.
+      clients: The clients' rows, on the device or (`streamed.HostData`) on the host.
       private: The server's rows, named arrays ``[rows, ...]``; possibly no rows.
       test: Held-out rows, named arrays ``[rows, ...]``.
       num_classes: Number of labels.
     """
 
-    clients: FederatedData
+    clients: ClientData
     private: Batch
     test: Batch
     num_classes: int
 
 
-def from_clients(clients: Sequence[dict[str, np.ndarray]]) -> FederatedData:
-    """Joins per-client arrays into `FederatedData`.
+def join_clients(
+    clients: Sequence[dict[str, np.ndarray]],
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Joins per-client arrays, on the host.
 
     Args:
       clients: For each client named arrays ``[rows, ...]``; names, dtypes and the shapes of a row
         are the same for all, the numbers of rows may differ and may be zero.
+
+    Returns:
+      Named arrays ``[rows, ...]`` with the clients' rows one after the other, and the offsets,
+      int64 ``[clients + 1]``.
 
     Raises:
       ValueError: There is no client, or names, shapes or numbers of rows do not agree.
@@ -108,8 +114,19 @@ def from_clients(clients: Sequence[dict[str, np.ndarray]]) -> FederatedData:
             if ours != first:
                 raise ValueError(f"client {index}: {name!r} is {ours} a row, client 0's is {first}")
         lengths.append(rows.pop())
-    examples = {name: jnp.asarray(np.concatenate([c[name] for c in clients])) for name in names}
-    return FederatedData(examples, jnp.asarray(np.cumsum([0, *lengths]), jnp.int32))
+    examples = {name: np.concatenate([c[name] for c in clients]) for name in names}
+    return examples, np.cumsum([0, *lengths], dtype=np.int64)
+
+
+def from_clients(clients: Sequence[dict[str, np.ndarray]]) -> FederatedData:
+    """Joins per-client arrays into `FederatedData`; see `join_clients`.
+
+    Raises:
+      ValueError: There is no client, or names, shapes or numbers of rows do not agree.
+    """
+    examples, offsets = join_clients(clients)
+    on_device = {name: jnp.asarray(array) for name, array in examples.items()}
+    return FederatedData(on_device, jnp.asarray(offsets, jnp.int32))
 
 
 def single_client(examples: Batch) -> FederatedData:

@@ -17,7 +17,7 @@ def load(config: DataConfig, seed: int) -> Splits:
       seed: Fixes every draw.
 
     Returns:
-      The splits, on the default device.
+      The splits: clients' rows where ``config.resident`` says, the others on the default device.
 
     Raises:
       ConfigError: The data set is not there, or cannot be divided as configured.

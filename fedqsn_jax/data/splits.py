@@ -5,7 +5,8 @@ import numpy as np
 
 from fedqsn_jax.config import ConfigError, DataConfig
 from fedqsn_jax.data import partition
-from fedqsn_jax.data.federated import FederatedData, Splits
+from fedqsn_jax.data.federated import Splits
+from fedqsn_jax.data.streamed import HostData, place
 from fedqsn_jax.types import Batch
 
 Rows = dict[str, np.ndarray]
@@ -34,7 +35,7 @@ def make_splits(
       generator: Decides what is random.
 
     Raises:
-      ConfigError: The data cannot be dealt so.
+      ConfigError: The data cannot be dealt so, or does not fit where it should be.
     """
     count = len(next(iter(train.values())))
     if config.private_rows >= count:
@@ -49,9 +50,9 @@ def make_splits(
     parts = _deal(len(rest), labels, ids, config, generator)
     offsets = np.cumsum([0, *map(len, parts)])
     # One gather for all clients: copies a client would hold a large data set twice.
-    clients = FederatedData(
-        _on_device(take(train, rest[np.concatenate(parts)])), jnp.asarray(offsets, jnp.int32)
-    )
+    examples = take(train, rest[np.concatenate(parts)])
+    examples.pop(CLIENT_COLUMN, None)
+    clients = place(HostData(examples, offsets), config.resident)
     return Splits(clients, _on_device(take(train, private)), _on_device(test), classes)
 
 

@@ -42,6 +42,32 @@ def linen_init(module: linen.Module, key: Key, batch: Batch, inputs: str = "imag
     return linen.unbox(variables["params"])
 
 
+def in_compute_dtype(apply_fn: ApplyFn, dtype: str) -> ApplyFn:
+    """Returns a model that computes in a narrower dtype than its parameters have.
+
+    Floating-point parameters and inputs are converted on their way in, outputs to float32 on their
+    way out, so that loss, gradients and optimizer keep the parameters' dtypes. What the model
+    itself converts to float32 (a layer with ``dtype=float32``) stays as it says.
+
+    Args:
+      apply_fn: The model, of any framework.
+      dtype: ``bfloat16``, or ``float32`` for the model as it is.
+    """
+    if dtype == "float32":
+        return apply_fn
+
+    def convert(tree: Any, target: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: leaf.astype(target) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+            tree,
+        )
+
+    def apply(params: Params, batch: Batch, key: Key | None) -> Array:
+        return convert(apply_fn(convert(params, dtype), convert(batch, dtype), key), jnp.float32)
+
+    return apply
+
+
 def linen_apply(module: linen.Module, inputs: str = "image") -> ApplyFn:
     """Returns a linen module as a pure function.
 

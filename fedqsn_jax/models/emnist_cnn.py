@@ -2,7 +2,7 @@
 
 from flax import linen as nn
 
-from fedqsn_jax.models.convolution import Conv, max_pool
+from fedqsn_jax.models.convolution import Conv, ConvReluPool
 from fedqsn_jax.models.mlp import as_floats
 from fedqsn_jax.types import Array
 
@@ -23,8 +23,8 @@ class EmnistCNN(nn.Module):
         """Returns logits ``[rows, classes]`` of ``images`` ``[rows, 28, 28, 1]``."""
         values = as_floats(images)
         values = nn.relu(Conv(32, padding="VALID", name="conv_0")(values))
-        values = nn.relu(Conv(64, padding="VALID", name="conv_1")(values))
-        values = max_pool(values).reshape(images.shape[0], -1)
+        values = ConvReluPool(64, padding="VALID", name="conv_1")(values)
+        values = values.reshape(images.shape[0], -1)
         values = nn.Dropout(self.dropout[0], deterministic=not train)(values)
         values = nn.relu(nn.Dense(128, name="dense")(values))
         values = nn.Dropout(self.dropout[1], deterministic=not train)(values)

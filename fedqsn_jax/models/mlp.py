@@ -9,9 +9,12 @@ from fedqsn_jax.types import Array
 
 
 def as_floats(images: Array) -> Array:
-    """Scales uint8 images to [0, 1], float32; leaves floating-point images as they are."""
+    """Scales uint8 images to [0, 1]; leaves floating-point images as they are.
+
+    The result is float32 of a weak type: a layer with bfloat16 parameters computes in bfloat16.
+    """
     if images.dtype == jnp.uint8:
-        return images.astype(jnp.float32) / 255
+        return images * 1.0 / 255
     return images
 
 

@@ -5,6 +5,7 @@ from flax import linen as nn
 from fedqsn_jax.config import ModelConfig
 from fedqsn_jax.models.cnn import CNN
 from fedqsn_jax.models.mlp import MLP
+from fedqsn_jax.models.resnet import ResNet18
 
 
 def make_model(config: ModelConfig, classes: int, dropout: float) -> nn.Module:
@@ -17,4 +18,6 @@ def make_model(config: ModelConfig, classes: int, dropout: float) -> nn.Module:
     """
     if config.name == "mlp":
         return MLP(config.hidden, classes, dropout)
+    if config.name == "resnet18":
+        return ResNet18(classes, config.width, config.stem, dropout)
     return CNN(config.channels, config.dense, classes, dropout)

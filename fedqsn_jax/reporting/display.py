@@ -119,11 +119,13 @@ class Display:
 
     def _print_gaps(self, summary: Mapping[str, Any]) -> None:
         gaps = summary["gaps"]
-        lines = [
-            (f"global - {view}", gap, "what the method buys against such colluders")
-            for view, gap in gaps["attack"].items()
-        ]
-        lines.append(("global - proxy", gaps["forgetting"], "what a client that forgets loses"))
+        attack, forgetting = (
+            ("what the method buys against such colluders", "what a client that forgets loses")
+            if summary["hides"]
+            else 2 * ("no column is hidden from clients",)
+        )
+        lines = [(f"global - {view}", gap, attack) for view, gap in gaps["attack"].items()]
+        lines.append(("global - proxy", gaps["forgetting"], forgetting))
         lines = [line for line in lines if line[1] is not None]
         if lines:
             self.message(f"gaps in {summary['score']} at the end:")

@@ -58,6 +58,7 @@ class Costs:
       fedavg_down: Bytes that it would receive from FedAvg.
       fedavg_up: Bytes that it would return.
       memory: Estimates of memory: what for, and bytes.
+      hides: Whether there are columns that a client does not see.
     """
 
     down: float
@@ -65,6 +66,7 @@ class Costs:
     fedavg_down: float
     fedavg_up: float
     memory: tuple[tuple[str, float], ...] = ()
+    hides: bool = True
 
 
 def views_of(names: Iterable[str], score: str = "accuracy") -> list[str]:
@@ -110,7 +112,8 @@ def summarize(
     Returns:
       A dictionary of plain values:
 
-      * ``score``, ``rounds`` (number of the last evaluated round);
+      * ``score``, ``rounds`` (number of the last evaluated round), ``hides`` (whether columns
+        are hidden from clients at all);
       * ``views``: for each view ``start``, ``best`` and ``end``, each with its ``round`` and every
         metric of the view at that round. Best is by score, the earliest of equals; rounds whose
         score is not a finite number do not count, unless there is no other;
@@ -135,6 +138,7 @@ def summarize(
     return {
         "score": score,
         "rounds": rounds,
+        "hides": costs.hides,
         "views": views,
         "gaps": {
             "attack": {

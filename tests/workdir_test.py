@@ -1,0 +1,91 @@
+"""The directory of a run: one run at a time, and the configuration that made it."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from fedqsn_jax import workdir
+from fedqsn_jax.config import Config, ConfigError, resolve
+from fedqsn_jax.workdir import WorkDirectory
+
+HOLD = """
+import sys
+from fedqsn_jax.config import Config
+from fedqsn_jax.workdir import WorkDirectory
+with WorkDirectory(__import__("pathlib").Path(sys.argv[1])).claim(Config()):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+def claim(directory, config=None):
+    with WorkDirectory(directory).claim(config or Config()):
+        pass
+
+
+def test_a_second_run_is_refused_while_the_first_is_at_work(tmp_path):
+    """Whichever process it is in; and a process that is killed leaves no lock behind."""
+    directory = tmp_path / "new" / "run"
+    with WorkDirectory(directory).claim(Config()):
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        with pytest.raises(ConfigError, match=r"new/run: another run is at work in it; [^\n]*$"):
+            claim(directory)
+    claim(directory)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout.readline() == "claimed\n"
+        with pytest.raises(ConfigError, match="another run is at work"):
+            claim(directory)
+        process.kill()
+    claim(directory)
+    assert list(directory.iterdir()) == []
+
+
+def test_what_happened_since_the_first_look_counts(tmp_path):
+    """Another run may have made and left the directory while this one was loading its data."""
+    with WorkDirectory(tmp_path).claim(Config()):
+        WorkDirectory(tmp_path).write_config(Config())
+    with pytest.raises(ConfigError, match="made with another configuration: seed = 1"):
+        claim(tmp_path, Config(seed=1))
+    claim(tmp_path)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_without_locks_runs_go_on(tmp_path, monkeypatch, known):
+    """Where neither the system nor the file system has such locks."""
+
+    def no_locks(descriptor, operation):
+        raise OSError(95, os.strerror(95))
+
+    if known:
+        monkeypatch.setattr(workdir.fcntl, "flock", no_locks)
+    else:
+        monkeypatch.setattr(workdir, "fcntl", None)
+    with WorkDirectory(tmp_path).claim(Config()):
+        claim(tmp_path)
+
+
+def test_the_configuration_comes_back(tmp_path):
+    work = WorkDirectory(tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no run in it, no config\.json$"):
+        work.config()
+    config = resolve({"seed": 3, "site_rules": ("a: none",), "model": {"hidden": (8, 4)}})
+    work.write_config(config)
+    assert work.config() == config
+    for text, message in (
+        ("{", "config.json cannot be read"),
+        ("[1]", "config.json cannot be read"),
+        ('{"sed": 1}', "config.json: unknown field sed; did you mean seed?"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError) as error:
+            work.config()
+        assert str(error.value) == f"--workdir={tmp_path}: {message}"
