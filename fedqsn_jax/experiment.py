@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
