@@ -8,8 +8,9 @@ PACKAGE = Path(__file__).parent.parent / "fedqsn_jax"
 # Lowest first; a module may import those on lines above its own, and its own folder's.
 FLOORS = (
     ("types",),
-    ("randomness", "config"),
-    ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir"),
+    ("randomness", "config", "placement"),
+    ("lifeline",),
+    ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir", "processes"),
     ("client_optimizer", "generation", "masking", "text_scores"),
     ("memory",),
     ("metrics", "models", "data", "language_tasks"),

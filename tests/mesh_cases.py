@@ -99,9 +99,8 @@ def facts_of_two_calls(devices):
 def main():
     jax.config.update("jax_default_matmul_precision", "highest")
     deltas = {"one device": delta_of_a_round("scan", 0, 0)}
-    for devices in (1, 2, 3, 4):
-        deltas[f"{devices}, one by one"] = delta_of_a_round("mesh", devices, 1)
-        deltas[f"{devices}, chunked"] = delta_of_a_round("mesh", devices, 2)
+    for devices, chunk in ((1, 1), (2, 2), (3, 1), (4, 2)):
+        deltas[f"{devices} devices, {chunk} at once"] = delta_of_a_round("mesh", devices, chunk)
     found = {"deltas": deltas, "calls": facts_of_two_calls(4)}
     with open(sys.argv[1], "w") as file:
         json.dump(found, file)
