@@ -81,7 +81,7 @@ def test_a_model_without_a_head_that_can_be_told_is_refused_unless_rules_name_it
         ({"p1": 1.0}, "p1 = 1.0: allowed is 0 to below 1"),
         ({"p1": 0.99999999}, "p1 = 0.99999999"),
         ({"cohort": {"size": 3}}, "cohort.size = 3"),
-        ({"data": {}}, "data: of no use here"),
+        ({"data": {"clients": 3}}, "data: of no use here"),
         ({"roundz": 3}, "unknown field roundz; did you mean rounds?"),
     ],
 )

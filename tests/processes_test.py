@@ -134,7 +134,7 @@ def test_a_process_that_disappears_ends_the_other(tmp_path):
     )
     # What is left can be read: a save that was cut off has no number for a name.
     with Checkpoints(saved, keep_latest=2, keep_best=1) as checkpoints:
-        parameters, finished = checkpoints.read("params")
+        parameters, _, finished = checkpoints.read("params")
     assert finished > 0
     assert "head/kernel" in parameters
 
