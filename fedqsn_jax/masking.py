@@ -194,8 +194,8 @@ def find_sites(
     sites = []
     for path, leaf in leaves.items():
         by_user = _first_match(user_rules, path, leaf.ndim)
-        if by_user is not None:
-            unused.discard(by_user[0])
+        # A rule that an earlier one overrules has matched all the same.
+        unused -= {rule[0] for rule in user_rules if _first_match([rule], path, leaf.ndim)}
         rule = by_user or _first_match(default_rules, path, leaf.ndim)
         if rule is None and path.endswith("kernel") and selection == "all":
             raise ValueError(

@@ -35,7 +35,8 @@ def test_views_are_those_of_the_rounds(model):
         prepared = dequantize_proxy(transform.prepare(state, whole))
         attacker = make_attacker(jax.random.key(1), 1, 1, params, sites)
         proxy = transform.apply(jax.random.key(2), state, prepared)
-        received = received_columns(attacker, jnp.int32(0), proxy)
+        visible = {path: seen[None] for path, seen in proxy.visible.items()}
+        received = received_columns(attacker, jnp.zeros(1, jnp.int32), visible)
         return state, prepared, update_attacker(attacker, received, prepared, sites)
 
     state, prepared, attacker = begin(params)
