@@ -7,6 +7,7 @@ afresh each time.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -16,6 +17,10 @@ from fedqsn_jax.types import Array
 ClientOptimizer = Callable[[Array], optax.GradientTransformation]
 """``steps -> optimizer``: ``steps`` is the client's number of local steps, an int32 scalar that may
 be traced; the transformation must not depend on it in structure, only in values."""
+
+
+ADAMW_EPSILON = 1e-6
+"""What ``transformers.AdamW`` adds to the root of the second moment, and so the paper's code."""
 
 
 def unscheduled(optimizer: optax.GradientTransformation) -> ClientOptimizer:
@@ -55,51 +60,42 @@ def warmup_and_decay(
     return schedule
 
 
-def warmed_adamw(
+def scheduled(
+    make: Callable[[Any], optax.GradientTransformation],
     learning_rate: float,
     *,
-    weight_decay: float = 0.01,
+    schedule: str = "linear",
     warmup: float = 0.06,
     accumulate: int = 1,
     clip_norm: float = 0.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
 ) -> ClientOptimizer:
-    """The local training of the paper's language models: AdamW, warmed up and decayed in a round.
-
-    The defaults are those of the released code (``transformers.AdamW``, hence ``eps``).
+    """An optimizer whose rate follows the client's round.
 
     Args:
-      learning_rate: Its peak.
-      weight_decay: Decoupled weight decay, of all parameters.
-      warmup: Share of the updates until the peak.
+      make: From a learning rate, a number or an optax schedule, to an optimizer.
+      learning_rate: The rate; its peak where it changes.
+      schedule: ``linear``: see `warmup_and_decay`; ``constant``.
+      warmup: Share of the updates until the peak, where it changes.
       accumulate: Steps whose gradients are averaged into one update. The last update of a round
         averages what is left, so no gradient is lost or carried into the next round. Each step
         weighs the same, however many rows or tokens its batch has.
       clip_norm: Largest global norm of an update's gradient; 0: no clipping.
-      b1: Decay of the gradient's mean.
-      b2: Decay of its square's.
-      eps: Added to the root of the square.
 
     Raises:
       ValueError: A setting is out of range.
-
-    Example::
-
-      optimizer = warmed_adamw(2e-5)(jnp.int32(32))
-      state = optimizer.init(params)
     """
     if accumulate < 1:
         raise ValueError(f"accumulate = {accumulate}: allowed is 1 or more")
     if not clip_norm >= 0:
         raise ValueError(f"clip_norm = {clip_norm}: allowed is 0 or more")
+    if schedule not in ("linear", "constant"):
+        raise ValueError(f"schedule = {schedule!r}: allowed are linear, constant")
     warmup_and_decay(learning_rate, 1, warmup)  # Checks the share before anything is traced.
 
     def optimizer(steps: Array) -> optax.GradientTransformation:
         updates = (steps + (accumulate - 1)) // accumulate
-        schedule = warmup_and_decay(learning_rate, updates, warmup)
-        inner = optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay)
+        follows = schedule == "linear"
+        inner = make(warmup_and_decay(learning_rate, updates, warmup) if follows else learning_rate)
         if clip_norm:
             inner = optax.chain(optax.clip_by_global_norm(clip_norm), inner)
         if accumulate == 1:
@@ -112,3 +108,39 @@ def warmed_adamw(
         return optax.MultiSteps(inner, steps_of).gradient_transformation()
 
     return optimizer
+
+
+def warmed_adamw(
+    learning_rate: float,
+    *,
+    weight_decay: float = 0.01,
+    warmup: float = 0.06,
+    accumulate: int = 1,
+    clip_norm: float = 0.0,
+) -> ClientOptimizer:
+    """The local training of the paper's language models: AdamW, warmed up and decayed in a round.
+
+    The defaults are those of the released code (``transformers.AdamW``, hence `ADAMW_EPSILON`).
+
+    Args:
+      learning_rate: Its peak.
+      weight_decay: Decoupled weight decay, of all parameters.
+      warmup: As in `scheduled`.
+      accumulate: As in `scheduled`.
+      clip_norm: As in `scheduled`.
+
+    Raises:
+      ValueError: A setting is out of range.
+
+    Example::
+
+      optimizer = warmed_adamw(2e-5)(jnp.int32(32))
+      state = optimizer.init(params)
+    """
+    return scheduled(
+        lambda rate: optax.adamw(rate, eps=ADAMW_EPSILON, weight_decay=weight_decay),
+        learning_rate,
+        warmup=warmup,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+    )

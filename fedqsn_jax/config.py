@@ -17,10 +17,17 @@ import numpy as np
 
 ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn")
 CODEBOOKS = ("normal_float", "uniform")
-DATA_SETS = ("digits", "mnist", "emnist", "cifar10")
-MODELS = ("mlp", "cnn", "resnet18")
+IMAGE_SETS = ("digits", "mnist", "emnist", "cifar10")
+TEXT = "text"
+DATA_SETS = (*IMAGE_SETS, TEXT)
+IMAGE_MODELS = ("mlp", "cnn", "resnet18")
+LANGUAGE = "language"
+MODELS = (*IMAGE_MODELS, LANGUAGE)
 STEMS = ("cifar", "imagenet")
 OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "linear")
+ATTENTIONS = ("auto", "xla", "cudnn")
+POOLINGS = ("auto", "cls", "mean")
 SERVER_OPTIMIZERS = ("sgd", "adagrad", "adam", "yogi", "lamb", "adafactor")
 PARTITIONS = ("dirichlet", "shards", "natural", "iid")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -55,8 +62,22 @@ class DataConfig:
     alpha: float = _field(0.5, _range(1e-6), "concentration of the Dirichlet label skew")
     shards_per_client: int = _field(2, _range(1), "label-sorted shards a client (partition=shards)")
     private_rows: int = _field(200, _range(0), "rows that the server keeps to pre-train on")
+    train_rows: int = _field(0, _range(0), "rows for server and clients together; 0: all")
     test_rows: int = _field(360, _range(1), "rows held out for testing, where the set has no split")
     resident: str = _field("auto", _one_of(*RESIDENCES), "where clients' rows live between rounds")
+    # Of texts, name = "text"; see `data.text.TextSettings`.
+    task: str = _field("", None, "a task of the package, or own: the columns are named below")
+    train: str = _field("", None, "source of rows: tsv:FILE, jsonl:FILE, e2e:FILE or tfds:NAME")
+    test: str = _field("", None, "source of test rows; empty: of TFDS its split, else test_rows")
+    columns: tuple[str, ...] = _field((), None, "input columns, where not the task's")
+    target: str = _field("", None, "column of label or completion, where not the task's")
+    labels: tuple[str, ...] = _field((), None, "names of the labels; with own: classification")
+    template: str = _field("", None, "prompt of an own task, with {columns}")
+    length: int = _field(0, _range(0), "tokens a row; 0: the task's")
+    target_length: int = _field(0, _range(0), "tokens of an encoder-decoder's target; 0: length")
+    truncate: bool = _field(True, None, "whether longer rows are cut; else they are refused")
+    separator: bool = _field(True, None, "whether end-of-text ends a decoder's prompt")
+    cache: str = _field("", None, "directory of tokenized rows; empty: the user's cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,30 +90,45 @@ class ModelConfig:
     dense: int = _field(128, _range(1), "width of the CNN's hidden dense layer")
     width: int = _field(64, _range(1), "channels of the ResNet's first stage")
     stem: str = _field("cifar", _one_of(*STEMS), "the ResNet's stem: 3x3, or 7x7 and pooling")
+    pretrained: str = _field("", None, "of language models: a directory, or a name on the hub")
+    pooling: str = _field("auto", _one_of(*POOLINGS), "of encoders; auto: the family's, cls")
+    attention: str = _field("auto", _one_of(*ATTENTIONS), "kernel of a language model's attention")
+    unroll: int = _field(1, _range(1), "layers in a step of a language model's scan")
+    remat: bool = _field(False, None, "whether activations are computed again going backward")
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainingConfig:
-    """The server's own training on its private rows, before the first round."""
+class TrainingConfig:
+    """Training by gradients: what the server's own and the clients' have in common."""
 
-    steps: int = _field(400, _range(0), "SGD steps; 0: start from random weights")
-    batch_size: int = _field(64, _range(1), "rows a step")
-    learning_rate: float = _field(0.1, _range(0), "rate of plain SGD")
+    steps: int = _field(0, _range(0), "steps")
+    batch_size: int = _field(32, _range(1), "rows a step")
+    optimizer: str = _field("sgd", _one_of(*OPTIMIZERS), "optimizer")
+    learning_rate: float = _field(0.1, _range(0), "rate; with schedule=linear its peak")
+    momentum: float = _field(0.0, _range(0, below=1), "momentum of sgd")
+    weight_decay: float = _field(0.0, _range(0), "decoupled weight decay (adamw)")
+    schedule: str = _field("constant", _one_of(*SCHEDULES), "rate over the steps; linear: falls")
+    warmup: float = _field(0.06, _range(0, 1), "share of the steps in which a linear rate rises")
+    accumulate: int = _field(1, _range(1), "steps whose gradients make one update")
+    clip_norm: float = _field(0.0, _range(0), "largest norm of an update's gradient; 0: any")
     dropout: float = _field(0.0, _range(0, below=1), "dropout in hidden layers")
 
 
 @dataclasses.dataclass(frozen=True)
-class ClientConfig:
+class PretrainingConfig(TrainingConfig):
+    """The server's own training on its private rows, before the first round."""
+
+    steps: int = _field(400, _range(0), "steps; 0: start from what the model is")
+    batch_size: int = _field(64, _range(1), "rows a step")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientConfig(TrainingConfig):
     """A client's local training in one round. Its optimizer starts afresh each round."""
 
     steps: int = _field(0, _range(0), "local steps; 0: use epochs")
     epochs: int = _field(1, _range(1), "passes over the client's rows, where steps is 0")
-    batch_size: int = _field(32, _range(1), "rows a step")
-    optimizer: str = _field("sgd", _one_of(*OPTIMIZERS), "local optimizer")
-    learning_rate: float = _field(0.1, _range(0), "local rate")
-    momentum: float = _field(0.0, _range(0, below=1), "momentum of sgd")
-    weight_decay: float = _field(0.0, _range(0), "decoupled weight decay (adamw)")
-    dropout: float = _field(0.0, _range(0, below=1), "dropout in hidden layers")
+    label_smoothing: float = _field(0.0, _range(0, below=1), "of completions; the server's too")
     compute_dtype: str = _field("float32", _one_of(*COMPUTE_DTYPES), "of forward and backward pass")
 
 
@@ -128,6 +164,19 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """The texts that every view writes after the last round, where the task is to write."""
+
+    prompts: int = _field(0, _range(0), "distinct test prompts that are answered; 0: none")
+    batch_size: int = _field(64, _range(1), "prompts at a time")
+    proxy_samples: int = _field(2, _range(1), "client masks that the proxy view averages over")
+    new_tokens: int = _field(64, _range(1), "most tokens of a text")
+    beams: int = _field(10, _range(1), "hypotheses of the beam search; 1: greedy")
+    no_repeat_ngram: int = _field(4, _range(0), "so many tokens never occur twice; 0: they may")
+    length_penalty: float = _field(0.9, None, "exponent of the length that a score is divided by")
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When the hidden model is saved, and which saves are kept."""
 
@@ -152,6 +201,9 @@ class Config:
     sampling: str = _field("bernoulli", _one_of("bernoulli", "fixed_count"), "how masks are drawn")
     sites: str = _field("all", _one_of("all", "residual"), "which layers have mask sites")
     site_rules: tuple[str, ...] = _field((), None, "rules that go before the package's own")
+    quantize_embeddings: bool = _field(
+        False, None, "whether embeddings and output layers are sent as codes; never hidden"
+    )
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     pretraining: PretrainingConfig = dataclasses.field(default_factory=PretrainingConfig)
@@ -159,6 +211,7 @@ class Config:
     cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
 
@@ -206,12 +259,29 @@ def resolve(values: Mapping[str, Any]) -> Config:
             raise ConfigError(
                 f"{name} = {getattr(config, name)!r}: allowed is 0 to below 1, float32"
             )
+    _check_language(config)
     if config.data.partition != "natural" and config.cohort.size > config.data.clients:
         raise ConfigError(
             f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
             f"{config.data.clients}"
         )
     return config
+
+
+def _check_language(config: Config) -> None:
+    if (config.data.name == TEXT) != (config.model.name == LANGUAGE):
+        raise ConfigError(
+            f"data.name = {config.data.name!r} with model.name = {config.model.name!r}: {TEXT!r} "
+            f"and {LANGUAGE!r} go together"
+        )
+    if config.data.name == TEXT:
+        for name, value in (
+            ("data.task", config.data.task),
+            ("data.train", config.data.train),
+            ("model.pretrained", config.model.pretrained),
+        ):
+            if not value:
+                raise ConfigError(f"{name} = '': a language model on text needs it")
 
 
 def unknown_field(name: str) -> ConfigError:
@@ -250,7 +320,7 @@ def _checked_type(name: str, expected: Any, value: Any) -> Any:
         return tuple(_checked_type(f"{name}[{i}]", element, v) for i, v in enumerate(value))
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, expected) or isinstance(value, bool):
+    if not isinstance(value, expected) or isinstance(value, bool) != (expected is bool):
         raise ConfigError(f"{name} = {value!r}: allowed is a value of type {expected.__name__}")
     return value
 

@@ -16,14 +16,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedqsn_jax import processes
 from fedqsn_jax.checkpoint import Checkpoints
-from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.config import LANGUAGE, Config
 from fedqsn_jax.costs import expected_costs, tensor_rows
-from fedqsn_jax.data import registry
-from fedqsn_jax.data.federated import Splits
+from fedqsn_jax.image_problem import load_image_problem
 from fedqsn_jax.memory import answer_out_of_memory
-from fedqsn_jax.models.adapters import linen_apply, linen_init
-from fedqsn_jax.models.registry import make_model
-from fedqsn_jax.randomness import fold_in_name
+from fedqsn_jax.problem import Problem
 from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.summary import Costs, summarize
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
@@ -39,9 +36,8 @@ from fedqsn_jax.simulation import (
     root_key,
     run_rounds,
 )
-from fedqsn_jax.tasks import classification
-from fedqsn_jax.types import ApplyFn, Params
 from fedqsn_jax.workdir import WorkDirectory
+from fedqsn_jax.written_texts import passes, write_texts
 
 
 class Experiment(NamedTuple):
@@ -49,16 +45,12 @@ class Experiment(NamedTuple):
 
     Attributes:
       config: What to run.
-      splits: The data, divided.
-      params: The model's initial parameters.
-      pretraining_apply: The model with the dropout of the server's own training.
+      problem: Data, model and task; the data in their place.
       simulation: The method.
     """
 
     config: Config
-    splits: Splits
-    params: Params
-    pretraining_apply: ApplyFn
+    problem: Problem
     simulation: Simulation
 
 
@@ -126,7 +118,7 @@ def _run(experiment: Experiment, work: WorkDirectory, display: Display) -> None:
             display.message(
                 f"finished at round {config.rounds}; a larger --config.rounds would extend the run"
             )
-            processes.by_leader(lambda: _finish(experiment, work, restored[1], display))
+            processes.by_leader(lambda: _finish(experiment, work, *restored, display))
             return
         _show(experiment, display)
         chunk = experiment.simulation.choice.axis.chunk_size
@@ -135,19 +127,21 @@ def _run(experiment: Experiment, work: WorkDirectory, display: Display) -> None:
                 state, history = restored
                 display.message(f"resumed after round {int(state.round)}")
             else:
+                problem = experiment.problem
                 params = pretrain(
                     config,
-                    experiment.pretraining_apply,
-                    experiment.simulation.task,
-                    experiment.params,
-                    experiment.splits.private,
+                    problem.pretraining_apply,
+                    problem.task,
+                    problem.params,
+                    problem.splits.private,
                 )
                 # Two processes' devices may round differently: the leader's model is the model.
                 state = initial_state(experiment.simulation, processes.from_leader(params))
-                history = [first_entry(experiment.simulation, state, experiment.splits.test)]
-            finished = _train(experiment, state, history, work, checkpoints, display, stopped)
+                history = [first_entry(experiment.simulation, state, problem.splits.test)]
+            state = _train(experiment, state, history, work, checkpoints, display, stopped)
+    finished = int(state.round)
     if finished == config.rounds:
-        processes.by_leader(lambda: _finish(experiment, work, history, display))
+        processes.by_leader(lambda: _finish(experiment, work, state, history, display))
     else:
         display.message(f"stopped after round {finished}; the same command goes on from there")
 
@@ -165,24 +159,27 @@ def prepare(config: Config) -> Experiment:
     Raises:
       ConfigError: The configuration is not possible.
     """
-    splits = registry.load(config.data, config.seed)
-    classes = splits.num_classes
-    example = {name: rows[:1] for name, rows in splits.test.items()}
-    module = make_model(config.model, classes, config.client.dropout)
-    try:
-        params = linen_init(module, fold_in_name(root_key(config), "model"), example)
-    except ValueError as error:
-        raise ConfigError(
-            f"model.name = {config.model.name!r} does not fit data.name = {config.data.name!r}: "
-            f"{error}"
-        ) from error
-    pretraining = make_model(config.model, classes, config.pretraining.dropout)
+    problem = _load_problem(config)
     simulation = make_simulation(
-        config, linen_apply(module), classification(), params, splits.clients
+        config,
+        problem.apply_fn,
+        problem.task,
+        problem.params,
+        problem.splits.clients,
+        problem.client_apply,
     )
-    clients, test = place(simulation, (splits.clients, splits.test))
-    splits = splits._replace(clients=clients, test=test)
-    return Experiment(config, splits, params, linen_apply(pretraining), simulation)
+    clients, test = place(simulation, (problem.splits.clients, problem.splits.test))
+    splits = problem.splits._replace(clients=clients, test=test)
+    return Experiment(config, problem._replace(splits=splits), simulation)
+
+
+def _load_problem(config: Config) -> Problem:
+    if config.model.name != LANGUAGE:
+        return load_image_problem(config)
+    # Only here: images do without what texts need, which takes a second to import.
+    from fedqsn_jax.language_problem import load_language_problem
+
+    return load_language_problem(config)
 
 
 def _what_stands(checkpoints: Checkpoints) -> str:
@@ -196,7 +193,7 @@ def _restore(
     experiment: Experiment, checkpoints: Checkpoints
 ) -> tuple[ServerState, list[Entry]] | None:
     """The latest checkpoint, if there is one, in its place."""
-    simulation, params = experiment.simulation, experiment.params
+    simulation, params = experiment.simulation, experiment.problem.params
 
     def restore() -> tuple[ServerState, list[Entry]] | None:
         if checkpoints.latest_round() is None:
@@ -216,9 +213,10 @@ def _train(
     checkpoints: Checkpoints,
     display: Display,
     stopped: threading.Event,
-) -> int:
-    """Runs the rounds that are left, adding to ``history``; returns the last finished round."""
-    config, simulation, splits = experiment.config, experiment.simulation, experiment.splits
+) -> ServerState:
+    """Runs the rounds that are left, adding to ``history``; returns the state after the last."""
+    config, simulation = experiment.config, experiment.simulation
+    splits = experiment.problem.splits
     score = f"global/{simulation.task.score}"
     metrics, board = MetricsFile(work.metrics), TensorBoard(work.tensorboard)
     finished = int(state.round)
@@ -245,7 +243,7 @@ def _train(
         board,
         display.progress(config.rounds, finished, simulation.task.score) as progress,
     ):
-        for after, new_state, entries in calls:
+        for after, state, entries in calls:
             history += entries
             for entry in entries:
                 progress.update(entry["round"], entry)
@@ -256,12 +254,12 @@ def _train(
             due = stop or after // every > finished // every or after == config.rounds
             processes.by_leader(functools.partial(record, entries))
             if due:
-                checkpoints.save(after, new_state, history, history[-1][score])
+                checkpoints.save(after, state, history, history[-1][score])
             finished = after
             if stop:
                 break
     checkpoints.wait()
-    return finished
+    return state
 
 
 @contextlib.contextmanager
@@ -288,16 +286,25 @@ def _stop_signals() -> Iterator[threading.Event]:
 
 
 def _finish(
-    experiment: Experiment, work: WorkDirectory, history: list[Entry], display: Display
+    experiment: Experiment,
+    work: WorkDirectory,
+    state: ServerState,
+    history: list[Entry],
+    display: Display,
 ) -> None:
-    """Writes and shows the final table and the curves."""
+    """Writes and shows the final table, the curves and what the views wrote."""
     from fedqsn_jax.reporting import plots  # Slow to import, and only needed at the end.
 
     simulation, config = experiment.simulation, experiment.config
     score = simulation.task.score
     summary = summarize(history, _costs(experiment), history[-1]["seconds"], score)
-    title = f"{config.algorithm} on {config.data.name}, seed {config.seed}"
+    title = f"{config.algorithm} on {_data_name(config)}, seed {config.seed}"
     plots.accuracy_curves(history, work.picture, title, score)
+    texts = experiment.problem.texts
+    if texts is not None:
+        total = passes(simulation, state) * len(texts.prompts.texts)
+        with display.steps("writing texts", total) as done:
+            summary["texts"] = write_texts(simulation, state, texts, work.texts, done)
     write_json(work.summary, summary)
     display.final_table(summary)
     if not math.isfinite(history[-1]["global/loss"]):
@@ -307,8 +314,9 @@ def _finish(
 
 def _show(experiment: Experiment, display: Display) -> None:
     simulation, config = experiment.simulation, experiment.config
+    clients = experiment.problem.splits.clients.clients
     display.message(
-        f"{config.algorithm} on {config.data.name}: {experiment.splits.clients.clients} clients, "
+        f"{config.algorithm} on {_data_name(config)}: {clients} clients, "
         f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
         f"{simulation.choice.reason}"
     )
@@ -317,7 +325,13 @@ def _show(experiment: Experiment, display: Display) -> None:
             f"{config.algorithm} does not keep what this package promises elsewhere: "
             f"invariants {sorted(simulation.algorithm.unmet_invariants)}"
         )
-    display.overview(tensor_rows(simulation, experiment.params), _costs(experiment))
+    for note in experiment.problem.notes:
+        display.message(note)
+    display.overview(tensor_rows(simulation, experiment.problem.params), _costs(experiment))
+
+
+def _data_name(config: Config) -> str:
+    return config.data.task or config.data.name
 
 
 def _costs(experiment: Experiment) -> Costs:

@@ -36,6 +36,18 @@ def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
     return jax.device_put(tree, sharding)
 
 
+def own_copy(tree: Tree) -> Tree:
+    """Returns a replicated tree's copy on one device of this process, to work on alone."""
+
+    def copy(leaf: Array) -> Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = copy(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return leaf.addressable_data(0)
+
+    return jax.tree.map(copy, tree)
+
+
 def _share(leaf: Array, sharding: NamedSharding) -> Array:
     """Replicates over devices of which this process reaches only its own."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

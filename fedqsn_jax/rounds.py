@@ -82,13 +82,17 @@ class Federation(NamedTuple):
       round: ``(state, data) -> (state, facts)``: one round. Facts are float32 ``train/loss`` and,
         for each site that has masks, uint32 ``visible/PATH``: visible columns, summed over the
         cohort.
+      prepare: ``state -> Proxy``: the proxy before client masks, dequantized.
       cohort: ``state -> ids``, int32 ``[cohort]``: who takes part in the state's next round.
+      proxy_keys: ``state -> keys`` of the client masks that the proxy view averages over.
       evaluate: ``(state, rows) -> metrics`` of all views, named ``view/metric``.
     """
 
     init: Callable[[Key, Params], ServerState]
     round: Callable[[ServerState, ClientData], tuple[ServerState, dict[str, Array]]]
+    prepare: Callable[[ServerState], Proxy]
     cohort: Callable[[ServerState], Array]
+    proxy_keys: Callable[[ServerState], Key]
     evaluate: Callable[[ServerState, Batch], dict[str, Array]]
 
 
@@ -209,20 +213,23 @@ def make_federation(
         )
         return state, facts
 
-    def evaluate(state: ServerState, rows: Batch) -> dict[str, Array]:
+    def proxy_keys(state: ServerState) -> Key:
         key = fold_in_name(jax.random.fold_in(state.secret_key, state.round), "proxy_view")
+        return jax.random.split(key, proxy_samples)
+
+    def evaluate(state: ServerState, rows: Batch) -> dict[str, Array]:
         return evaluate_views(
             evaluator,
             rows,
             state.params,
             prepare(state),
             lambda key, prepared: transform.apply(key, state.transform_state, prepared),
-            jax.random.split(key, proxy_samples),
+            proxy_keys(state),
             state.attackers,
             score,
         )
 
-    return Federation(init, run_round, cohort_of, evaluate)
+    return Federation(init, run_round, prepare, cohort_of, proxy_keys, evaluate)
 
 
 def draw_cohorts(federation: Federation, state: ServerState, rounds: int) -> np.ndarray:

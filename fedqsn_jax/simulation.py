@@ -19,12 +19,12 @@ import optax
 from fedqsn_jax.aggregation import Aggregator, make_aggregator
 from fedqsn_jax.algorithms import Algorithm, make_algorithm
 from fedqsn_jax.client import make_client_update
-from fedqsn_jax.client_optimizer import ClientOptimizer, unscheduled
+from fedqsn_jax.client_optimizer import ADAMW_EPSILON, ClientOptimizer, scheduled
 from fedqsn_jax.cohort import ClientAxis
-from fedqsn_jax.config import ClientConfig, Config, ConfigError, ServerConfig
+from fedqsn_jax.config import Config, ConfigError, ServerConfig, TrainingConfig
 from fedqsn_jax.data.federated import ClientData, FederatedData, single_client
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
-from fedqsn_jax.masking import Sites, find_sites
+from fedqsn_jax.masking import Sites, embedding_rules, find_sites
 from fedqsn_jax.memory import client_bytes, device_bytes, tree_bytes
 from fedqsn_jax.metrics import make_evaluator
 from fedqsn_jax.models.adapters import in_compute_dtype
@@ -77,7 +77,12 @@ class Simulation(NamedTuple):
 
 
 def make_simulation(
-    config: Config, apply_fn: ApplyFn, task: Task, params: Params, data: ClientData
+    config: Config,
+    apply_fn: ApplyFn,
+    task: Task,
+    params: Params,
+    data: ClientData,
+    client_apply: ApplyFn | None = None,
 ) -> Simulation:
     """Composes a simulation.
 
@@ -87,6 +92,8 @@ def make_simulation(
       task: What it is for.
       params: Its parameters, or their shapes.
       data: The population; of its rows only their numbers, shapes and dtypes matter.
+      client_apply: The model as clients train it; by default ``apply_fn`` in
+        ``client.compute_dtype``.
 
     Raises:
       ConfigError: The settings do not fit the model, the population or the device.
@@ -103,7 +110,9 @@ def make_simulation(
                 f"population, {population}"
             )
     try:
-        sites = find_sites(params, config.site_rules, config.sites)  # type: ignore[arg-type]
+        embeddings = embedding_rules(params) if config.quantize_embeddings else ()
+        rules = (*config.site_rules, *embeddings)
+        sites = find_sites(params, rules, config.sites)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(f"site_rules: {error}") from error
     algorithm = make_algorithm(
@@ -113,8 +122,8 @@ def make_simulation(
         config.p2,
         config.sampling,  # type: ignore[arg-type]
     )
-    optimizer = client_optimizer(config.client)
-    local_apply = in_compute_dtype(apply_fn, config.client.compute_dtype)
+    optimizer = local_optimizer(config.client)
+    local_apply = client_apply or in_compute_dtype(apply_fn, config.client.compute_dtype)
     update = make_client_update(
         local_apply,
         task,
@@ -240,7 +249,7 @@ def make_quantizer(config: Config) -> Quantizer:
 def pretrain(
     config: Config, apply_fn: ApplyFn, task: Task, params: Params, private: Batch
 ) -> Params:
-    """The server's own training on its private rows, by plain SGD; without rows, none.
+    """The server's own training on its private rows; without rows, none.
 
     Args:
       config: The settings: ``pretraining`` and the seed.
@@ -255,7 +264,7 @@ def pretrain(
     update = make_client_update(
         apply_fn,
         task,
-        unscheduled(optax.sgd(settings.learning_rate)),
+        local_optimizer(settings),
         settings.batch_size,
         steps=settings.steps,
     )
@@ -388,14 +397,23 @@ def _ordered(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(metrics[name]) for name in sorted(metrics, key=place)}
 
 
-def client_optimizer(settings: ClientConfig) -> ClientOptimizer:
-    """Returns the optimizer of local training."""
+def local_optimizer(settings: TrainingConfig) -> ClientOptimizer:
+    """Returns the optimizer of a client's round, or of the server's own training."""
     makers = {
-        "sgd": lambda: optax.sgd(settings.learning_rate, settings.momentum or None),
-        "adam": lambda: optax.adam(settings.learning_rate),
-        "adamw": lambda: optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay),
+        "sgd": lambda rate: optax.sgd(rate, settings.momentum or None),
+        "adam": optax.adam,
+        "adamw": lambda rate: optax.adamw(
+            rate, eps=ADAMW_EPSILON, weight_decay=settings.weight_decay
+        ),
     }
-    return unscheduled(makers[settings.optimizer]())
+    return scheduled(
+        makers[settings.optimizer],
+        settings.learning_rate,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        accumulate=settings.accumulate,
+        clip_norm=settings.clip_norm,
+    )
 
 
 def _server_optimizer(settings: ServerConfig) -> optax.GradientTransformation:

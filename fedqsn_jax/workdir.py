@@ -42,6 +42,11 @@ class WorkDirectory:
         return self.path / "summary.json"
 
     @property
+    def texts(self) -> Path:
+        """What the views wrote after the last round, where the task is to write."""
+        return self.path / "texts.json"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's event files."""
         return self.path / "tensorboard"

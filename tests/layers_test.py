@@ -19,7 +19,8 @@ FLOORS = (
     ("rounds", "traffic", "text_views"),
     ("algorithms",),
     ("simulation",),
-    ("costs", "workloads"),
+    ("costs", "workloads", "problem"),
+    ("image_problem", "language_problem", "written_texts"),
     ("experiment", "own_model", "benchmark", "export", "trained"),
     ("main", "__init__"),
 )

@@ -1,4 +1,4 @@
-"""Data sets by their configured name."""
+"""Images by their configured name, and the generator that divides any data."""
 
 import numpy as np
 
@@ -22,7 +22,11 @@ def load(config: DataConfig, seed: int) -> Splits:
     Raises:
       ConfigError: The data set is not there, or cannot be divided as configured.
     """
-    generator = np.random.default_rng([seed, _STREAM])
     if config.name == "digits":
-        return digits.load(config, generator)
-    return tfds_images.load(config, generator)
+        return digits.load(config, generator(seed))
+    return tfds_images.load(config, generator(seed))
+
+
+def generator(seed: int) -> np.random.Generator:
+    """Returns what decides how a run's data are divided."""
+    return np.random.default_rng([seed, _STREAM])

@@ -38,12 +38,18 @@ def make_splits(
       ConfigError: The data cannot be dealt so, or does not fit where it should be.
     """
     count = len(next(iter(train.values())))
-    if config.private_rows >= count:
+    used = config.train_rows or count
+    if used > count:
         raise ConfigError(
-            f"data.private_rows = {config.private_rows}: allowed is less than the {count} rows "
+            f"data.train_rows = {config.train_rows}: allowed is at most the {count} rows that are "
+            f"left for training"
+        )
+    if config.private_rows >= used:
+        raise ConfigError(
+            f"data.private_rows = {config.private_rows}: allowed is less than the {used} rows "
             f"that are left for training"
         )
-    order = generator.permutation(count)
+    order = generator.permutation(count)[:used]
     private, rest = order[: config.private_rows], order[config.private_rows :]
     ids = train[CLIENT_COLUMN][rest] if CLIENT_COLUMN in train else None
     labels = train["label"][rest] if "label" in train else None

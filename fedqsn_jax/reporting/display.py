@@ -4,11 +4,14 @@ In a terminal there are colours and lines; in a pipe (a log file, a batch job, a
 plain ASCII without control codes. Everything fits into 80 columns.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich import box
+from rich import progress as bars
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -79,6 +82,30 @@ class Display:
         """
         return make_progress(self._console, total, start, score)
 
+    @contextmanager
+    def steps(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows the progress of something that is counted, in a terminal by a bar.
+
+        Args:
+          what: What is going on.
+          total: The count at its end.
+
+        Yields:
+          A function that is told how many more are done.
+        """
+        if self._plain:
+            self.message(f"{what}: {total} in all")
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        with bars.Progress(
+            *columns,
+            bars.TimeRemainingColumn(),
+            console=self._console,
+            disable=self._plain,
+            transient=True,
+        ) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda count: progress.advance(task, count)
+
     def final_table(self, summary: Mapping[str, Any]) -> None:
         """Prints what a run came to.
 
@@ -105,6 +132,7 @@ class Display:
         self._print_table(table)
         self.message("")
         self._print_gaps(summary)
+        self._print_texts(summary.get("texts", {}))
         self._print_bytes(
             "bytes of a client in a round",
             {
@@ -116,6 +144,23 @@ class Display:
         total, each = summary["seconds"]["total"], summary["seconds"]["per_round"]
         pace = "" if each is None else f", {each:.3g} a round"
         self.message(f"seconds: {total:.1f} in total{pace}")
+
+    def _print_texts(self, metrics: Mapping[str, float]) -> None:
+        """The scores of what the views wrote."""
+        if not metrics:
+            return
+        views = dict.fromkeys(name.partition("/")[0] for name in metrics)
+        scores = dict.fromkeys(name.partition("/")[2] for name in metrics)
+        shown = [score for score in scores if not score.endswith("_std")]
+        table = self._table()
+        table.add_column("texts after the last round")
+        for score in shown:
+            table.add_column(score, justify="right", no_wrap=True)
+        for view in views:
+            values = (metrics.get(f"{view}/{score}") for score in shown)
+            table.add_row(Text(view, "bold"), *("-" if v is None else f"{v:.2f}" for v in values))
+        self._print_table(table)
+        self.message("")
 
     def _print_gaps(self, summary: Mapping[str, Any]) -> None:
         gaps = summary["gaps"]

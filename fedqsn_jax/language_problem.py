@@ -1,0 +1,156 @@
+"""Texts, a pre-trained language model and its task, as a configuration names them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.data import registry, text
+from fedqsn_jax.data.prompts import Prompts
+from fedqsn_jax.data.text import TextSettings, text_format
+from fedqsn_jax.data.text_formats import TextFormat
+from fedqsn_jax.data.tokenization import TextTokenizer, load_tokenizer
+from fedqsn_jax.generation import GenerationSettings, make_generator
+from fedqsn_jax.language_tasks import conditional_generation, sequence_classification
+from fedqsn_jax.models.encoder import EncoderConfig
+from fedqsn_jax.models.language import LanguageConfig, LanguageModel, make_language_model
+from fedqsn_jax.models.pretrained import directory_of, load_pretrained, read_config
+from fedqsn_jax.models.t5 import T5Config
+from fedqsn_jax.models.transformer import Execution
+from fedqsn_jax.problem import Problem, Texts
+from fedqsn_jax.randomness import fold_in_name
+from fedqsn_jax.simulation import root_key
+from fedqsn_jax.tasks import Task
+from fedqsn_jax.text_evaluation import make_text_evaluator
+
+
+def load_language_problem(config: Config) -> Problem:
+    """Reads texts, tokenizer and model.
+
+    Clients, the server and the evaluation compute in ``client.compute_dtype``; norms, softmax and
+    logits stay float32.
+
+    Raises:
+      ConfigError: One of them is absent or damaged, or they do not fit each other.
+    """
+    settings = text_settings(config)
+    kind = text_format(settings)
+    directory = directory_of(config.model.pretrained)
+    overrides = _overrides(config, kind)
+    model_config = read_config(directory, **overrides)
+    _check_fit(config, model_config, kind)
+    execution = Execution(
+        config.client.compute_dtype,
+        config.model.attention,
+        config.model.unroll,
+        config.model.remat,
+    )
+    tokenizer = load_tokenizer(
+        directory,
+        model_config.vocab_size,
+        model_config.max_length,
+        model_config.pad_token_id,
+        () if isinstance(model_config, EncoderConfig) else model_config.eos_token_ids,
+    )
+    data = text.load(
+        settings,
+        config.data,
+        tokenizer,
+        registry.generator(config.seed),
+        encoder_decoder=isinstance(model_config, T5Config),
+        new_tokens=config.generation.new_tokens,
+    )
+    key = fold_in_name(root_key(config), "model")
+    pretrained = load_pretrained(directory, key, **overrides)
+    clients = make_language_model(pretrained.config, execution, config.client.dropout)
+    server = make_language_model(pretrained.config, execution, config.pretraining.dropout)
+    notes = []
+    if pretrained.fresh:
+        notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
+    if data.cut:
+        notes.append(f"{data.cut} rows lost tokens beyond data.length = {data.kind.length}")
+    return Problem(
+        data.splits,
+        jax.tree.map(jnp.asarray, pretrained.params),
+        clients.apply_fn,
+        server.apply_fn,
+        clients.apply_fn,
+        _task(config, data.kind, pretrained.config),
+        _texts(config, clients, tokenizer, data.prompts),
+        tuple(notes),
+    )
+
+
+def text_settings(config: Config) -> TextSettings:
+    """Returns those of the data's settings that are about text."""
+    names = [field.name for field in dataclasses.fields(TextSettings)]
+    return TextSettings(**{name: getattr(config.data, name) for name in names})
+
+
+def _overrides(config: Config, kind: TextFormat) -> dict[str, Any]:
+    """What a run chooses otherwise than a classifier's config.json says."""
+    if kind.generates:
+        return {}
+    pooling = config.model.pooling
+    return {"classes": len(kind.labels)} | ({} if pooling == "auto" else {"pooling": pooling})
+
+
+def _check_fit(config: Config, model: LanguageConfig, kind: TextFormat) -> None:
+    source, task = config.model.pretrained, config.data.task
+    if kind.generates and isinstance(model, EncoderConfig):
+        raise ConfigError(
+            f"data.task = {task!r} is to write texts; model.pretrained = {source!r} is a "
+            f"{model.family}, which cannot; allowed are gpt2, llama, qwen2, t5"
+        )
+    if config.generation.prompts and not kind.generates:
+        raise ConfigError(
+            f"generation.prompts = {config.generation.prompts}: data.task = {task!r} is "
+            f"classification, no text is written; allowed is 0"
+        )
+
+
+def _task(config: Config, kind: TextFormat, model: LanguageConfig) -> Task:
+    if not kind.generates:
+        return sequence_classification(kind.f1)
+    return conditional_generation(config.client.label_smoothing, isinstance(model, T5Config))
+
+
+def _texts(
+    config: Config, model: LanguageModel, tokenizer: TextTokenizer, prompts: Prompts | None
+) -> Texts | None:
+    settings = config.generation
+    if prompts is None or model.decoder is None or not settings.prompts:
+        return None
+    some = first_prompts(prompts, settings.prompts)
+    generate = make_generator(
+        model.decoder,
+        GenerationSettings(
+            settings.new_tokens,
+            settings.beams,
+            settings.no_repeat_ngram,
+            settings.length_penalty,
+        ),
+        tokenizer.ends,
+        tokenizer.pad,
+        prompt_ngrams=not isinstance(model.config, T5Config),
+    )
+    return Texts(
+        some,
+        lambda on_prompts: make_text_evaluator(
+            generate, tokenizer, some, settings.batch_size, on_prompts
+        ),
+    )
+
+
+def first_prompts(prompts: Prompts, count: int) -> Prompts:
+    """Returns the first prompts, as long as the longest of them."""
+    length = int(np.max(prompts.mask[:count].sum(axis=1)))
+    return Prompts(
+        prompts.tokens[:count, :length],
+        prompts.mask[:count, :length],
+        prompts.texts[:count],
+        prompts.references[:count],
+    )
