@@ -282,6 +282,11 @@ def _check_language(config: Config) -> None:
         ):
             if not value:
                 raise ConfigError(f"{name} = '': a language model on text needs it")
+    if config.model.attention == "cudnn" and config.client.compute_dtype != "bfloat16":
+        raise ConfigError(
+            f"model.attention = 'cudnn' with client.compute_dtype = "
+            f"{config.client.compute_dtype!r}: allowed is bfloat16"
+        )
 
 
 def unknown_field(name: str) -> ConfigError:

@@ -181,7 +181,7 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys):
     trained = load(directory)
     assert (trained.round, trained.history) == (4, history)
     assert load(directory, round=2).round == 2
-    splits = prepare(trained.config).splits
+    splits = prepare(trained.config).problem.splits
     module = make_model(trained.config.model, splits.num_classes, dropout=0.0)
     logits = linen_apply(module)(trained.params, splits.test, None)
     accuracy = (np.argmax(logits, axis=-1) == splits.test["label"]).mean()
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_another_structure_is_refused(tmp_path, capsys):
     directory = tmp_path / "run"
     before = prepare(command_line.read_config(SMALL[0].removeprefix("--config="), SMALL[1:]))
     with Checkpoints(directory / "checkpoints", keep_latest=1, keep_best=0) as checkpoints:
-        state = initial_state(before.simulation, before.params)
+        state = initial_state(before.simulation, before.problem.params)
         checkpoints.save(4, state, [{"round": 4}], score=0.0)
     wider = [*SMALL, "--config.model.hidden=(24,)"]
     after = command_line.read_config(wider[0].removeprefix("--config="), wider[1:])

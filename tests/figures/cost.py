@@ -21,8 +21,8 @@ def calls(algorithm: str) -> Iterator[float]:
     """Runs call after call and yields the seconds of a round; the first call compiles."""
     never = ["--config.evaluation.every=1000000"]
     ready = prepare(read_config(f"configs/digits.py:{algorithm}", never))
-    splits = ready.splits
-    return timed_calls(ready.simulation, ready.params, splits.clients, splits.test)
+    splits = ready.problem.splits
+    return timed_calls(ready.simulation, ready.problem.params, splits.clients, splits.test)
 
 
 def main() -> None:

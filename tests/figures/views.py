@@ -1,0 +1,102 @@
+"""Measures the README's figures of a configuration: every view's score over seeds.
+
+  python tests/figures/views.py --of=digits --seeds=20 --out=figures.json
+  python tests/figures/views.py --of=sst2_minilm --seeds=3 --out=figures.json \\
+    --config.data.train=tsv:sst2/train.tsv --config.data.test=tsv:sst2/test.tsv
+
+Runs configs/digits.py or configs/sst2_minilm.py with several settings, evaluating at the start and
+the last round only, and prints means with 95% confidence intervals (Student's t).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+
+import jax
+from scipy import stats
+
+from fedqsn_jax.command_line import read_config
+from fedqsn_jax.config import Config
+from fedqsn_jax.experiment import prepare
+from fedqsn_jax.simulation import first_entry, initial_state, pretrain, run_rounds
+
+DIGITS = {
+    "fedavg": ["fedavg"],
+    "fedsn p=.2": ["fedsn"],
+    "fedq": ["fedq"],
+    "fedqsn p=.2": ["fedqsn"],
+    "fedqsn p=.3": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3"],
+}
+SST2 = {
+    "fedavg": ["fedavg"],
+    "fedqsn p=.1, all": ["fedqsn"],
+    "fedqsn p=.1, residual": ["fedqsn", "--config.sites=residual"],
+    "fedqsn p=.2, all": ["fedqsn", "--config.p1=0.2", "--config.p2=0.2"],
+    "fedqsn p=.3, all": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3"],
+    "fedqsn p=.1, all, 2 bits": ["fedqsn", "--config.bits=2"],
+}
+SETTINGS = {"digits": DIGITS, "sst2_minilm": SST2}
+
+
+def last_metrics(config: Config, seeds: int) -> list[dict[str, float]]:
+    """The last round's metrics of each seed, and the first's with ``start/`` before their names.
+
+    All seeds share one compiled program.
+    """
+    results = []
+    compiled = None
+    for seed in range(seeds):
+        ready = prepare(dataclasses.replace(config, seed=seed))
+        compiled = compiled or ready.simulation
+        simulation = compiled._replace(config=ready.config)
+        problem = ready.problem
+        splits = problem.splits
+        params = pretrain(
+            ready.config, problem.pretraining_apply, problem.task, problem.params, splits.private
+        )
+        state = initial_state(simulation, params)
+        start = first_entry(simulation, state, splits.test)
+        for _, _, entries in run_rounds(simulation, state, splits.clients, splits.test):
+            last = entries
+        begun = {f"start/{name}": value for name, value in start.items() if "/" in name}
+        results.append(last[-1] | begun)
+    return results
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95% confidence interval."""
+    quantile = stats.t.ppf(0.975, len(values) - 1)
+    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--out", help="a JSON file for the table")
+    parser.add_argument("--of", choices=list(SETTINGS), default="digits")
+    parser.add_argument("--only", action="append", help="a setting's name; default: all")
+    options, overrides = parser.parse_known_args()
+    settings = SETTINGS[options.of]
+    table = {}
+    for name in options.only or settings:
+        algorithm, *own = settings[name]
+        overrides_of_all = ["--config.evaluation.every=1000", *own, *overrides]
+        config = read_config(f"configs/{options.of}.py:{algorithm}", overrides_of_all)
+        results = last_metrics(config, options.seeds)
+        views = [key for key in results[0] if key.endswith("/accuracy")]
+        table[name] = {view: interval([result[view] for result in results]) for view in views}
+        row = "  ".join(
+            f"{view} {mean:.4f}±{half:.4f}" for view, (mean, half) in table[name].items()
+        )
+        print(f"{name}: {row}", flush=True)
+        if options.out:
+            facts = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+            with open(options.out, "w") as file:
+                json.dump({**facts, "seeds": options.seeds, "table": table}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

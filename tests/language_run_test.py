@@ -1,0 +1,185 @@
+"""Whole runs of tiny language models on texts, by the command line."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from text_cases import MARKS, WORDS, write_tokenizer
+
+from fedqsn_jax.export import main as export
+from fedqsn_jax.main import main
+from fedqsn_jax.models.encoder import EncoderConfig
+from fedqsn_jax.models.gpt2 import GPT2Config
+from fedqsn_jax.models.language import make_language_model
+from fedqsn_jax.models.pretrained import load_pretrained, save_pretrained
+
+VOCABULARY = len(MARKS) + len(WORDS)
+FLAGS = [
+    "--config=configs/sst2_minilm.py",
+    "--config.data.train_rows=0",
+    "--config.data.private_rows=8",
+    "--config.data.clients=4",
+    "--config.data.length=8",
+    "--config.cohort.size=2",
+    "--config.rounds=2",
+    "--config.rounds_per_call=2",
+    "--config.evaluation.every=2",
+    "--config.evaluation.proxy_samples=2",
+    "--config.evaluation.attackers=(2,)",
+    "--config.evaluation.batch_size=8",
+    "--config.pretraining.steps=60",
+    "--config.pretraining.batch_size=8",
+    "--config.pretraining.learning_rate=0.02",
+    "--config.client.steps=2",
+    "--config.client.batch_size=4",
+    "--config.block_size=16",
+]
+
+
+def sentences(count: int) -> str:
+    """Rows of a task that one word decides."""
+    rng = np.random.default_rng(3)
+    rows = ["sentence\tlabel"]
+    for _ in range(count):
+        label = int(rng.integers(2))
+        rows.append(f"{rng.choice(['a', 'the'])} film is {['bad', 'good'][label]}\t{label}")
+    return "\n".join(rows) + "\n"
+
+
+def restaurants(count: int) -> str:
+    """Rows in E2E's notation; a prompt has two references."""
+    rng = np.random.default_rng(4)
+    rows = []
+    for _ in range(count):
+        name, price = rng.choice(["Blue", "Spice"]), rng.choice(["cheap", "good"])
+        for verb in ("is", "of"):
+            rows.append(f"name : {name} | price : {price}||{name} {verb} {price}")
+    return "\n".join(rows) + "\n"
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """The directory of a tiny BERT with its tokenizer and two files of sentences."""
+    place = tmp_path_factory.mktemp("bert")
+    config = EncoderConfig("bert", VOCABULARY, 16, 2, 2, 16, positions=16, classes=0)
+    params = make_language_model(config).init(jax.random.key(1))
+    save_pretrained(place, config, params)
+    write_tokenizer(place)
+    (place / "train.tsv").write_text(sentences(40))
+    (place / "test.tsv").write_text(sentences(16))
+    return place
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    place = tmp_path_factory.mktemp("gpt2")
+    config = GPT2Config("gpt2", VOCABULARY, 16, 2, 2, 16, positions=32, eos_token_ids=(2,))
+    save_pretrained(place, config, make_language_model(config).init(jax.random.key(2)))
+    write_tokenizer(place, "none")
+    (place / "train.txt").write_text(restaurants(20))
+    (place / "test.txt").write_text(restaurants(4))
+    return place
+
+
+def classify(place):
+    return [
+        *FLAGS,
+        f"--config.model.pretrained={place}",
+        f"--config.data.train=tsv:{place}/train.tsv",
+        f"--config.data.test=tsv:{place}/test.tsv",
+        f"--config.data.cache={place}/cache",
+    ]
+
+
+def write(place):
+    return [
+        *FLAGS,
+        f"--config.model.pretrained={place}",
+        f"--config.data.train=e2e:{place}/train.txt",
+        f"--config.data.test=e2e:{place}/test.txt",
+        f"--config.data.cache={place}/cache",
+        "--config.data.task=e2e",
+        "--config.data.length=24",
+        "--config.generation.prompts=3",
+        "--config.generation.beams=2",
+        "--config.generation.new_tokens=6",
+        "--config.client.label_smoothing=0.1",
+    ]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_classifier_learns_and_is_exported(bert, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*classify(bert), f"--workdir={run}", "--config.quantize_embeddings=True"]) == 0
+    output = capsys.readouterr().out
+    assert "drawn at random" in output
+    assert "classifier/out/kernel" in output
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    # One word decides; sixty steps of the server's on eight rows are enough to see it.
+    assert last["global/accuracy"] == 1.0
+    # The embeddings' 58 x 16 codes of 4 bits replace as many float32 numbers.
+    whole = json.loads((run / "summary.json").read_text())["bytes"]["down"]["fedavg"]
+    assert last["bytes/down_per_client"] < 0.35 * whole
+    assert export([f"--workdir={run}", f"--out={tmp_path / 'out'}"]) == 0
+    trained = load_pretrained(tmp_path / "out", jax.random.key(0), pooling="mean")
+    assert trained.config.classes == 2
+    assert not trained.fresh
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    # A finished run says so.
+    assert main([*classify(bert), f"--workdir={run}", "--config.quantize_embeddings=True"]) == 0
+    assert "finished at round 2" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_decoder_writes_texts_for_every_view(gpt2, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*write(gpt2), f"--workdir={run}"]) == 0
+    assert "texts after the last round" in capsys.readouterr().out
+    stored = json.loads((run / "texts.json").read_text())
+    views = {"global", "server", "proxy", "attacker_2"}
+    assert stored["round"] == 2
+    assert {name.partition("/")[0] for name in stored["metrics"]} == views
+    first = stored["texts"][0]
+    assert set(first) == {"prompt", "references", *views}
+    assert first["prompt"].startswith("name: ")
+    assert len(first["references"]) >= 2
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["texts"] == stored["metrics"]
+    assert summary["score"] == "token_accuracy"
+    # They are not written again as long as the round is the same.
+    before = (run / "texts.json").stat().st_mtime_ns
+    assert main([*write(gpt2), f"--workdir={run}"]) == 0
+    assert (run / "texts.json").stat().st_mtime_ns == before
+
+
+MISTAKES = {
+    "no model": (["--config.model.pretrained="], "model.pretrained = '': a language model"),
+    "no task": (["--config.data.task="], "data.task = '': a language model on text needs it"),
+    "unknown task": (["--config.data.task=sst3"], "data.task = 'sst3': allowed are sst2"),
+    "images for it": (["--config.data.name=digits"], "'text' and 'language' go together"),
+    "no such hub name": (
+        ["--config.model.pretrained=nobody/nothing"],
+        "model nobody/nothing: no such directory",
+    ),
+    "an encoder cannot write": (
+        ["--config.data.task=e2e"],
+        "is a bert, which cannot; allowed are gpt2",
+    ),
+    "classes are not written": (["--config.generation.prompts=3"], "generation.prompts = 3"),
+    "too many rows": (["--config.data.train_rows=41"], "data.train_rows = 41: allowed is at most"),
+    "too long": (["--config.data.length=17"], "data.length = 17: allowed are 3 to 16"),
+    "flag": (["--config.data.truncate=3"], "data.truncate"),
+    "cuDNN in float32": (["--config.model.attention=cudnn"], "allowed is bfloat16"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(mistake, bert, tmp_path, capsys):
+    arguments, expected = MISTAKES[mistake]
+    assert main([*classify(bert), f"--workdir={tmp_path / 'run'}", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert expected in captured.err
+    assert not (tmp_path / "run").exists()
