@@ -39,9 +39,9 @@ def load_language_problem(config: Config) -> Problem:
     settings = text_settings(config)
     kind = text_format(settings)
     directory = directory_of(config.model.pretrained)
+    _check_fit(config, read_config(directory), kind)
     overrides = _overrides(config, kind)
     model_config = read_config(directory, **overrides)
-    _check_fit(config, model_config, kind)
     execution = Execution(
         config.client.compute_dtype,
         config.model.attention,
@@ -104,6 +104,11 @@ def _check_fit(config: Config, model: LanguageConfig, kind: TextFormat) -> None:
         raise ConfigError(
             f"data.task = {task!r} is to write texts; model.pretrained = {source!r} is a "
             f"{model.family}, which cannot; allowed are gpt2, llama, qwen2, t5"
+        )
+    if not kind.generates and not isinstance(model, EncoderConfig):
+        raise ConfigError(
+            f"data.task = {task!r} is classification; model.pretrained = {source!r} is a "
+            f"{model.family}, which has no classifier; allowed are bert, roberta"
         )
     if config.generation.prompts and not kind.generates:
         raise ConfigError(

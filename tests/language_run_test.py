@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from text_cases import MARKS, WORDS, write_tokenizer
 
+from fedqsn_jax.command_line import read_config
 from fedqsn_jax.export import main as export
 from fedqsn_jax.main import main
 from fedqsn_jax.models.encoder import EncoderConfig
@@ -172,6 +173,25 @@ MISTAKES = {
     "flag": (["--config.data.truncate=3"], "data.truncate"),
     "cuDNN in float32": (["--config.model.attention=cudnn"], "allowed is bfloat16"),
 }
+
+
+def test_a_decoder_has_no_classes(gpt2, bert, tmp_path, capsys):
+    assert main([*classify(bert), f"--config.model.pretrained={gpt2}", "--dry_run"]) == 2
+    assert "is a gpt2, which has no classifier; allowed are bert" in capsys.readouterr().err
+
+
+CONFIGS = {
+    "glue.py:mrpc,elsewhere,fedavg": ("mrpc", "tfds:glue/mrpc", "elsewhere", "fedavg"),
+    "nlg.py:dart,gpt2-xl": ("dart", "tfds:dart", "openai-community/gpt2-xl", "fedqsn"),
+    "e2e_smollm2.py:fedq": ("e2e", "e2e:e2e/valid.txt", "smollm2-135m", "fedq"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_take_task_model_and_algorithm(name):
+    config = read_config(f"configs/{name}", [])
+    found = config.data.task, config.data.train, config.model.pretrained, config.algorithm
+    assert found == CONFIGS[name]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
