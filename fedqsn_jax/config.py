@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn")
+ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn", "fedlpp")
 CODEBOOKS = ("normal_float", "uniform")
 DATA_SETS = ("digits", "mnist", "emnist", "cifar10")
 MODELS = ("mlp", "cnn", "resnet18")
@@ -26,6 +26,7 @@ PARTITIONS = ("dirichlet", "shards", "natural", "iid")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 RESIDENCES = ("auto", "device", "host")
 PARALLELISM = ("auto", "scan", "vmap", "mesh")
+RULES = ("delta", "from_sent", "interpolate")
 
 
 class ConfigError(ValueError):
@@ -82,6 +83,17 @@ class PretrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters, which are then what is trained; see `ClientConfig.trained`."""
+
+    rank: int = _field(0, _range(0), "rank of the adapters; 0: none")
+    alpha: float = _field(0.0, _range(0), "A B is multiplied by alpha / rank; 0: by 1")
+    matrices: tuple[str, ...] = _field((), None, "patterns of adapted matrices; none: all hideable")
+    quantize: bool = _field(False, None, "whether adapters are quantized on their way to clients")
+    public_base: bool = _field(False, None, "clients have the model; only adapters are secret")
+
+
+@dataclasses.dataclass(frozen=True)
 class ClientConfig:
     """A client's local training in one round. Its optimizer starts afresh each round."""
 
@@ -94,6 +106,7 @@ class ClientConfig:
     weight_decay: float = _field(0.0, _range(0), "decoupled weight decay (adamw)")
     dropout: float = _field(0.0, _range(0, below=1), "dropout in hidden layers")
     compute_dtype: str = _field("float32", _one_of(*COMPUTE_DTYPES), "of forward and backward pass")
+    trained: tuple[str, ...] = _field((), None, "tensors that are trained; see below")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +128,8 @@ class ServerConfig:
     momentum: float = _field(0.0, _range(0, below=1), "momentum of sgd")
     weighting: str = _field("data", _one_of("data", "uniform"), "a client's weight in the mean")
     normalize: str = _field("mean", _one_of("mean", "coverage"), "divide by all, or by who saw it")
+    rule: str = _field("delta", _one_of(*RULES), "what the mean delta is added to; see below")
+    decay: str = _field("none", _one_of("none", "linear"), "of the server rate over all rounds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +170,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     pretraining: PretrainingConfig = dataclasses.field(default_factory=PretrainingConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
     cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
@@ -211,6 +227,15 @@ def resolve(values: Mapping[str, Any]) -> Config:
             f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
             f"{config.data.clients}"
         )
+    if config.lora.rank == 0:
+        needs = {
+            f"algorithm = {config.algorithm!r}": config.algorithm == "fedlpp",
+            "lora.public_base = True": config.lora.public_base,
+            f"client.trained = {config.client.trained}": "lora" in config.client.trained,
+        }
+        for what, is_set in needs.items():
+            if is_set:
+                raise ConfigError(f"{what} with lora.rank = 0: allowed is a rank of 1 or more")
     return config
 
 
@@ -250,7 +275,7 @@ def _checked_type(name: str, expected: Any, value: Any) -> Any:
         return tuple(_checked_type(f"{name}[{i}]", element, v) for i, v in enumerate(value))
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, expected) or isinstance(value, bool):
+    if not isinstance(value, expected) or isinstance(value, bool) != (expected is bool):
         raise ConfigError(f"{name} = {value!r}: allowed is a value of type {expected.__name__}")
     return value
 
