@@ -233,13 +233,19 @@ def configured_adapters(config: Config, params: Params) -> Lora | None:
         raise ConfigError(f"lora.matrices: {error}") from error
 
 
-def without_adapters(params: Params) -> Params:
-    """Returns a tree without the tensors that are named as adapters' are; nothing is merged."""
+def merge_configured(config: Config, params: Params) -> Params:
+    """Returns the plain model's parameters of a run with this configuration.
+
+    Args:
+      config: The run's.
+      params: Its parameters, with adapters if it has any.
+    """
 
     def plain(path: str, branch: dict[str, Any]) -> dict[str, Any]:
         return {name: branch[name] for name in branch if not name.endswith(("_lora_a", "_lora_b"))}
 
-    return _rebuild(params, plain)
+    lora = configured_adapters(config, _rebuild(params, plain))
+    return params if lora is None else lora.merge(params)
 
 
 def _adapter_site(

@@ -1,13 +1,13 @@
 """A run's trained model, read back from its working directory."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from fedqsn_jax.checkpoint import Checkpoints, History
 from fedqsn_jax.config import Config
-from fedqsn_jax.lora import configured_adapters, without_adapters
+from fedqsn_jax.lora import merge_configured
 from fedqsn_jax.models.pretrained import nested
 from fedqsn_jax.types import Params
 from fedqsn_jax.workdir import WorkDirectory
@@ -51,8 +51,5 @@ def load(workdir: Path | str, round: int | None = None) -> Trained:
     config = work.config()
     with Checkpoints(work.checkpoints, keep_latest=1, keep_best=0) as checkpoints:
         tensors, history, finished = checkpoints.read("params", round)
-    params: Any = jax.device_put(nested(tensors))
-    lora = configured_adapters(config, without_adapters(params))
-    if lora is not None:
-        params = jax.jit(lora.merge)(params)
+    params = merge_configured(config, jax.device_put(nested(tensors)))
     return Trained(config, params, history, finished)
