@@ -138,7 +138,7 @@ def make_client_update(
     """
 
     def shared(proxy: Proxy) -> Params:
-        return drop(drop(proxy.params, trained), _masked_tensors(proxy))
+        return drop(drop(effective_params(proxy), trained), _masked_tensors(proxy))
 
     def step_count(rows: Array) -> Array:
         count = jnp.int32(steps) if steps else epochs * _steps_per_epoch(rows, batch_size)

@@ -152,7 +152,7 @@ def make_simulation(
     )
     aggregator = make_aggregator(
         sites,
-        _server_optimizer(config.server, config.rounds),
+        server_optimizer(config.server, config.rounds),
         weighting=config.server.weighting,  # type: ignore[arg-type]
         normalize=config.server.normalize,  # type: ignore[arg-type]
         rule=config.server.rule,  # type: ignore[arg-type]
@@ -474,7 +474,8 @@ def client_optimizer(settings: ClientConfig) -> ClientOptimizer:
     return unscheduled(makers[settings.optimizer]())
 
 
-def _server_optimizer(settings: ServerConfig, rounds: int) -> optax.GradientTransformation:
+def server_optimizer(settings: ServerConfig, rounds: int) -> optax.GradientTransformation:
+    """Returns the optimizer of the server; ``rounds`` is how many there are in all."""
     rate: Any = settings.learning_rate
     if settings.decay == "linear":
         rate = optax.linear_schedule(settings.learning_rate, 0.0, max(rounds, 1))

@@ -126,13 +126,22 @@ class Layout:
 
     @property
     def fingerprint(self) -> bytes:
-        """16 bytes that differ between models, sites, quantizers, masks and what is trained."""
+        """16 bytes that differ between models, sites, quantizers and sets of masked sites."""
+        return hashlib.blake2b(self._text.encode(), digest_size=16).digest()
+
+    @property
+    def update_fingerprint(self) -> bytes:
+        """Of updates: it differs between sets of trained tensors too."""
+        # Added only where there is any, as below.
+        trained = "" if self.trained is None else repr(sorted(self.trained))
+        return hashlib.blake2b((self._text + trained).encode(), digest_size=16).digest()
+
+    @property
+    def _text(self) -> str:
         text = repr((self.tensors, self.masked, self.scaled, self.sites))
         # Added only where there is any, so that other payloads are those of version 1.
         followers = [(site.path, site.follows) for site in self.sites if site.follows]
-        if followers or self.trained is not None:
-            text += repr((followers, self.trained and sorted(self.trained)))
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return text + (repr(followers) if followers else "")
 
     @property
     def update_tensors(self) -> tuple[TensorLayout, ...]:
@@ -368,8 +377,12 @@ def _as_tree(layout: Layout, values: Mapping[str, Any]) -> Params:
 
 
 def _seal(kind: int, layout: Layout, body: bytes) -> bytes:
-    prefix = _PREFIX.pack(MAGIC, VERSION, kind, 0, layout.fingerprint, len(body))
+    prefix = _PREFIX.pack(MAGIC, VERSION, kind, 0, _fingerprint(kind, layout), len(body))
     return prefix + _digest(prefix, body) + body
+
+
+def _fingerprint(kind: int, layout: Layout) -> bytes:
+    return layout.fingerprint if kind == _PROXY else layout.update_fingerprint
 
 
 def _digest(prefix: bytes, body: bytes | memoryview) -> bytes:
@@ -393,7 +406,7 @@ def _open(payload: bytes, kind: int, layout: Layout) -> _Reader:
     if found_kind != kind:
         names = {_PROXY: "a proxy", _UPDATE: "an update"}
         raise ValueError(f"payload: {names.get(found_kind, 'unknown')}, expected {names[kind]}")
-    if fingerprint != layout.fingerprint:
+    if fingerprint != _fingerprint(kind, layout):
         raise ValueError("payload: made for another model structure than the expected one")
     body = view[HEADER_SIZE:]
     if length != len(body):
