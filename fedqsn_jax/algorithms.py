@@ -17,6 +17,8 @@ class Algorithm:
       p1: Probability of a column that is hidden for good.
       p2: Probability of a column that is hidden from one client in one round.
       sampling: How masks are drawn.
+      adapters_only: Whether the model's own tensors are public, and adapters, quantized in flat
+        blocks, are all that is secret, travels and is trained.
       unmet_invariants: The numbers of the design's invariants 2 and 3 (hidden values never change,
         and never show) that it does not meet. A run warns of them.
     """
@@ -26,6 +28,7 @@ class Algorithm:
     p1: float = 0.0
     p2: float = 0.0
     sampling: Sampling = "bernoulli"
+    adapters_only: bool = False
     unmet_invariants: frozenset[int] = frozenset()
 
     @property
@@ -59,6 +62,16 @@ def fedqsn(
     return Algorithm("fedqsn", quantizer, p1, p2, sampling)
 
 
+def fedlpp(quantizer: Quantizer) -> Algorithm:
+    """FedLPP (arXiv 2406.10976): a public backbone, and quantized copies of private adapters.
+
+    The server's step is the aggregator's, ``W + r (mean of returned - Q(W))``; the other update
+    rules that its authors' code has are the aggregator's too: 2 is ``from_sent``, 3 is
+    ``interpolate``, and 4 is that with a rate that falls linearly over the rounds.
+    """
+    return Algorithm("fedlpp", quantizer, adapters_only=True)
+
+
 def make_algorithm(
     name: str, quantizer: Quantizer, p1: float, p2: float, sampling: Sampling = "bernoulli"
 ) -> Algorithm:
@@ -72,6 +85,7 @@ def make_algorithm(
         "fedsn": lambda: fedsn(p1, p2, sampling),
         "fedq": lambda: fedq(quantizer),
         "fedqsn": lambda: fedqsn(quantizer, p1, p2, sampling),
+        "fedlpp": lambda: fedlpp(quantizer),
     }
     if name not in makers:
         raise ValueError(f"algorithm = {name!r}: allowed are {', '.join(makers)}")

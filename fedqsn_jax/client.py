@@ -1,7 +1,8 @@
 """A client's local training on its proxy.
 
 The loss sees the effective parameters ``u = theta * scale``; the optimizer acts on ``theta``, the
-values that the client received. Multiplying by the scale at every step costs about a tenth of a
+values that the client received. Tensors that are not trained are frozen: they have no gradient, no
+optimizer's state and no delta. Multiplying by the scale at every step costs about a tenth of a
 round, so the loop carries ``u`` and the optimizer is wrapped: gradients are pulled back to
 ``theta``, updates pushed forward to ``u``. Hidden columns have factor zero: no gradient, no weight
 decay, no change.
@@ -22,6 +23,7 @@ from fedqsn_jax.masking import Sites, spread
 from fedqsn_jax.proxy import Proxy, effective_params
 from fedqsn_jax.randomness import fold_in_name, keyed_permutation
 from fedqsn_jax.tasks import Task
+from fedqsn_jax.trainable import Selection, drop, fill, keep
 from fedqsn_jax.types import ApplyFn, Array, Columns, Key, Params
 
 
@@ -31,7 +33,7 @@ class ClientResult:
 
     Attributes:
       delta: ``theta_end - theta_start``, float32 in the structure of the parameters; zero on
-        hidden columns.
+        hidden columns, and None for frozen tensors.
       loss: Mean training loss over the local steps, float32 scalar; zero without steps.
       examples: Number of the client's rows, int32 scalar: its weight in the aggregation.
     """
@@ -46,7 +48,10 @@ class Training:
     """A client in the midst of its local training.
 
     Attributes:
-      params: The effective parameters ``theta * scale``, in the parameters' dtypes.
+      params: The effective parameters ``theta * scale``, in the parameters' dtypes; None for
+        frozen tensors.
+      frozen: The effective values of frozen tensors that are masked, each client's in its own
+        way; None for all others.
       optimizer_state: The optimizer's, which acts on ``theta``.
       loss: Sum of the losses of the steps so far, float32 scalar.
       factors: What ``theta`` is multiplied by in the model, float32 ``[layers, columns]`` a site:
@@ -55,6 +60,7 @@ class Training:
     """
 
     params: Params
+    frozen: Params
     optimizer_state: optax.OptState
     loss: Array
     factors: Columns
@@ -62,7 +68,7 @@ class Training:
 
     @property
     def factor_tree(self) -> Params:
-        """The factors over the tree of the parameters, each to broadcast against its tensor."""
+        """The factors over the trained parameters, each to broadcast against its tensor."""
         return spread(self.factors, self.params, self.sites, 1.0)
 
 
@@ -74,15 +80,19 @@ class ClientUpdate(NamedTuple):
 
     Attributes:
       step_count: ``rows -> steps``, int32: how many steps a client with so many rows takes.
+      shared: ``proxy -> values``: of a proxy the frozen tensors that no client mask touches, so
+        that all clients compute with the same; None for all others. Of the proxy's masks only
+        the names matter.
       start: ``(proxy, rows) -> Training`` of a client with so many rows.
-      step: ``(key, data, client_id, index, training) -> training``: the step that is numbered
-        ``index``, from 0 on.
+      step: ``(key, data, client_id, index, training, shared) -> training``: the step that is
+        numbered ``index``, from 0 on.
       finish: ``(proxy, rows, training) -> ClientResult`` of a client with so many rows.
     """
 
     step_count: Callable[[Array], Array]
+    shared: Callable[[Proxy], Params]
     start: Callable[[Proxy, Array], Training]
-    step: Callable[[Key, ClientData, Array, Array, Training], Training]
+    step: Callable[[Key, ClientData, Array, Array, Training, Params], Training]
     finish: Callable[[Proxy, Array, Training], ClientResult]
 
     def train(self, key: Key, proxy: Proxy, data: ClientData, client_id: Array) -> ClientResult:
@@ -94,10 +104,10 @@ class ClientUpdate(NamedTuple):
           data: The population's rows.
           client_id: The client, int32 scalar.
         """
-        rows = data.rows(client_id)
+        rows, shared = data.rows(client_id), self.shared(proxy)
 
         def body(index: Array, training: Training) -> Training:
-            return self.step(key, data, client_id, index, training)
+            return self.step(key, data, client_id, index, training, shared)
 
         training = jax.lax.fori_loop(0, self.step_count(rows), body, self.start(proxy, rows))
         return self.finish(proxy, rows, training)
@@ -111,6 +121,7 @@ def make_client_update(
     *,
     steps: int = 0,
     epochs: int = 1,
+    trained: Selection = None,
 ) -> ClientUpdate:
     """Makes the local training of one round.
 
@@ -123,20 +134,31 @@ def make_client_update(
         permutation of the client's rows; its last batch may be smaller.
       steps: Number of local steps for every client that has rows; 0 means ``epochs``.
       epochs: Passes over the client's rows, where ``steps`` is 0.
+      trained: The tensors that are trained; the others are frozen.
     """
+
+    def shared(proxy: Proxy) -> Params:
+        return drop(drop(effective_params(proxy), trained), _masked_tensors(proxy))
 
     def step_count(rows: Array) -> Array:
         count = jnp.int32(steps) if steps else epochs * _steps_per_epoch(rows, batch_size)
         return jnp.where(rows > 0, count, 0).astype(jnp.int32)
 
     def start(proxy: Proxy, rows: Array) -> Training:
-        params, factors = effective_params(proxy), _factors(proxy)
+        effective, factors = effective_params(proxy), _factors(proxy)
+        params = keep(effective, trained)
+        frozen = keep(drop(effective, trained), _masked_tensors(proxy))
         theta = _pull_back(params, spread(factors, params, proxy.sites, 1.0))
-        own_optimizer = optimizer(step_count(rows))
-        return Training(params, own_optimizer.init(theta), jnp.float32(0), factors, proxy.sites)
+        state = optimizer(step_count(rows)).init(theta)
+        return Training(params, frozen, state, jnp.float32(0), factors, proxy.sites)
 
     def step(
-        key: Key, data: ClientData, client_id: Array, index: Array, training: Training
+        key: Key,
+        data: ClientData,
+        client_id: Array,
+        index: Array,
+        training: Training,
+        shared: Params,
     ) -> Training:
         rows = data.rows(client_id)
         indices, valid = _minibatch(fold_in_name(key, "batches"), index, rows, batch_size)
@@ -144,7 +166,8 @@ def make_client_update(
         dropout_key = jax.random.fold_in(fold_in_name(key, "dropout"), index)
 
         def loss_fn(params: Params) -> Array:
-            return task.loss(apply_fn(params, batch, dropout_key), batch, valid)
+            whole = fill(params, training.frozen, shared)
+            return task.loss(apply_fn(whole, batch, dropout_key), batch, valid)
 
         loss, gradient = jax.value_and_grad(loss_fn)(training.params)
         params, optimizer_state = _wrapped_step(
@@ -165,12 +188,12 @@ def make_client_update(
         difference = jax.tree.map(
             lambda end, begin: jnp.where(count > 0, end - begin, 0).astype(jnp.float32),
             training.params,
-            effective_params(proxy),
+            keep(effective_params(proxy), trained),
         )
         delta = _pull_back(difference, training.factor_tree)
         return ClientResult(delta, training.loss / jnp.maximum(count, 1), rows)
 
-    return ClientUpdate(step_count, start, step, finish)
+    return ClientUpdate(step_count, shared, start, step, finish)
 
 
 def _steps_per_epoch(rows: Array, batch_size: int) -> Array:
@@ -186,6 +209,12 @@ def _minibatch(key: Key, step: Array, rows: Array, batch_size: int) -> tuple[Arr
     last = jnp.maximum(rows - 1, 0)
     permutation_key = jax.random.fold_in(key, epoch)
     return keyed_permutation(permutation_key, jnp.minimum(positions, last), last + 1), valid
+
+
+def _masked_tensors(proxy: Proxy) -> frozenset[str]:
+    """The kernels and biases that have masks."""
+    masked = [site for site in proxy.sites if site.mask_path in proxy.visible]
+    return frozenset(path for site in masked for path in (site.path, site.bias_path) if path)
 
 
 def _factors(proxy: Proxy) -> Columns:

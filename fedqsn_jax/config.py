@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn")
+ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn", "fedlpp")
 CODEBOOKS = ("normal_float", "uniform")
 IMAGE_SETS = ("digits", "mnist", "emnist", "cifar10")
 TEXT = "text"
@@ -33,6 +33,7 @@ PARTITIONS = ("dirichlet", "shards", "natural", "iid")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 RESIDENCES = ("auto", "device", "host")
 PARALLELISM = ("auto", "scan", "vmap", "mesh")
+RULES = ("delta", "from_sent", "interpolate")
 
 
 class ConfigError(ValueError):
@@ -123,6 +124,17 @@ class PretrainingConfig(TrainingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters, which are then what is trained; see `ClientConfig.trained`."""
+
+    rank: int = _field(0, _range(0), "rank of the adapters; 0: none")
+    alpha: float = _field(0.0, _range(0), "A B is multiplied by alpha / rank; 0: by 1")
+    matrices: tuple[str, ...] = _field((), None, "patterns of adapted matrices; none: all hideable")
+    quantize: bool = _field(False, None, "whether adapters are quantized on their way to clients")
+    public_base: bool = _field(False, None, "clients have the model; only adapters are secret")
+
+
+@dataclasses.dataclass(frozen=True)
 class ClientConfig(TrainingConfig):
     """A client's local training in one round. Its optimizer starts afresh each round."""
 
@@ -130,6 +142,7 @@ class ClientConfig(TrainingConfig):
     epochs: int = _field(1, _range(1), "passes over the client's rows, where steps is 0")
     label_smoothing: float = _field(0.0, _range(0, below=1), "of completions; the server's too")
     compute_dtype: str = _field("float32", _one_of(*COMPUTE_DTYPES), "of forward and backward pass")
+    trained: tuple[str, ...] = _field((), None, "tensors that are trained; see below")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +164,8 @@ class ServerConfig:
     momentum: float = _field(0.0, _range(0, below=1), "momentum of sgd")
     weighting: str = _field("data", _one_of("data", "uniform"), "a client's weight in the mean")
     normalize: str = _field("mean", _one_of("mean", "coverage"), "divide by all, or by who saw it")
+    rule: str = _field("delta", _one_of(*RULES), "what the mean delta is added to; see below")
+    decay: str = _field("none", _one_of("none", "linear"), "of the server rate over all rounds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +222,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     pretraining: PretrainingConfig = dataclasses.field(default_factory=PretrainingConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
     cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
@@ -265,6 +281,15 @@ def resolve(values: Mapping[str, Any]) -> Config:
             f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
             f"{config.data.clients}"
         )
+    if config.lora.rank == 0:
+        needs = {
+            f"algorithm = {config.algorithm!r}": config.algorithm == "fedlpp",
+            "lora.public_base = True": config.lora.public_base,
+            f"client.trained = {config.client.trained}": "lora" in config.client.trained,
+        }
+        for what, is_set in needs.items():
+            if is_set:
+                raise ConfigError(f"{what} with lora.rank = 0: allowed is a rank of 1 or more")
     return config
 
 

@@ -1,5 +1,7 @@
 """What a run will cost, before it runs: how tensors travel, bytes a client, memory."""
 
+import jax
+
 from fedqsn_jax.masking import MaskSite, hidden_count, leaves_by_path
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 from fedqsn_jax.simulation import Simulation
@@ -11,8 +13,10 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
 
     Args:
       simulation: The method.
-      params: The parameters, or their shapes.
+      params: The plain model's parameters, or their shapes.
     """
+    if simulation.lora is not None:
+        params = jax.eval_shape(simulation.lora.add, jax.random.key(0), params)
     kernels = {site.path: site for site in simulation.sites}
     biases = {site.bias_path: site for site in simulation.sites if site.bias_path}
     quantizer = simulation.algorithm.quantizer
@@ -22,13 +26,17 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
         travels = f"{leaf.dtype}, whole"
         hidden = None
         if site is not None:
-            masked = site.path in simulation.traffic.down.per_column
+            masked = site.mask_path in simulation.traffic.down.per_column
             hidden = hidden_share(simulation, site) if masked else None
             columns = "visible columns" if masked else "whole"
             travels = f"{leaf.dtype}, {columns}"
-            if quantizer is not None and path in kernels:
+            if quantizer is not None and path in kernels and site.quantized:
                 name = type(quantizer).__name__
                 travels = f"{quantizer.bits}-bit {name}, block {quantizer.block_size}, {columns}"
+        if simulation.sent is not None and path not in simulation.sent:
+            travels = "public, not sent"
+        elif simulation.trained is not None and path not in simulation.trained:
+            travels += "; frozen"
         kernel = kernels.get(path)
         rows.append(
             TensorRow(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_jax.command_line import Parser
-from fedqsn_jax.config import ConfigError
+from fedqsn_jax.config import Config, ConfigError, resolve
 from fedqsn_jax.workdir import WorkDirectory
 
 TOKENIZER_FILES = (
@@ -77,16 +77,19 @@ def export(workdir: Path, out: Path, round: int | None = None) -> int:
       CheckpointError: The checkpoint cannot be read.
     """
     from fedqsn_jax.checkpoint import Checkpoints
+    from fedqsn_jax.lora import merge_configured
+    from fedqsn_jax.masking import leaves_by_path
     from fedqsn_jax.models.pretrained import directory_of, nested, read_config, save_pretrained
 
     work = WorkDirectory(workdir)
-    source = _source(work)
+    source, run = _read_run(work)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out}: it is not empty; name a new or empty directory")
     with Checkpoints(work.checkpoints, keep_latest=1, keep_best=0) as checkpoints:
         tensors, _, finished = checkpoints.read("params", round)
     directory = directory_of(source)
     config = read_config(directory)
+    tensors = leaves_by_path(merge_configured(run, nested(tensors)))
     overrides = {k: v for k, v in _settings_of(tensors).items() if hasattr(config, k)}
     save_pretrained(out, read_config(directory, **overrides), nested(tensors))
     for name in TOKENIZER_FILES:
@@ -95,8 +98,8 @@ def export(workdir: Path, out: Path, round: int | None = None) -> int:
     return finished
 
 
-def _source(work: WorkDirectory) -> str:
-    """Where the run's pre-trained model came from, by the configuration that it wrote down."""
+def _read_run(work: WorkDirectory) -> tuple[str, Config]:
+    """Where a run's pre-trained model came from, and its settings of adapters."""
     file = work.path / "config.json"
     try:
         values = json.loads(file.read_text())
@@ -112,7 +115,8 @@ def _source(work: WorkDirectory) -> str:
             f"--workdir={work.path}: its model is not a pre-trained language model; only such "
             f"(model.pretrained) can be exported"
         )
-    return source
+    adapters = {name: values[name] for name in ("lora", "site_rules") if name in values}
+    return source, resolve(adapters)
 
 
 def _settings_of(tensors: Mapping[str, Any]) -> dict[str, Any]:

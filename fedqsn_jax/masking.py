@@ -11,14 +11,10 @@ axis of the kernels whose path matches the pattern. Roles are ``layer`` (a scann
 ``"PATTERN: whole ROLE ROLE ..."`` makes a site that is quantized but never hidden. The first rule
 that matches decides.
 
-A pattern is compared with the whole path, name by name, in the shell's style and without regard to
-case: ``conv_*`` stands for one name that begins so. A name that is ``*`` alone stands for any
-number of names, none included. So ``*/head/kernel`` is the kernel of every ``head``, at any depth,
-and of no ``overhead``.
+How a pattern is compared with a path is said in `patterns`.
 """
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -26,6 +22,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from fedqsn_jax.patterns import matches_any
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.types import Array, Columns, Key, Params
 
@@ -90,6 +87,9 @@ class MaskSite:
       column_axes: Axes that index the columns.
       bias_path: Path of the bias that belongs to the columns, or None.
       hideable: False for tensors that are quantized but never hidden.
+      quantized: False for tensors whose columns are hidden but that no quantizer changes.
+      follows: The path of the site whose masks and factors this one has, in place of its own; its
+        layers and columns are the same.
     """
 
     path: str
@@ -99,6 +99,19 @@ class MaskSite:
     column_axes: tuple[int, ...]
     bias_path: str | None = None
     hideable: bool = True
+    # Not shown, so that the fingerprints of payloads of sites without them are those of version 1.
+    quantized: bool = dataclasses.field(default=True, repr=False)
+    follows: str | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def mask_path(self) -> str:
+        """The name that its masks and factors have: its own path, or that of whom it follows."""
+        return self.follows or self.path
+
+    @property
+    def draws(self) -> bool:
+        """Whether masks of its own are drawn for it."""
+        return self.hideable and self.follows is None
 
     @property
     def layers(self) -> int:
@@ -204,11 +217,7 @@ def find_sites(
             )
         if rule is None or rule[1] == ("none",):
             continue
-        if (
-            selection == "residual"
-            and by_user is None
-            and not _matches_any(path, RESIDUAL_PATTERNS)
-        ):
+        if selection == "residual" and by_user is None and not matches_any(path, RESIDUAL_PATTERNS):
             continue
         sites.append(_make_site(path, leaf.shape, rule[1], leaves))
     if unused:
@@ -237,7 +246,7 @@ def embedding_rules(params: Params) -> tuple[str, ...]:
         f"{path}: whole {roles}"
         for path, leaf in leaves_by_path(params).items()
         for pattern, roles in _EMBEDDINGS.items()
-        if leaf.ndim == 2 and _matches_any(path, (pattern,))
+        if leaf.ndim == 2 and matches_any(path, (pattern,))
     )
 
 
@@ -276,26 +285,9 @@ def _first_match(
 ) -> tuple[str, tuple[str, ...]] | None:
     for pattern, roles in rules:
         axes = len(roles) - (roles[0] == "whole")
-        if _matches_any(path, (pattern,)) and (roles == ("none",) or axes == rank):
+        if matches_any(path, (pattern,)) and (roles == ("none",) or axes == rank):
             return pattern, roles
     return None
-
-
-def _matches_any(path: str, patterns: Iterable[str]) -> bool:
-    names = path.lower().split("/")
-    return any(_matches(names, pattern.lower().split("/")) for pattern in patterns)
-
-
-def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    if not pattern:
-        return not names
-    if pattern[0] in ("*", "**"):
-        return any(_matches(names[skipped:], pattern[1:]) for skipped in range(len(names) + 1))
-    return (
-        bool(names)
-        and fnmatch.fnmatchcase(names[0], pattern[0])
-        and _matches(names[1:], pattern[1:])
-    )
 
 
 def _make_site(
@@ -333,10 +325,10 @@ def spread(columns: Columns, tree: Params, sites: Sites, absent: Any) -> Params:
     def visit(key_path: Sequence[Any], leaf: Any) -> Any:
         path = path_of(key_path)
         site = kernels.get(path) or biases.get(path)
-        if site is None or site.path not in columns:
+        if site is None or site.mask_path not in columns:
             return absent
         to_shape = site.to_kernel if path in kernels else site.to_bias
-        return to_shape(columns[site.path])
+        return to_shape(columns[site.mask_path])
 
     return jax.tree_util.tree_map_with_path(visit, tree)
 
@@ -362,12 +354,12 @@ def draw_masks(
       sampling: How columns are chosen.
 
     Returns:
-      bool ``[layers, columns]`` a site; True where the column is visible.
+      bool ``[layers, columns]`` a site that draws; True where the column is visible.
     """
     return {
         site.path: _draw_mask(fold_in_name(key, site.path), site, probability, sampling)
         for site in sites
-        if site.hideable
+        if site.draws
     }
 
 

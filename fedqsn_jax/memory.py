@@ -9,7 +9,8 @@ A round keeps, on every device:
 - one sum of weighted deltas (float32): deltas are never stacked for a cohort;
 - for each client of the chunk its effective weights, a gradient, its optimizer's state (the
   parameters' dtypes) and what the backward pass saves of the forward pass; and the effective
-  weights of those that take others' places;
+  weights of those that take others' places; of frozen tensors only its own masked ones, and with
+  adapters the matrices that they are merged into, and those' gradients;
 - the rows of the clients: all of them where they live on the device, otherwise those of two calls,
   the one that runs and the next.
 
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 from fedqsn_jax.client_optimizer import ClientOptimizer
 from fedqsn_jax.config import Config, ConfigError
 from fedqsn_jax.tasks import Task
+from fedqsn_jax.trainable import Selection, drop, fill, keep
 from fedqsn_jax.types import ApplyFn, Batch, Params
 
 _USABLE = 0.9
@@ -43,7 +45,9 @@ def tree_bytes(tree: Any) -> int:
     return total
 
 
-def saved_activations(apply_fn: ApplyFn, task: Task, params: Params, batch: Batch) -> int:
+def saved_activations(
+    apply_fn: ApplyFn, task: Task, params: Params, batch: Batch, trained: Selection = None
+) -> int:
     """Bytes that a backward pass saves of the forward pass, parameters left out.
 
     Args:
@@ -51,15 +55,16 @@ def saved_activations(apply_fn: ApplyFn, task: Task, params: Params, batch: Batc
       task: Its loss.
       params: The parameters, or their shapes.
       batch: One minibatch, or its shapes.
+      trained: The tensors that are trained.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
 
     def residuals(params: Params, batch: Batch) -> Any:
-        def loss(params: Params) -> jax.Array:
-            outputs = apply_fn(params, batch, jax.random.key(0))
+        def loss(some: Params) -> jax.Array:
+            outputs = apply_fn(fill(some, drop(params, trained)), batch, jax.random.key(0))
             return task.loss(outputs, batch, jnp.ones(rows, bool))
 
-        return jax.vjp(loss, params)[1]
+        return jax.vjp(loss, keep(params, trained))[1]
 
     saved = jax.eval_shape(residuals, params, batch)
     weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
@@ -72,6 +77,7 @@ def client_bytes(
     optimizer: ClientOptimizer,
     params: Params,
     batch: Batch,
+    trained: Selection = None,
 ) -> int:
     """Bytes that one more client of a chunk takes while it trains.
 
@@ -81,12 +87,14 @@ def client_bytes(
       optimizer: The local optimizer.
       params: The parameters, or their shapes.
       batch: One minibatch, or its shapes.
+      trained: The tensors that are trained; copies of frozen ones are not counted.
     """
-    state = jax.eval_shape(lambda params: optimizer(jnp.int32(1)).init(params), params)
-    activations = saved_activations(apply_fn, task, params, batch)
+    some = keep(params, trained)
+    state = jax.eval_shape(lambda params: optimizer(jnp.int32(1)).init(params), some)
+    activations = saved_activations(apply_fn, task, params, batch, trained)
     # Effective weights, gradient, optimizer state; the batch; what is saved, and one cotangent of
     # about the same size in the worst case.
-    return 2 * tree_bytes(params) + tree_bytes(state) + tree_bytes(batch) + 2 * activations
+    return 2 * tree_bytes(some) + tree_bytes(state) + tree_bytes(batch) + 2 * activations
 
 
 class OutOfMemoryError(ConfigError):

@@ -1,6 +1,7 @@
 """One call for people who bring their own model and their own clients' arrays."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from fedqsn_jax.config import Config, ConfigError, resolve
+from fedqsn_jax.config import ClientConfig, Config, ConfigError, resolve
 from fedqsn_jax.costs import expected_costs, tensor_rows
 from fedqsn_jax.data.federated import FederatedData, from_clients, join_clients
 from fedqsn_jax.data.streamed import HostData, place
@@ -41,7 +42,7 @@ class Federated(NamedTuple):
     """What `federate` gives.
 
     Attributes:
-      params: The trained hidden parameters.
+      params: The trained hidden parameters; adapters are merged into their matrices.
       history: One entry an evaluated round, from round 0 on: ``round``, ``VIEW/METRIC`` for the
         views ``global``, ``server``, ``proxy`` and ``attacker_N``, training loss, bytes, seconds.
       tensors: The mask-site report: every tensor, and how it travels.
@@ -116,7 +117,7 @@ def federate(
             f"path of: {', '.join(leaves_by_path(start))}"
         )
     rules = (*config.site_rules, *(f"{path}: none" for path in heads))
-    config = dataclasses.replace(config, site_rules=rules)
+    config = dataclasses.replace(config, site_rules=rules, client=_with_heads(config.client, heads))
     simulation = make_simulation(config, apply_fn, task, start, data)
     with answer_out_of_memory(config, simulation.choice.axis.chunk_size):
         if private is not None:
@@ -130,7 +131,7 @@ def federate(
             if on_progress is not None:
                 on_progress(finished, entries)
     return Federated(
-        state.params,
+        jax.jit(simulation.merged)(state.params),
         history,
         tensor_rows(simulation, start),
         expected_costs(simulation),
@@ -152,6 +153,13 @@ def _checked(rows: Arrays, data: FederatedData | HostData, name: str) -> dict[st
     if not jax.tree.leaves(joined)[0].shape[0]:
         raise ValueError(f"{name} has no rows")
     return joined
+
+
+def _with_heads(client: ClientConfig, heads: Sequence[str]) -> ClientConfig:
+    """Replaces the name ``head`` by the model's heads, which need not be named so."""
+    patterns = [f"{path.rpartition('/')[0]}/*".lstrip("/") for path in heads]
+    named = [patterns if name == "head" else [name] for name in client.trained]
+    return dataclasses.replace(client, trained=tuple(itertools.chain(*named)))
 
 
 def _resolve(settings: Mapping[str, Any], population: int) -> Config:

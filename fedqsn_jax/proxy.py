@@ -42,8 +42,10 @@ class Proxy:
     knowing anything else. The value that a model sees is the tensor's times its site's scale.
 
     Attributes:
-      params: The parameters; the kernels of quantized sites are `Quantized`, the rest plain.
-      visible: bool ``[layers, columns]`` a site; a site that is absent is visible as a whole.
+      params: The parameters; the kernels of quantized sites are `Quantized`, the rest plain. None
+        where a tensor does not travel, because clients have it already.
+      visible: bool ``[layers, columns]`` a site; a site that is absent is visible as a whole, and
+        one that follows another is under that one's name.
       scale: float32 scalar a site, ``1/kappa``; a site that is absent has scale 1.
       sites: The mask sites (static).
     """
@@ -116,7 +118,7 @@ def chain(*transforms: ProxyTransform) -> ProxyTransform:
 
 
 def quantize(quantizer: Quantizer) -> ProxyTransform:
-    """Quantizes the kernels of all sites, once a round for all clients.
+    """Quantizes the kernels of all sites that are to be, once a round for all clients.
 
     Biases of sites and all other tensors stay as they are.
     """
@@ -126,7 +128,7 @@ def quantize(quantizer: Quantizer) -> ProxyTransform:
 
         def visit(key_path: Any, leaf: Array) -> Array | Quantized:
             site = sites.get(path_of(key_path))
-            if site is None:
+            if site is None or not site.quantized:
                 return leaf
             return quantization.quantize(quantizer, site.to_matrices(leaf))
 
@@ -241,9 +243,9 @@ def _hide(proxy: Proxy, visible: Columns) -> Proxy:
     def visit(key_path: Any, leaf: Array | Quantized) -> Array | Quantized:
         path = path_of(key_path)
         site = sites.get(path) or biases.get(path)
-        if site is None or site.path not in visible:
+        if site is None or site.mask_path not in visible:
             return leaf
-        seen = visible[site.path]
+        seen = visible[site.mask_path]
         if isinstance(leaf, Quantized):
             seen = seen[:, None, :]
             return dataclasses.replace(

@@ -18,6 +18,7 @@ from fedqsn_jax.masking import Sites
 from fedqsn_jax.metrics import Evaluator
 from fedqsn_jax.proxy import Proxy, ProxyTransform, dequantize_proxy, select_columns, whole_proxy
 from fedqsn_jax.randomness import client_round_key, fold_in_name
+from fedqsn_jax.trainable import Selection, drop, fill, keep
 from fedqsn_jax.types import Array, Batch, Columns, Key, Params
 from fedqsn_jax.views import (
     Attacker,
@@ -57,6 +58,7 @@ class _Context:
 
     Attributes:
       prepared: The round's proxy before client masks, dequantized.
+      shared: The frozen tensors that all clients compute with alike.
       data: The population's rows.
       ids: The cohort, int32 ``[cohort]``.
       visible: The columns that each client sees, bool ``[cohort, layers, columns]`` a site.
@@ -66,6 +68,7 @@ class _Context:
     """
 
     prepared: Proxy
+    shared: Params
     data: ClientData
     ids: Array
     visible: Columns
@@ -109,6 +112,7 @@ def make_federation(
     proxy_samples: int,
     attackers: tuple[int, ...],
     score: str,
+    sent: Selection = None,
 ) -> Federation:
     """Composes a federated method; every argument is static.
 
@@ -124,7 +128,11 @@ def make_federation(
       proxy_samples: Client masks that the proxy view averages over.
       attackers: Numbers of colluding clients; ``attacker_N`` names each in the metrics.
       score: The metric whose spread over client masks is reported.
+      sent: The tensors that proxies are made of; the others are public, and frozen.
     """
+
+    def public(params: Params) -> Params:
+        return drop(params, sent)
 
     def init(key: Key, params: Params) -> ServerState:
         secret_key, public_key = fold_in_name(key, "secret"), fold_in_name(key, "public")
@@ -132,9 +140,11 @@ def make_federation(
         return ServerState(
             params=params,
             optimizer_state=aggregator.init(params),
-            transform_state=transform.init(secret_key, whole_proxy(params, sites)),
+            transform_state=transform.init(secret_key, whole_proxy(keep(params, sent), sites)),
             attackers={
-                f"attacker_{count}": make_attacker(attacker_key, population, count, params, sites)
+                f"attacker_{count}": make_attacker(
+                    attacker_key, population, count, keep(params, sent), sites
+                )
                 for count in attackers
             },
             round=jnp.int32(0),
@@ -143,7 +153,7 @@ def make_federation(
         )
 
     def prepare(state: ServerState) -> Proxy:
-        whole = whole_proxy(state.params, sites)
+        whole = whole_proxy(keep(state.params, sent), sites)
         return dequantize_proxy(transform.prepare(state.transform_state, whole))
 
     def cohort_of(state: ServerState) -> Array:
@@ -161,7 +171,7 @@ def make_federation(
     def step(context: _Context, client: Array, index: Array, training: Training) -> Training:
         client_id = context.ids[client]
         key = jax.random.fold_in(context.training_key, client_id)
-        return update.step(key, context.data, client_id, index, training)
+        return update.step(key, context.data, client_id, index, training, context.shared)
 
     def finish(context: _Context, client: Array, training: Training) -> dict[str, Any]:
         rows = context.data.rows(context.ids[client])
@@ -183,7 +193,9 @@ def make_federation(
         rows = data.rows(ids)
         weights = aggregator.weigh(rows)
         training_key = jax.random.fold_in(state.public_key, state.round)
-        context = _Context(prepared, data, ids, visible, scale, weights, training_key)
+        computed_with = fill(prepared.params, public(state.params))
+        shared = update.shared(dataclasses.replace(prepared, params=computed_with, visible=visible))
+        context = _Context(prepared, shared, data, ids, visible, scale, weights, training_key)
         total = sum_over_clients(
             ClientWork(start, step, finish), context, update.step_count(rows), client_axis
         )
@@ -194,6 +206,7 @@ def make_federation(
             weights,
             visible,
             prepared.visible,
+            prepared.params,
         )
         attackers = {
             name: update_attacker(
@@ -218,8 +231,11 @@ def make_federation(
         return jax.random.split(key, proxy_samples)
 
     def evaluate(state: ServerState, rows: Batch) -> dict[str, Array]:
+        def evaluate_whole(params: Params, rows: Batch) -> dict[str, Array]:
+            return evaluator(fill(params, public(state.params)), rows)
+
         return evaluate_views(
-            evaluator,
+            evaluate_whole,
             rows,
             state.params,
             prepare(state),

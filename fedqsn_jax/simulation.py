@@ -24,6 +24,7 @@ from fedqsn_jax.cohort import ClientAxis
 from fedqsn_jax.config import Config, ConfigError, ServerConfig, TrainingConfig
 from fedqsn_jax.data.federated import ClientData, FederatedData, single_client
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
+from fedqsn_jax.lora import Lora, configured_adapters
 from fedqsn_jax.masking import Sites, embedding_rules, find_sites
 from fedqsn_jax.memory import client_bytes, device_bytes, tree_bytes
 from fedqsn_jax.metrics import make_evaluator
@@ -42,7 +43,8 @@ from fedqsn_jax.rounds import (
 )
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.traffic import Traffic, measure_traffic
-from fedqsn_jax.types import ApplyFn, Array, Batch, Params
+from fedqsn_jax.trainable import Selection, drop, keep, select_trained
+from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
 
 Entry = dict[str, Any]
 """One evaluated round: what becomes a line of metrics.jsonl."""
@@ -53,10 +55,14 @@ class Simulation(NamedTuple):
 
     Attributes:
       config: Its settings.
-      federation: Its pure functions.
+      federation: Its pure functions; its ``init`` takes the plain model's parameters, and adds
+        adapters.
       algorithm: What clients receive.
       aggregator: What becomes of the deltas.
-      sites: The model's mask sites.
+      sites: The mask sites, those of adapters included.
+      lora: The adapters, or None.
+      trained: The tensors that are trained.
+      sent: The tensors that travel to clients.
       traffic: The lengths of payloads.
       choice: How the client axis is run, and why.
       memory: Estimated bytes on a device during a round, by purpose.
@@ -69,11 +75,18 @@ class Simulation(NamedTuple):
     algorithm: Algorithm
     aggregator: Aggregator
     sites: Sites
+    lora: Lora | None
+    trained: Selection
+    sent: Selection
     traffic: Traffic
     choice: Choice
     memory: dict[str, int]
     task: Task
     run: Callable[..., Any]
+
+    def merged(self, params: Params) -> Params:
+        """Returns the plain model's parameters: adapters are merged into their matrices."""
+        return params if self.lora is None else self.lora.merge(params)
 
 
 def make_simulation(
@@ -90,7 +103,7 @@ def make_simulation(
       config: The settings; ``data``, ``model`` and ``checkpoint`` play no part.
       apply_fn: The model.
       task: What it is for.
-      params: Its parameters, or their shapes.
+      params: Its parameters, or their shapes, without adapters.
       data: The population; of its rows only their numbers, shapes and dtypes matter.
       client_apply: The model as clients train it; by default ``apply_fn`` in
         ``client.compute_dtype``.
@@ -122,8 +135,21 @@ def make_simulation(
         config.p2,
         config.sampling,  # type: ignore[arg-type]
     )
-    optimizer = local_optimizer(config.client)
+    plain, lora = params, configured_adapters(config, params)
     local_apply = client_apply or in_compute_dtype(apply_fn, config.client.compute_dtype)
+    public = algorithm.adapters_only or config.lora.public_base
+    if lora is not None:
+        # Products are made in float32, whatever the model computes in.
+        apply_fn, local_apply = lora.adapt(apply_fn), lora.adapt(local_apply)
+        params = jax.eval_shape(lora.add, jax.random.key(0), params)
+        flat = algorithm.adapters_only
+        sites = lora.sites(sites, quantize=config.lora.quantize or flat, public=public, flat=flat)
+    try:
+        trained = select_trained(params, config.client.trained or ("lora" if lora else "all",))
+    except ValueError as error:
+        raise ConfigError(f"client.trained: {error}") from error
+    sent = trained if public else None
+    optimizer = local_optimizer(config.client)
     update = make_client_update(
         local_apply,
         task,
@@ -131,15 +157,19 @@ def make_simulation(
         config.client.batch_size,
         steps=config.client.steps,
         epochs=config.client.epochs,
+        trained=trained,
     )
     aggregator = make_aggregator(
         sites,
-        _server_optimizer(config.server),
+        server_optimizer(config.server, config.rounds),
         weighting=config.server.weighting,  # type: ignore[arg-type]
         normalize=config.server.normalize,  # type: ignore[arg-type]
+        rule=config.server.rule,  # type: ignore[arg-type]
+        trained=trained,
     )
     federation_of = functools.partial(
-        make_federation,
+        _make_federation,
+        lora,
         algorithm.transform,
         update,
         aggregator,
@@ -150,10 +180,19 @@ def make_simulation(
         proxy_samples=config.evaluation.proxy_samples,
         attackers=config.evaluation.attackers,
         score=task.score,
+        sent=sent,
+    )
+    traffic = measure_traffic(
+        algorithm.transform, params, sites, sent=sent, trained=trained, plain=plain
     )
     batch = _batch_shapes(data, config.client.batch_size)
-    a_client = client_bytes(local_apply, task, optimizer, params, batch)
-    fixed = _fixed_memory(federation_of(client_axis=ClientAxis()), params, sites, config, data)
+    a_client = client_bytes(local_apply, task, optimizer, params, batch, trained)
+    a_client += _own_copies(params, sites, lora, trained, traffic)
+    fixed = {
+        "dequantized proxy of the round": 4 * _entries(keep(params, sent)),
+        "sum of deltas": 4 * _entries(keep(params, trained)),
+        **_fixed_memory(federation_of(client_axis=ClientAxis()), plain, sites, config, data),
+    }
     steps = update.step_count(data.rows(_some_clients(population)))
     workload = Workload(
         steps=np.asarray(steps),
@@ -166,17 +205,57 @@ def make_simulation(
     at_once, refills = choice.axis.chunk_size, choice.axis.refills
     memory = {**fixed, f"training of {at_once} client(s) at once": at_once * a_client}
     if at_once > 1:
-        memory["clients that come and go"] = refills * tree_bytes(params)
+        memory["clients that come and go"] = refills * tree_bytes(keep(params, trained))
     federation = federation_of(client_axis=choice.axis)
     run = make_rounds(
         federation,
         rounds_per_call=config.rounds_per_call,
         evaluate_every=config.evaluation.every,
     )
-    traffic = measure_traffic(algorithm.transform, params, sites)
     return Simulation(
-        config, federation, algorithm, aggregator, sites, traffic, choice, memory, task, run
+        config,
+        federation,
+        algorithm,
+        aggregator,
+        sites,
+        lora,
+        trained,
+        sent,
+        traffic,
+        choice,
+        memory,
+        task,
+        run,
     )
+
+
+def _make_federation(lora: Lora | None, *arguments: Any, **settings: Any) -> Federation:
+    """A federation that starts from the plain model's parameters."""
+    federation = make_federation(*arguments, **settings)
+    if lora is None:
+        return federation
+
+    def init(key: Key, params: Params) -> ServerState:
+        adapter_key = fold_in_name(fold_in_name(key, "secret"), "adapters")
+        return federation.init(key, lora.add(adapter_key, params))
+
+    return federation._replace(init=init)
+
+
+def _entries(params: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _own_copies(
+    params: Params, sites: Sites, lora: Lora | None, trained: Selection, traffic: Traffic
+) -> int:
+    """Bytes of what each client has of frozen tensors, and of its adapted matrices."""
+    masked = [site for site in sites if site.mask_path in traffic.down.per_column]
+    paths = frozenset(path for site in masked for path in (site.path, site.bias_path) if path)
+    adapters = lora.adapters if lora is not None else ()
+    # A merged matrix and its gradient.
+    merged = sum(8 * math.prod(adapter.matrix.shape) for adapter in adapters)
+    return tree_bytes(keep(drop(params, trained), paths)) + merged
 
 
 def _some_clients(population: int) -> Array:
@@ -195,12 +274,9 @@ def _fixed_memory(
 ) -> dict[str, int]:
     """What a device holds during a round whatever the chunk, bytes by purpose."""
     state = jax.eval_shape(federation.init, jax.random.key(0), params)
-    model = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    columns = sum(site.layers * site.columns for site in sites if site.hideable)
+    columns = sum(site.layers * site.columns for site in sites if site.draws)
     return {
         "server's state with attackers' copies": tree_bytes(state),
-        "dequantized proxy of the round": model,
-        "sum of deltas": model,
         "client masks": config.cohort.size * columns,
         **_rows_memory(federation, params, config, data),
     }
@@ -416,13 +492,17 @@ def local_optimizer(settings: TrainingConfig) -> ClientOptimizer:
     )
 
 
-def _server_optimizer(settings: ServerConfig) -> optax.GradientTransformation:
+def server_optimizer(settings: ServerConfig, rounds: int) -> optax.GradientTransformation:
+    """Returns the optimizer of the server; ``rounds`` is how many there are in all."""
+    rate: Any = settings.learning_rate
+    if settings.decay == "linear":
+        rate = optax.linear_schedule(settings.learning_rate, 0.0, max(rounds, 1))
     makers = {
-        "sgd": lambda: optax.sgd(settings.learning_rate, settings.momentum or None),
-        "adagrad": lambda: optax.adagrad(settings.learning_rate),
-        "adam": lambda: optax.adam(settings.learning_rate),
-        "yogi": lambda: optax.yogi(settings.learning_rate),
-        "lamb": lambda: optax.lamb(settings.learning_rate),
-        "adafactor": lambda: optax.adafactor(settings.learning_rate),
+        "sgd": lambda: optax.sgd(rate, settings.momentum or None),
+        "adagrad": lambda: optax.adagrad(rate),
+        "adam": lambda: optax.adam(rate),
+        "yogi": lambda: optax.yogi(rate),
+        "lamb": lambda: optax.lamb(rate),
+        "adafactor": lambda: optax.adafactor(rate),
     }
     return makers[settings.optimizer]()

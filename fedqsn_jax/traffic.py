@@ -11,6 +11,7 @@ import jax
 from fedqsn_jax import wire
 from fedqsn_jax.masking import Sites
 from fedqsn_jax.proxy import Proxy, ProxyTransform, whole_proxy
+from fedqsn_jax.trainable import Selection, keep
 from fedqsn_jax.types import Params
 
 
@@ -30,23 +31,35 @@ class Traffic(NamedTuple):
     fedavg_up: int
 
 
-def measure_traffic(transform: ProxyTransform, params: Params, sites: Sites) -> Traffic:
+def measure_traffic(
+    transform: ProxyTransform,
+    params: Params,
+    sites: Sites,
+    *,
+    sent: Selection = None,
+    trained: Selection = None,
+    plain: Params | None = None,
+) -> Traffic:
     """Derives a run's `Traffic` from shapes alone.
 
     Args:
       transform: Makes proxies.
       params: The parameters, or their shapes.
       sites: The mask sites.
+      sent: The tensors that travel down.
+      trained: Those of them whose updates travel up.
+      plain: The parameters that FedAvg would send, or their shapes; by default ``params``.
     """
 
     def make_proxy(key: jax.Array, params: Params) -> Proxy:
-        whole = whole_proxy(params, sites)
+        whole = whole_proxy(keep(params, sent), sites)
         state = transform.init(key, whole)
         return transform.apply(key, state, transform.prepare(state, whole))
 
     proxy = jax.eval_shape(make_proxy, jax.random.key(0), params)
-    whole = wire.Layout.of(jax.eval_shape(lambda params: whole_proxy(params, sites), params))
-    layout = wire.Layout.of(proxy)
+    plain = params if plain is None else plain
+    whole = wire.Layout.of(jax.eval_shape(lambda params: whole_proxy(params, ()), plain))
+    layout = wire.Layout.of(proxy, trained)
     return Traffic(
         down=wire.proxy_cost(layout),
         up=wire.update_cost(layout),

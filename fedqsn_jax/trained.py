@@ -1,12 +1,13 @@
 """A run's trained model, read back from its working directory."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from fedqsn_jax.checkpoint import Checkpoints, History
 from fedqsn_jax.config import Config
+from fedqsn_jax.lora import merge_configured
 from fedqsn_jax.models.pretrained import nested
 from fedqsn_jax.types import Params
 from fedqsn_jax.workdir import WorkDirectory
@@ -17,7 +18,8 @@ class Trained(NamedTuple):
 
     Attributes:
       config: The configuration of the run.
-      params: The hidden parameters, on the default device.
+      params: The hidden parameters, on the default device; adapters are merged into their
+        matrices.
       history: One entry an evaluated round, as in metrics.jsonl.
       round: The number of finished rounds.
     """
@@ -49,5 +51,5 @@ def load(workdir: Path | str, round: int | None = None) -> Trained:
     config = work.config()
     with Checkpoints(work.checkpoints, keep_latest=1, keep_best=0) as checkpoints:
         tensors, history, finished = checkpoints.read("params", round)
-    params: Any = nested(tensors)
-    return Trained(config, jax.device_put(params), history, finished)
+    params = merge_configured(config, jax.device_put(nested(tensors)))
+    return Trained(config, params, history, finished)

@@ -25,7 +25,7 @@ class Attacker:
     Attributes:
       members: int32 ``[colluders]``, their client ids.
       copy: The latest copy of every column and tensor that one of them has received, dequantized
-        and not scaled; zero where they have received nothing.
+        and not scaled; zero where they have received nothing. None for tensors that are public.
       known: bool ``[layers, columns]`` a site: the columns of which they have a copy.
     """
 
@@ -43,7 +43,7 @@ def make_attacker(
     """
     members = keyed_permutation(key, jnp.arange(colluders, dtype=jnp.int32), population)
     known = {
-        site.path: jnp.zeros((site.layers, site.columns), bool) for site in sites if site.hideable
+        site.path: jnp.zeros((site.layers, site.columns), bool) for site in sites if site.draws
     }
     return Attacker(members, jax.tree.map(jnp.zeros_like, params), known)
 

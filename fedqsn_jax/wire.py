@@ -9,6 +9,7 @@ numbers are little-endian::
   factors  for each scaled site 1/kappa, float32 (proxies only)
   tensors  in the order of their paths: the visible columns of kernels and biases, other tensors
            whole. A quantized column is its packed codes, padded to bytes; then come the scales.
+           Tensors that clients have already, and updates of frozen ones, are left out.
 
 So a payload's length is linear in the number of visible columns of each site, and is known once
 the bitmaps are read, before anything is allocated. Anything wrong with a payload is a ValueError.
@@ -28,6 +29,7 @@ import numpy as np
 from fedqsn_jax.masking import MaskSite, Sites, leaves_by_path
 from fedqsn_jax.proxy import Proxy, is_quantized
 from fedqsn_jax.quantization import Quantized, Quantizer, pack, packed_size, unpack
+from fedqsn_jax.trainable import Selection
 from fedqsn_jax.types import Columns, Params
 
 MAGIC = b"FQSN"
@@ -82,7 +84,8 @@ class Layout:
       masked: Paths of the sites that have hidden columns, ascending.
       scaled: Paths of the sites that have a factor, ascending.
       sites: All mask sites.
-      structure: The parameters' tree structure.
+      structure: The parameters' tree structure, with gaps where nothing travels.
+      trained: The tensors whose updates travel back; None is all of them.
     """
 
     tensors: tuple[TensorLayout, ...]
@@ -90,10 +93,16 @@ class Layout:
     scaled: tuple[str, ...]
     sites: Sites
     structure: Any
+    trained: Selection = None
 
     @classmethod
-    def of(cls, proxy: Proxy) -> "Layout":
-        """Reads the layout off a proxy, or off the shapes of one (``jax.eval_shape``)."""
+    def of(cls, proxy: Proxy, trained: Selection = None) -> "Layout":
+        """Reads the layout off a proxy, or off the shapes of one (``jax.eval_shape``).
+
+        Args:
+          proxy: The proxy.
+          trained: The tensors that clients train; None is all of them.
+        """
         kernels = {site.path: site for site in proxy.sites}
         biases = {site.bias_path: site for site in proxy.sites if site.bias_path}
         tensors = []
@@ -112,26 +121,42 @@ class Layout:
             tuple(sorted(proxy.scale)),
             proxy.sites,
             jax.tree.structure(proxy.params, is_leaf=is_quantized),
+            trained,
         )
 
     @property
     def fingerprint(self) -> bytes:
         """16 bytes that differ between models, sites, quantizers and sets of masked sites."""
+        return hashlib.blake2b(self._text.encode(), digest_size=16).digest()
+
+    @property
+    def update_fingerprint(self) -> bytes:
+        """Of updates: it differs between sets of trained tensors too."""
+        # Added only where there is any, as below.
+        trained = "" if self.trained is None else repr(sorted(self.trained))
+        return hashlib.blake2b((self._text + trained).encode(), digest_size=16).digest()
+
+    @property
+    def _text(self) -> str:
         text = repr((self.tensors, self.masked, self.scaled, self.sites))
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+        # Added only where there is any, so that other payloads are those of version 1.
+        followers = [(site.path, site.follows) for site in self.sites if site.follows]
+        return text + (repr(followers) if followers else "")
 
     @property
     def update_tensors(self) -> tuple[TensorLayout, ...]:
-        """How the tensors of an update travel: float32, nothing quantized."""
+        """How the tensors of an update travel: float32, nothing quantized, no frozen ones."""
         return tuple(
-            dataclasses.replace(tensor, dtype="float32", quantizer=None) for tensor in self.tensors
+            dataclasses.replace(tensor, dtype="float32", quantizer=None)
+            for tensor in self.tensors
+            if self.trained is None or tensor.path in self.trained
         )
 
-    @property
-    def masked_sites(self) -> tuple[MaskSite, ...]:
-        """The sites that have hidden columns, in the order of their bitmaps."""
+    def masked_sites(self, tensors: tuple[TensorLayout, ...]) -> tuple[MaskSite, ...]:
+        """The masked sites that any of the tensors belongs to, in the order of their bitmaps."""
         by_path = {site.path: site for site in self.sites}
-        return tuple(by_path[path] for path in self.masked)
+        needed = {tensor.site.mask_path for tensor in tensors if tensor.site is not None}
+        return tuple(by_path[path] for path in self.masked if path in needed)
 
 
 def encode_proxy(proxy: Proxy) -> bytes:
@@ -145,7 +170,7 @@ def encode_proxy(proxy: Proxy) -> bytes:
     _require_scales("a site's factor", factors)
     leaves = leaves_by_path(proxy.params, is_leaf=is_quantized)
     visible = {path: np.asarray(proxy.visible[path]) for path in layout.masked}
-    body = [*_encode_bitmaps(layout, visible), factors.tobytes()]
+    body = [*_encode_bitmaps(layout.masked_sites(layout.tensors), visible), factors.tobytes()]
     body += [_encode_tensor(t, leaves[t.path], visible) for t in layout.tensors]
     return _seal(_PROXY, layout, b"".join(body))
 
@@ -170,7 +195,8 @@ def encode_update(delta: Params, visible: Columns, layout: Layout) -> bytes:
     """Encodes a client's update: float32 values of visible columns, other tensors whole.
 
     Args:
-      delta: Arrays in the structure of the parameters; they travel as float32.
+      delta: Arrays in the structure of the parameters, with gaps for frozen ones; they travel as
+        float32.
       visible: The visible columns of the proxy that the client received.
       layout: The structure of that proxy.
 
@@ -182,17 +208,19 @@ def encode_update(delta: Params, visible: Columns, layout: Layout) -> bytes:
     if tuple(sorted(masks)) != layout.masked:
         raise ValueError(f"update: masks of {sorted(masks)}, expected {list(layout.masked)}")
     found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    expected = {tensor.path: tensor.shape for tensor in layout.tensors}
+    expected = {tensor.path: tensor.shape for tensor in layout.update_tensors}
     for path in sorted(name for name, _ in found.items() ^ expected.items()):
         shapes = [shape.get(path, "absent") for shape in (found, expected)]
         raise ValueError(f"update: shape of {path!r} is {shapes[0]}, expected {shapes[1]}")
-    body = _encode_bitmaps(layout, masks)
+    body = _encode_bitmaps(layout.masked_sites(layout.update_tensors), masks)
     body += [_encode_tensor(t, leaves[t.path], masks) for t in layout.update_tensors]
     return _seal(_UPDATE, layout, b"".join(body))
 
 
 def decode_update(payload: bytes, layout: Layout) -> tuple[Params, Columns]:
     """Inverts `encode_update`; returns ``(delta, visible)``, the delta zero on hidden columns.
+
+    Of the masks there are those that a trained tensor has.
 
     Raises:
       ValueError: The payload is damaged, or of another version, kind or structure. Values that
@@ -232,13 +260,14 @@ def update_cost(layout: Layout) -> Cost:
 
 
 def _cost(layout: Layout, tensors: tuple[TensorLayout, ...]) -> Cost:
-    fixed = HEADER_SIZE + sum(_bitmap_size(site) for site in layout.masked_sites)
-    per_column = dict.fromkeys(layout.masked, 0)
+    masked = layout.masked_sites(tensors)
+    fixed = HEADER_SIZE + sum(_bitmap_size(site) for site in masked)
+    per_column = dict.fromkeys((site.path for site in masked), 0)
     for tensor in tensors:
         if tensor.site is None:
             fixed += tensor.column_bytes
-        elif tensor.site.path in per_column:
-            per_column[tensor.site.path] += tensor.column_bytes
+        elif tensor.site.mask_path in per_column:
+            per_column[tensor.site.mask_path] += tensor.column_bytes
         else:
             fixed += tensor.column_bytes * tensor.site.layers * tensor.site.columns
     return Cost(fixed, per_column)
@@ -248,9 +277,9 @@ def _bitmap_size(site: MaskSite) -> int:
     return packed_size(site.layers * site.columns, 1)
 
 
-def _encode_bitmaps(layout: Layout, visible: Mapping[str, np.ndarray]) -> list[bytes]:
+def _encode_bitmaps(sites: Sites, visible: Mapping[str, np.ndarray]) -> list[bytes]:
     bitmaps = []
-    for site in layout.masked_sites:
+    for site in sites:
         mask = visible[site.path]
         if mask.shape != (site.layers, site.columns) or mask.dtype != bool:
             raise ValueError(
@@ -265,7 +294,7 @@ def _encode_tensor(tensor: TensorLayout, leaf: Any, visible: Mapping[str, np.nda
     site = tensor.site
     if site is None:
         return np.asarray(leaf).astype(jnp.dtype(tensor.dtype)).tobytes()
-    seen = visible.get(site.path, np.ones((site.layers, site.columns), bool))
+    seen = visible.get(site.mask_path, np.ones((site.layers, site.columns), bool))
     if tensor.quantizer is not None:
         codes, scales = (_columns(np.asarray(x), seen) for x in (leaf.codes, leaf.scales))
         _require_scales(f"a scale of {tensor.path!r}", scales)
@@ -312,7 +341,7 @@ def _decode_tensor(tensor: TensorLayout, reader: _Reader) -> Any:
     site, dtype = tensor.site, jnp.dtype(tensor.dtype)
     if site is None:
         return np.frombuffer(reader.take(tensor.column_bytes), dtype).reshape(tensor.shape)
-    seen = reader.visible.get(site.path, np.ones((site.layers, site.columns), bool))
+    seen = reader.visible.get(site.mask_path, np.ones((site.layers, site.columns), bool))
     count = int(seen.sum())
 
     def read(entries: int, kind: Any) -> np.ndarray:
@@ -341,13 +370,19 @@ def _require_scales(what: str, values: np.ndarray) -> None:
 
 
 def _as_tree(layout: Layout, values: Mapping[str, Any]) -> Params:
-    paths = leaves_by_path(layout.structure.unflatten(range(len(values))))
-    return jax.tree.map(jnp.asarray, layout.structure.unflatten([values[path] for path in paths]))
+    paths = leaves_by_path(layout.structure.unflatten(range(layout.structure.num_leaves)))
+    # Updates of frozen tensors are gaps.
+    tree = layout.structure.unflatten([values.get(path) for path in paths])
+    return jax.tree.map(jnp.asarray, tree)
 
 
 def _seal(kind: int, layout: Layout, body: bytes) -> bytes:
-    prefix = _PREFIX.pack(MAGIC, VERSION, kind, 0, layout.fingerprint, len(body))
+    prefix = _PREFIX.pack(MAGIC, VERSION, kind, 0, _fingerprint(kind, layout), len(body))
     return prefix + _digest(prefix, body) + body
+
+
+def _fingerprint(kind: int, layout: Layout) -> bytes:
+    return layout.fingerprint if kind == _PROXY else layout.update_fingerprint
 
 
 def _digest(prefix: bytes, body: bytes | memoryview) -> bytes:
@@ -371,12 +406,13 @@ def _open(payload: bytes, kind: int, layout: Layout) -> _Reader:
     if found_kind != kind:
         names = {_PROXY: "a proxy", _UPDATE: "an update"}
         raise ValueError(f"payload: {names.get(found_kind, 'unknown')}, expected {names[kind]}")
-    if fingerprint != layout.fingerprint:
+    if fingerprint != _fingerprint(kind, layout):
         raise ValueError("payload: made for another model structure than the expected one")
     body = view[HEADER_SIZE:]
     if length != len(body):
         raise ValueError(f"payload: a body of {len(body)} bytes, expected {length} by its header")
-    visible, offset = _read_bitmaps(body, layout)
+    tensors = layout.tensors if kind == _PROXY else layout.update_tensors
+    visible, offset = _read_bitmaps(body, layout.masked_sites(tensors))
     counts = {path: int(mask.sum()) for path, mask in visible.items()}
     cost = proxy_cost(layout) if kind == _PROXY else update_cost(layout)
     expected = cost.of(counts) - HEADER_SIZE
@@ -387,9 +423,9 @@ def _open(payload: bytes, kind: int, layout: Layout) -> _Reader:
     return _Reader(body, visible, offset)
 
 
-def _read_bitmaps(body: memoryview, layout: Layout) -> tuple[dict[str, np.ndarray], int]:
+def _read_bitmaps(body: memoryview, sites: Sites) -> tuple[dict[str, np.ndarray], int]:
     visible, offset = {}, 0
-    for site in layout.masked_sites:
+    for site in sites:
         octets = body[offset : offset + _bitmap_size(site)]
         offset += _bitmap_size(site)
         bits = np.unpackbits(np.frombuffer(octets, np.uint8), bitorder="little")

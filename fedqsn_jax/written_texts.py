@@ -5,12 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from fedqsn_jax.placement import own_copy
 from fedqsn_jax.problem import Texts
 from fedqsn_jax.reporting.writers import write_json
 from fedqsn_jax.rounds import ServerState
 from fedqsn_jax.simulation import Simulation
 from fedqsn_jax.text_views import evaluate_text_views, view_params
+from fedqsn_jax.trainable import drop, fill
 
 
 def write_texts(
@@ -48,7 +51,11 @@ def write_texts(
         federation.proxy_keys(state)[: simulation.config.generation.proxy_samples],
         state.attackers,
     )
-    found = evaluate_text_views(texts.make_evaluator(on_prompts), views)
+    evaluate = texts.make_evaluator(on_prompts)
+    # What clients do not receive is public, and so in every view.
+    public = drop(state.params, simulation.sent)
+    as_model = jax.jit(lambda view: simulation.merged(fill(view, public)))
+    found = evaluate_text_views(lambda view: evaluate(as_model(view)), views)
     answers: list[dict[str, Any]] = [
         {
             "prompt": prompt,

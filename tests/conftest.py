@@ -92,7 +92,7 @@ def set_hidden() -> Callable[[Any, Sites, Any, float], Any]:
             for parent in parents:
                 node = node[parent]
             flat = node[name].reshape(site.layers, site.fan_in, site.columns)
-            hidden = ~np.asarray(visible.get(site.path, True))
+            hidden = ~np.asarray(visible.get(site.mask_path, True))
             for layer, column in np.argwhere(hidden) if hidden.ndim else ():
                 flat[layer, :, column] = value
                 if site.bias_path is not None:

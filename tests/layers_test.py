@@ -7,11 +7,12 @@ PACKAGE = Path(__file__).parent.parent / "fedqsn_jax"
 
 # Lowest first; a module may import those on lines above its own, and its own folder's.
 FLOORS = (
-    ("types",),
+    ("types", "patterns"),
     ("randomness", "config", "placement"),
     ("lifeline",),
     ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir", "processes"),
     ("client_optimizer", "generation", "masking", "text_scores"),
+    ("lora", "trainable"),
     ("memory",),
     ("metrics", "models", "data", "language_tasks"),
     ("cohort", "heads", "proxy", "text_evaluation"),

@@ -56,6 +56,18 @@ MISTAKES = {
     "no site": (["--config.site_rules=('*: none',)"], "no mask site found"),
     "private rows": (["--config.data.private_rows=5000"], "data.private_rows = 5000"),
     "absent data": (["--config.data.name=mnist", "--config.data.directory=nowhere"], "nowhere"),
+    "fedlpp without adapters": (
+        ["--config.algorithm=fedlpp"],
+        "algorithm = 'fedlpp' with lora.rank = 0: allowed is a rank of 1 or more",
+    ),
+    "adapters of nothing": (
+        ["--config.lora.rank=2", "--config.lora.matrices=('*/query/kernel',)"],
+        "lora.matrices: '*/query/kernel' fits no matrix; allowed are patterns of: hidden_0/kernel",
+    ),
+    "nothing to train": (
+        ["--config.client.trained=('norms',)"],
+        "client.trained: 'norms' names no tensor; allowed are all, lora, biases, norms, head",
+    ),
     "natural digits": (["--config.data.partition=natural"], "data.partition = 'natural'"),
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fedqsn_jax import algorithms, proxy
+from fedqsn_jax.lora import find_adapters
 from fedqsn_jax.masking import find_sites, leaves_by_path
 from fedqsn_jax.proxy import (
     chain,
@@ -57,6 +58,7 @@ TRANSFORMS = {
     "fedsn": (algorithms.fedsn(0.4, 0.3).transform, 0.4, 0.3, "bernoulli"),
     "fedq": (algorithms.fedq(NF2).transform, 0, 0, ""),
     "fedqsn": (algorithms.fedqsn(NF4, 0.4, 0.3).transform, 0.4, 0.3, "bernoulli"),
+    "fedlpp": (algorithms.fedlpp(NF2).transform, 0, 0, ""),
     "fedqsn_fixed": (
         algorithms.fedqsn(NF2, 0.4, 0.3, "fixed_count").transform,
         0.4,
@@ -71,8 +73,18 @@ def make_params():
     shapes = {
         "embed": {"embedding": (6, 5)},
         "head": {"kernel": (5, 3), "bias": (3,)},
-        "query": {"kernel": (5, 2, 3), "bias": (2, 3)},
-        "stack": {"kernel": (2, 5, 4), "bias": (2, 4)},
+        "query": {
+            "kernel": (5, 2, 3),
+            "bias": (2, 3),
+            "kernel_lora_a": (5, 2),
+            "kernel_lora_b": (2, 2, 3),
+        },
+        "stack": {
+            "kernel": (2, 5, 4),
+            "bias": (2, 4),
+            "kernel_lora_a": (2, 5, 2),
+            "kernel_lora_b": (2, 2, 4),
+        },
     }
     return jax.tree.map(
         lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
@@ -81,8 +93,18 @@ def make_params():
     )
 
 
+def make_sites():
+    """The plain model's, and of two adapters: one that is quantized, one that is not."""
+    sites = find_sites(PARAMS, RULES)
+    query, stack = (
+        find_adapters(PARAMS, RULES, (f"{name}/kernel",), 2, 2.0) for name in ("query", "stack")
+    )
+    sites = query.sites(sites, quantize=False, public=False)
+    return stack.sites(sites, quantize=True, public=False)
+
+
 PARAMS = make_params()
-SITES = find_sites(PARAMS, RULES)
+SITES = make_sites()
 ORIGINALS = jax.device_get(leaves_by_path(PARAMS))
 
 
@@ -128,9 +150,9 @@ def check_zero_where_hidden(one):
     biases = {site.bias_path: site for site in SITES if site.bias_path}
     for path, leaf in leaves_by_path(one.params, is_leaf=is_quantized).items():
         site = sites.get(path) or biases.get(path)
-        if site is None or site.path not in one.visible:
+        if site is None or site.mask_path not in one.visible:
             continue
-        for layer, column in np.argwhere(~np.asarray(one.visible[site.path])):
+        for layer, column in np.argwhere(~np.asarray(one.visible[site.mask_path])):
             if isinstance(leaf, Quantized):
                 assert not np.asarray(leaf.codes)[layer, :, column].any()
                 assert not np.asarray(leaf.scales)[layer, :, column].any()
@@ -173,11 +195,12 @@ def check_values(one, quantized):
     for path, leaf in leaves_by_path(one.params, is_leaf=is_quantized).items():
         original = ORIGINALS[path]
         site = next((site for site in SITES if path in (site.path, site.bias_path)), None)
-        assert isinstance(leaf, Quantized) == (quantized and site is not None and path == site.path)
+        expected = quantized and site is not None and path == site.path and site.quantized
+        assert isinstance(leaf, Quantized) == expected
         if site is None:
             np.testing.assert_array_equal(leaf, original)
             continue
-        visible = one.visible.get(site.path, np.ones((site.layers, site.columns), bool))
+        visible = one.visible.get(site.mask_path, np.ones((site.layers, site.columns), bool))
         if isinstance(leaf, Quantized):
             expected = whole_codes(leaf.quantizer, path)
             pairs = [(leaf.codes, expected.codes), (leaf.scales, expected.scales)]
@@ -349,5 +372,6 @@ def test_make_algorithm_takes_what_it_uses():
         0.4, 0.3, "fixed_count"
     )
     assert algorithms.make_algorithm("fedqsn", *settings) == algorithms.fedqsn(*settings)
-    with pytest.raises(ValueError, match="'nothing': allowed are fedavg, fedsn, fedq, fedqsn"):
+    assert algorithms.make_algorithm("fedlpp", *settings) == algorithms.fedlpp(NF4)
+    with pytest.raises(ValueError, match="'nothing': allowed are fedavg, fedsn, fedq, fedqsn, fed"):
         algorithms.make_algorithm("nothing", *settings)

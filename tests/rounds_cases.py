@@ -38,15 +38,23 @@ def federate(
     attackers=(1, 4),
     batch_size=4,
     epochs=2,
+    trained=None,
+    sent=None,
+    rule="delta",
 ):
     task = classification()
     update = make_client_update(
-        model.apply_fn, task, unscheduled(client or optax.sgd(0.2)), batch_size, epochs=epochs
+        model.apply_fn,
+        task,
+        unscheduled(client or optax.sgd(0.2)),
+        batch_size,
+        epochs=epochs,
+        trained=trained,
     )
     return make_federation(
         algorithm.transform,
         update,
-        make_aggregator(model.sites, server or optax.sgd(1.0)),
+        make_aggregator(model.sites, server or optax.sgd(1.0), rule=rule, trained=trained),
         make_evaluator(model.apply_fn, task, 16),
         model.sites,
         population=POPULATION,
@@ -55,6 +63,7 @@ def federate(
         proxy_samples=3,
         attackers=attackers,
         score=task.score,
+        sent=sent,
     )
 
 

@@ -57,5 +57,5 @@ def test_wire_imports_nothing_that_holds_secrets():
         name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
     }
     own = {name for name in imported if name.startswith("fedqsn_jax")}
-    allowed = ("masking", "proxy", "quantization", "types")
+    allowed = ("masking", "proxy", "quantization", "trainable", "types")
     assert own == {f"fedqsn_jax.{name}" for name in allowed}

@@ -4,7 +4,7 @@
   python tests/figures/views.py --of=sst2_minilm --seeds=3 --out=figures.json \\
     --config.data.train=tsv:sst2/train.tsv --config.data.test=tsv:sst2/test.tsv
 
-Runs configs/digits.py or configs/sst2_minilm.py with several settings, evaluating at the start and
+``--of="sst2_minilm lora"`` trains adapters only. Runs the configuration with several settings, evaluating at the start and
 the last round only, and prints means with 95% confidence intervals (Student's t).
 """
 
@@ -37,7 +37,14 @@ SST2 = {
     "fedqsn p=.3, all": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3"],
     "fedqsn p=.1, all, 2 bits": ["fedqsn", "--config.bits=2"],
 }
-SETTINGS = {"digits": DIGITS, "sst2_minilm": SST2}
+_ADAPTERS = ["--config.lora.rank=8", "--config.client.learning_rate=0.001"]
+LORA = {
+    "fedavg, public base": ["fedavg", "--config.lora.public_base=True", *_ADAPTERS],
+    "fedlpp": ["fedlpp", *_ADAPTERS],
+    "fedqsn p=.1, all": ["fedqsn", *_ADAPTERS],
+    "fedqsn p=.3, all": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3", *_ADAPTERS],
+}
+SETTINGS = {"digits": DIGITS, "sst2_minilm": SST2, "sst2_minilm lora": LORA}
 
 
 def last_metrics(config: Config, seeds: int) -> list[dict[str, float]]:
@@ -84,7 +91,7 @@ def main() -> None:
     for name in options.only or settings:
         algorithm, *own = settings[name]
         overrides_of_all = ["--config.evaluation.every=1000", *own, *overrides]
-        config = read_config(f"configs/{options.of}.py:{algorithm}", overrides_of_all)
+        config = read_config(f"configs/{options.of.split()[0]}.py:{algorithm}", overrides_of_all)
         results = last_metrics(config, options.seeds)
         views = [key for key in results[0] if key.endswith("/accuracy")]
         table[name] = {view: interval([result[view] for result in results]) for view in views}

@@ -1,0 +1,269 @@
+"""Whole rounds that train adapters: under masks, and FedLPP's on a public base."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from conftest import Model
+from rounds_cases import (
+    FEDQSN,
+    KEY,
+    POPULATION,
+    TRANSFORM,
+    cohort_of,
+    double,
+    fast,
+    federate,
+    octets,
+)
+
+from fedqsn_jax.aggregation import make_aggregator
+from fedqsn_jax.algorithms import fedlpp
+from fedqsn_jax.config import ServerConfig
+from fedqsn_jax.lora import find_adapters
+from fedqsn_jax.masking import leaves_by_path
+from fedqsn_jax.proxy import whole_proxy
+from fedqsn_jax.quantization import NormalFloat
+from fedqsn_jax.simulation import server_optimizer
+from fedqsn_jax.traffic import measure_traffic
+from fedqsn_jax.trainable import drop, keep, select_trained
+from fedqsn_jax.views import attacker_params
+from fedqsn_jax.wire import Layout, decode_proxy, encode_proxy
+
+RANK = 3
+NAMES = ("hidden_0", "hidden_1")
+
+
+@pytest.fixture(scope="module")
+def adapted(model):
+    """The tests' model with adapters that have been trained before, and a factor of 2."""
+    lora = find_adapters(model.params, (), (), RANK, 2.0 * RANK)
+    params = lora.add(KEY, model.params)
+    rng = np.random.default_rng(3)
+    for name in NAMES:
+        shape = params[name]["kernel_lora_b"].shape
+        params[name]["kernel_lora_b"] = jnp.asarray(rng.normal(0, 0.1, shape), jnp.float32)
+    make_sites = functools.partial(lora.sites, model.sites)
+    return lora.adapt(model.apply_fn), params, make_sites
+
+
+@pytest.fixture(scope="module")
+def trained(adapted):
+    return select_trained(adapted[1], ("lora",))
+
+
+def test_a_run_with_adapters_does_not_depend_on_hidden_values(adapted, trained, data, set_hidden):
+    """Change them, in W and B, even to NaN: they stay, and nothing else changes a byte."""
+    apply_fn, params, make_sites = adapted
+    model = Model(apply_fn, params, make_sites(quantize=True, public=False))
+    server = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
+    federation = federate(model, FEDQSN, trained=trained, server=server)
+    init, run, evaluate = map(fast, (federation.init, federation.round, federation.evaluate))
+    visible = TRANSFORM.prepare(
+        init(KEY, params).transform_state, whole_proxy(params, model.sites)
+    ).visible
+    assert set(visible) == {"hidden_0/kernel", "hidden_1/kernel"}
+    results = []
+    for value in (np.nan, -2.0):
+        start = set_hidden(params, model.sites, visible, value)
+        state, facts = init(KEY, start), []
+        for _ in range(2):
+            state, round_facts = run(state, data)
+            facts.append(round_facts)
+        for path, leaf in leaves_by_path(start).items():
+            before, after = np.asarray(leaf), np.asarray(leaves_by_path(state.params)[path])
+            if path not in trained:
+                assert after.tobytes() == before.tobytes()
+                continue
+            seen = np.ones(leaf.shape, bool)
+            if path.endswith("_b"):
+                seen &= np.asarray(visible[path.removesuffix("_lora_b")])
+                assert not seen.all()
+            assert after[~seen].tobytes() == before[~seen].tobytes()
+            assert (after[seen] != before[seen]).any()
+            assert np.isfinite(after[seen]).all()
+        metrics = evaluate(state, data.examples)
+        views = [metrics.pop(f"global/{name}") for name in ("loss", "accuracy")]
+        assert np.isnan(views[0]) == np.isnan(value)
+        state = state.replace(params=set_hidden(state.params, model.sites, visible, 0.0))
+        results.append(octets((state, facts, metrics)))
+    assert results[0] == results[1]
+
+    # Colluders have those columns of B that they have of W.
+    attacker = state.attackers["attacker_4"]
+    assert set(attacker.known) == set(visible)
+    for name in NAMES:
+        known = np.asarray(attacker.known[f"{name}/kernel"])[0]
+        copy = attacker.copy[name]
+        for tensor in ("kernel", "kernel_lora_b"):
+            assert not np.asarray(copy[tensor])[:, ~known].any()
+            assert np.asarray(copy[tensor])[:, known].any()
+        scaled = attacker_params(attacker, model.sites)[name]["kernel_lora_b"]
+        expected = np.asarray(copy["kernel_lora_b"]) * known.size / known.sum()
+        np.testing.assert_allclose(scaled, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_what_is_sent_of_adapters_is_what_is_simulated(adapted, quantize, set_hidden):
+    """To the byte, in the expected length; and a client's hidden columns leave no trace."""
+    _, params, make_sites = adapted
+    sites = make_sites(quantize=quantize, public=False)
+
+    @fast
+    def receive(params):
+        whole = whole_proxy(params, sites)
+        state = TRANSFORM.init(KEY, whole)
+        return TRANSFORM.apply(KEY, state, TRANSFORM.prepare(state, whole))
+
+    proxy = receive(params)
+    payload = encode_proxy(proxy)
+    counts = {path: int(np.asarray(seen).sum()) for path, seen in proxy.visible.items()}
+    assert len(payload) == measure_traffic(TRANSFORM, params, sites).down.of(counts)
+    decoded = decode_proxy(payload, Layout.of(proxy))
+    assert octets(decoded) == octets(proxy)
+    assert jax.tree.structure(decoded) == jax.tree.structure(proxy)
+    changed = set_hidden(params, sites, proxy.visible, np.nan)
+    assert encode_proxy(receive(changed)) == payload
+
+
+# FedLPP.
+
+NF2 = NormalFloat(2, 4)
+
+
+def numpy_normal_float(values, quantizer):
+    """Nearest level times the scale of its block; blocks run through the flattened tensor."""
+    flat = np.asarray(values, np.float32).reshape(-1)
+    levels = np.asarray(quantizer.levels)
+    out = np.zeros(flat.shape)
+    for start in range(0, len(flat), quantizer.block_size):
+        block = flat[start : start + quantizer.block_size]
+        scale = float(np.abs(block).max().astype(ml_dtypes.bfloat16))
+        if scale:
+            nearest = np.abs(block[:, None] / scale - levels[None]).argmin(axis=1)
+            out[start : start + len(block)] = levels[nearest] * scale
+    return out.reshape(np.shape(values))
+
+
+def numpy_fedlpp(loss_and_gradient, params, data, ids, rate, epochs, server_rate):
+    """One round of full-batch SGD on A and B alone; the model computes with ``W + 2 A B``."""
+    params = double(params)
+    tensors = [(name, f"kernel_lora_{letter}") for name in NAMES for letter in "ab"]
+    sent = {key: numpy_normal_float(params[key[0]][key[1]], NF2) for key in tensors}
+    x, labels = np.asarray(data.examples["x"], np.float64), np.asarray(data.examples["label"])
+    offsets = np.asarray(data.offsets)
+    total, rows = dict.fromkeys(tensors, 0.0), 0
+    for client in ids:
+        mine = slice(offsets[client], offsets[client + 1])
+        count = mine.stop - mine.start
+        rows += count
+        theta = dict(sent)
+        for _ in range(epochs if count else 0):
+            plain = {name: dict(layer) for name, layer in params.items()}
+            for name in NAMES:
+                product = theta[name, "kernel_lora_a"] @ theta[name, "kernel_lora_b"]
+                plain[name] = {"kernel": params[name]["kernel"] + 2 * product}
+                plain[name]["bias"] = params[name]["bias"]
+            _, gradient = loss_and_gradient(plain, x[mine], labels[mine])
+            for name in NAMES:
+                a, b, g = (
+                    theta[name, "kernel_lora_a"],
+                    theta[name, "kernel_lora_b"],
+                    gradient[name]["kernel"],
+                )
+                theta[name, "kernel_lora_a"] = a - rate * 2 * g @ b.T
+                theta[name, "kernel_lora_b"] = b - rate * 2 * a.T @ g
+        total = {key: total[key] + count * theta[key] for key in tensors}
+    new = {}
+    for key in tensors:
+        move = server_rate * (total[key] / rows - sent[key])
+        new["/".join(key)] = params[key[0]][key[1]] + move
+    return new, sent
+
+
+def test_fedlpp_is_numpys(adapted, trained, data, numpy_loss_and_gradient):
+    """The server's adapters move by ``r (mean of returned - Q(sent))``."""
+    apply_fn, params, make_sites = adapted
+    algorithm = fedlpp(NF2)
+    model = Model(apply_fn, params, make_sites(quantize=True, public=True, flat=True))
+    federation = federate(
+        model,
+        algorithm,
+        batch_size=16,
+        attackers=(POPULATION,),
+        trained=trained,
+        sent=trained,
+        server=optax.sgd(0.5),
+    )
+    state = federation.init(KEY, params)
+    assert set(leaves_by_path(state.attackers[f"attacker_{POPULATION}"].copy)) == trained
+    ids = cohort_of(state)
+    after, facts = fast(federation.round)(state, data)
+    assert set(facts) == {"train/loss"}
+    expected, sent = numpy_fedlpp(numpy_loss_and_gradient, params, data, ids, 0.2, 2, 0.5)
+    for path, leaf in leaves_by_path(after.params).items():
+        if path in trained:
+            np.testing.assert_allclose(leaf, expected[path], rtol=1e-4, atol=1e-5)
+        else:
+            assert octets(leaf) == octets(leaves_by_path(params)[path])
+    # What travels is the quantized adapters, and what colluders have is that.
+    whole = whole_proxy(keep(params, trained), model.sites)
+    prepared = fast(algorithm.transform.prepare)(state.transform_state, whole)
+    payload = encode_proxy(prepared)
+    entries = {path: leaf.size for path, leaf in leaves_by_path(keep(params, trained)).items()}
+    codes = sum(-(-2 * size // 8) for size in entries.values())
+    scales = sum(2 * -(-size // 4) for size in entries.values())
+    assert len(payload) == 48 + codes + scales
+    layout = Layout.of(prepared, trained)
+    assert octets(decode_proxy(payload, layout)) == octets(prepared)
+    traffic = measure_traffic(
+        algorithm.transform, params, model.sites, sent=trained, trained=trained
+    )
+    assert traffic.down.of({}) == len(payload)
+    assert traffic.up.of({}) == 48 + 4 * sum(entries.values())
+    copy = leaves_by_path(after.attackers[f"attacker_{POPULATION}"].copy)
+    for (name, tensor), values in sent.items():
+        np.testing.assert_allclose(copy[f"{name}/{tensor}"], values, rtol=1e-5, atol=1e-7)
+    assert not set(leaves_by_path(drop(params, trained))) & set(copy)
+
+
+@pytest.mark.parametrize("rule", ["delta", "from_sent", "interpolate"])
+def test_rules_by_hand(rule, model):
+    """Where the server moves to, with hidden columns and ones that nobody saw left as they are."""
+    aggregator = make_aggregator(model.sites, optax.sgd(0.5), rule=rule)
+    rng = np.random.default_rng(5)
+    sent, total = (
+        jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), tree)
+        for tree in (model.params, model.params)
+    )
+    server = {"hidden_0/kernel": jnp.arange(10)[None] != 3}
+    seen = jnp.stack([jnp.arange(10)[None] > 4, jnp.arange(10)[None] > 5])
+    visible = {"hidden_0/kernel": seen & server["hidden_0/kernel"][None]}
+    finish = fast(aggregator.finish)
+    state, weights = aggregator.init(model.params), jnp.array([1.0, 3.0])
+    params, _ = finish(model.params, state, total, weights, visible, server, sent)
+    for path, leaf in leaves_by_path(params).items():
+        before, q, d = (leaves_by_path(tree)[path] for tree in (model.params, sent, total))
+        expected = {
+            "delta": before + 0.5 * d / 4,
+            "from_sent": q + 0.5 * d / 4,
+            "interpolate": 0.5 * before + 0.5 * (q + d / 4),
+        }[rule]
+        if path.startswith("hidden_0"):
+            expected = np.where(
+                (np.arange(10) > 4).reshape((1,) * (leaf.ndim - 1) + (10,)), expected, before
+            )
+        np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_authors_fourth_rule_lets_the_rate_fall_over_the_rounds():
+    optimizer = server_optimizer(ServerConfig(learning_rate=0.5, decay="linear"), rounds=4)
+    state, steps = optimizer.init(jnp.zeros(())), []
+    for _ in range(5):
+        step, state = optimizer.update(jnp.float32(-1), state)
+        steps.append(float(step))
+    np.testing.assert_allclose(steps, [0.5, 0.375, 0.25, 0.125, 0.0])
