@@ -4,8 +4,9 @@
   python tests/figures/views.py --of=sst2_minilm --seeds=3 --out=figures.json \\
     --config.data.train=tsv:sst2/train.tsv --config.data.test=tsv:sst2/test.tsv
 
-``--of="sst2_minilm lora"`` trains adapters only. Runs the configuration with several settings, evaluating at the start and
-the last round only, and prints means with 95% confidence intervals (Student's t).
+``--of="sst2_minilm lora"`` trains adapters only. Runs the configuration with several settings,
+evaluating at the start and the last round only, and prints means with 95% confidence intervals
+(Student's t).
 """
 
 import argparse
