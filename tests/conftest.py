@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import compilation_effort  # noqa: F401, first of all, as JAX reads what it sets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,10 +31,20 @@ class Model(NamedTuple):
 
 @pytest.fixture
 def quick_compilation() -> Iterator[None]:
-    """For tests of what programs are for, not of their last bits: XLA compiles with less effort."""
+    """For tests of what programs are for: quick also where the others have full optimization."""
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def full_optimization() -> Iterator[None]:
+    """For tests of last bits, which less effort may leave to chance: XLA optimizes as for users."""
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,11 @@ ROOT = Path(__file__).parent.parent
 def found(tmp_path_factory):
     """What `mesh_cases` finds in a process with four devices."""
     path = tmp_path_factory.mktemp("mesh") / "found.json"
+    flags = os.environ.get("XLA_FLAGS", "")
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4",
     }
     program = Path(__file__).with_name("mesh_cases.py")
     result = subprocess.run(

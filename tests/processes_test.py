@@ -17,6 +17,7 @@ from fedqsn_jax.config import ConfigError
 from fedqsn_jax.processes import Settings, read_settings
 
 ROOT = Path(__file__).parent.parent
+FLAGS = os.environ.get("XLA_FLAGS", "")
 RUN = [
     "--config=configs/digits.py",
     "--config.rounds_per_call=2",
@@ -35,7 +36,7 @@ def start(directory: Path, devices: int, *arguments: str) -> subprocess.Popen:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -22,6 +22,7 @@ def rounds(model, data, shared):
     federation, init, _, _ = shared
     run = make_rounds(federation, rounds_per_call=3, evaluate_every=2)
     # What is compiled when does not depend on how well.
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
 
     def call(state, stop, last=7):
@@ -30,7 +31,7 @@ def rounds(model, data, shared):
             return run(state, data, data.examples, stop, last)
 
     yield call, lambda: init(KEY, model.params), run
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def test_a_second_call_compiles_and_transfers_nothing(rounds):

@@ -55,6 +55,12 @@ def simulate(model, data):
     return make
 
 
+@pytest.fixture(scope="module")
+def simulations(data, simulate):
+    """Compiled once for several tests, by the first: with rows on the device and on the host."""
+    return {"device": simulate(data), "host": simulate(on_host(data))}
+
+
 def test_a_call_has_its_clients_rows(data):
     host = on_host(data)
     ids = np.array([[6, 1], [3, 6]])
@@ -83,7 +89,8 @@ def test_the_capacity_is_the_largest_calls(data):
     assert capacity_for(host, []) == Capacity(1, 1)
 
 
-def test_streamed_runs_are_resident_runs_bit_for_bit(data, model, simulate, monkeypatch):
+@pytest.mark.usefixtures("full_optimization")
+def test_streamed_runs_are_resident_runs_bit_for_bit(data, model, simulations, monkeypatch):
     host, runs = on_host(data), {}
     sent = []
 
@@ -93,7 +100,7 @@ def test_streamed_runs_are_resident_runs_bit_for_bit(data, model, simulate, monk
 
     monkeypatch.setattr("fedqsn_jax.simulation.stream", recorded)
     for name, rows in {"device": data, "host": host}.items():
-        simulation = simulate(rows)
+        simulation = simulations[name]
         calls = run_rounds(simulation, initial_state(simulation, model.params), rows, data.examples)
         runs[name] = [(after, octets(state), timeless(new)) for after, state, new in calls]
         # Of the first call's state and of the later ones' the placement may differ once.
@@ -109,9 +116,8 @@ def test_streamed_runs_are_resident_runs_bit_for_bit(data, model, simulate, monk
     assert estimate == 2 * sent[0].device_bytes
 
 
-def test_the_next_rows_are_sent_while_the_device_works(data, model, simulate, monkeypatch):
-    host = on_host(data)
-    simulation = simulate(host)
+def test_the_next_rows_are_sent_while_the_device_works(data, model, simulations, monkeypatch):
+    host, simulation = on_host(data), simulations["host"]
     events = []
     original = simulation.run
 
@@ -132,9 +138,8 @@ def test_the_next_rows_are_sent_while_the_device_works(data, model, simulate, mo
     assert events == ["send", "run", "send", 2, "run", "send", 4, "run", "send", 6, "run", 7]
 
 
-def test_a_resumed_run_streams_the_same(data, model, simulate):
-    host = on_host(data)
-    simulation = simulate(host)
+def test_a_resumed_run_streams_the_same(data, model, simulations):
+    host, simulation = on_host(data), simulations["host"]
     states = []
     for after, state, _ in run_rounds(
         simulation, initial_state(simulation, model.params), host, data.examples
@@ -148,8 +153,8 @@ def test_a_resumed_run_streams_the_same(data, model, simulate):
     assert simulation.run._cache_size() == 1
 
 
-def test_the_drawn_cohorts_are_the_rounds_own(data, model, simulate, monkeypatch):
-    federation = simulate(data).federation
+def test_the_drawn_cohorts_are_the_rounds_own(model, simulations, monkeypatch):
+    federation = simulations["device"].federation
     state = federation.init(jax.random.key(1), model.params)
     expected = [
         federation.cohort(dataclasses.replace(state, round=jnp.int32(index))).tolist()
@@ -182,6 +187,7 @@ def test_calls_that_do_not_fit_are_refused(data, simulate, monkeypatch):
         simulate(on_host(data))
 
 
+@pytest.mark.usefixtures("full_optimization")
 def test_ones_own_memory_mapped_arrays(data, model, tmp_path):
     """In files, in a dtype that the device does not have."""
     host = on_host(data)
