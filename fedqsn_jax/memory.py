@@ -9,8 +9,9 @@ A round keeps, on every device:
 - one sum of weighted deltas (float32): deltas are never stacked for a cohort;
 - for each client of the chunk its effective weights, a gradient, its optimizer's state (the
   parameters' dtypes) and what the backward pass saves of the forward pass; and the effective
-  weights of those that take others' places; of frozen tensors only its own masked ones, and with
-  adapters the matrices that they are merged into, and those' gradients;
+  weights of those that take others' places; of frozen tensors only its own masked ones, and the
+  matrices that adapters are merged into, with those' gradients (none, where dense layers take
+  adapters as they are);
 - the rows of the clients: all of them where they live on the device, otherwise those of two calls,
   the one that runs and the next.
 

@@ -25,6 +25,7 @@ from fedqsn_jax.config import Config, ConfigError, ServerConfig, TrainingConfig
 from fedqsn_jax.data.federated import ClientData, FederatedData, single_client
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
 from fedqsn_jax.lora import Lora, configured_adapters
+from fedqsn_jax.low_rank import adapt
 from fedqsn_jax.masking import Sites, embedding_rules, find_sites
 from fedqsn_jax.memory import client_bytes, device_bytes, tree_bytes
 from fedqsn_jax.metrics import make_evaluator
@@ -135,13 +136,14 @@ def make_simulation(
         config.p2,
         config.sampling,  # type: ignore[arg-type]
     )
-    plain, lora = params, configured_adapters(config, params)
+    plain, lora, merged = params, configured_adapters(config, params), None
+    batch = _batch_shapes(data, config.client.batch_size)
     local_apply = client_apply or in_compute_dtype(apply_fn, config.client.compute_dtype)
     public = algorithm.adapters_only or config.lora.public_base
     if lora is not None:
-        # Products are made in float32, whatever the model computes in.
-        apply_fn, local_apply = lora.adapt(apply_fn), lora.adapt(local_apply)
         params = jax.eval_shape(lora.add, jax.random.key(0), params)
+        apply_fn, _ = adapt(lora, apply_fn, params, batch)
+        local_apply, merged = adapt(lora, local_apply, params, batch)
         flat = algorithm.adapters_only
         sites = lora.sites(sites, quantize=config.lora.quantize or flat, public=public, flat=flat)
     try:
@@ -185,9 +187,8 @@ def make_simulation(
     traffic = measure_traffic(
         algorithm.transform, params, sites, sent=sent, trained=trained, plain=plain
     )
-    batch = _batch_shapes(data, config.client.batch_size)
     a_client = client_bytes(local_apply, task, optimizer, params, batch, trained)
-    a_client += _own_copies(params, sites, lora, trained, traffic)
+    a_client += _own_copies(params, sites, merged, trained, traffic)
     fixed = {
         "dequantized proxy of the round": 4 * _entries(keep(params, sent)),
         "sum of deltas": 4 * _entries(keep(params, trained)),
@@ -247,15 +248,15 @@ def _entries(params: Params) -> int:
 
 
 def _own_copies(
-    params: Params, sites: Sites, lora: Lora | None, trained: Selection, traffic: Traffic
+    params: Params, sites: Sites, merged: Lora | None, trained: Selection, traffic: Traffic
 ) -> int:
-    """Bytes of what each client has of frozen tensors, and of its adapted matrices."""
+    """Bytes of what each client has of frozen tensors, and of merged matrices."""
     masked = [site for site in sites if site.mask_path in traffic.down.per_column]
     paths = frozenset(path for site in masked for path in (site.path, site.bias_path) if path)
-    adapters = lora.adapters if lora is not None else ()
+    adapters = merged.adapters if merged is not None else ()
     # A merged matrix and its gradient.
-    merged = sum(8 * math.prod(adapter.matrix.shape) for adapter in adapters)
-    return tree_bytes(keep(drop(params, trained), paths)) + merged
+    matrices = sum(8 * math.prod(adapter.matrix.shape) for adapter in adapters)
+    return tree_bytes(keep(drop(params, trained), paths)) + matrices
 
 
 def _some_clients(population: int) -> Array:

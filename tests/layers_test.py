@@ -13,6 +13,7 @@ FLOORS = (
     ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir", "processes"),
     ("client_optimizer", "generation", "masking", "text_scores"),
     ("lora", "trainable"),
+    ("low_rank",),
     ("memory",),
     ("metrics", "models", "data", "language_tasks"),
     ("cohort", "heads", "proxy", "text_evaluation"),

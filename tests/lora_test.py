@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from language_cases import CONFIGS, batch_of, jit, random_params
 
 from fedqsn_jax.lora import find_adapters
+from fedqsn_jax.low_rank import adapt
 from fedqsn_jax.masking import draw_masks, find_sites, leaves_by_path
+from fedqsn_jax.models.adapters import linen_apply
 from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.proxy import (
     chain,
@@ -101,7 +104,7 @@ def test_every_hidden_matrix_of_a_language_model_is_adapted(name):
 
 
 def test_a_language_model_computes_with_the_merged_matrices():
-    """Logits of the adapted model are those of the plain one with NumPy's matrices."""
+    """Merged or not, logits are those of the plain model with NumPy's matrices."""
     model, params = make_language_model(CONFIGS["llama"]), random_params(CONFIGS["llama"])
     lora = find_adapters(params, (), ("*/query/kernel", "*/out/kernel"), RANK, ALPHA)
     adapted = random_like(jax.eval_shape(lora.add, KEY, params))
@@ -111,10 +114,17 @@ def test_a_language_model_computes_with_the_merged_matrices():
         attention[name] = {"kernel": attention[name]["kernel"] + ALPHA / RANK * product}
     by_hand = {**adapted, "layers": {**adapted["layers"], "attention": attention}}
     batch = batch_of()
-    logits = jit(lora.adapt(model.apply_fn))(adapted, batch, None)
-    np.testing.assert_allclose(
-        logits, jit(model.apply_fn)(by_hand, batch, None), rtol=1e-4, atol=1e-4
-    )
+    unmerged, merged = adapt(lora, model.apply_fn, adapted, batch)
+    assert merged.adapters == ()
+
+    @jit
+    def logits(adapted, by_hand):
+        functions = (lora.adapt(model.apply_fn), unmerged)
+        return model.apply_fn(by_hand, batch, None), *(f(adapted, batch, None) for f in functions)
+
+    expected, *found = logits(adapted, by_hand)
+    for one in found:
+        np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-4)
 
 
 # Under masks.
@@ -242,3 +252,51 @@ def test_mistakes_are_told():
     named = find_adapters({"kernel": module}, ("*: input column",), (), 2, 1.0)
     with pytest.raises(ValueError, match="must stand in a dictionary"):
         named.add(KEY, {"kernel": module})
+
+
+def test_dense_layers_need_no_merging():
+    """Scanned stacks, attention's axes and all: what they compute is as if merged."""
+    model, params = make_language_model(CONFIGS["t5"]), random_params(CONFIGS["t5"])
+    lora = find_adapters(params, (), (), RANK, 0.1)
+    adapted = random_like(jax.eval_shape(lora.add, KEY, params))
+    apply_fn, merged = adapt(lora, model.apply_fn, adapted, batch_of())
+    assert merged.adapters == ()
+
+    @jit
+    def both(params):
+        batch = batch_of()
+        return apply_fn(params, batch, None), model.apply_fn(lora.merge(params), batch, None)
+
+    one, other = both(adapted)
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+    plain = jit(model.apply_fn)(adapted, batch_of(), None)
+    assert np.abs(one - plain).max() > 0.01 * np.abs(other).max()
+
+
+class _Mixed(nn.Module):
+    """A convolution, a dense layer, one whose rule makes its rows the columns, and a product."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Conv(3, (2, 2), name="conv")(images).mean(axis=(1, 2))
+        x = nn.Dense(4, name="turned")(nn.tanh(nn.Dense(5, name="dense")(x)))
+        return x @ self.param("own", nn.initializers.ones, (4, 2))
+
+
+def test_what_is_no_dense_layer_is_merged():
+    module, images = _Mixed(), jnp.ones((2, 4, 4, 1))
+    shapes = jax.eval_shape(module.init, KEY, images)["params"]
+    rules = ("turned/kernel: column input", "own: input column")
+    lora = find_adapters(shapes, rules, (), RANK, ALPHA)
+    params = random_like(jax.eval_shape(lora.add, KEY, shapes))
+    batch = {"image": images}
+    apply_fn, merged = adapt(lora, linen_apply(module), params, batch)
+    assert [one.matrix.path for one in merged.adapters] == ["conv/kernel", "own", "turned/kernel"]
+    expected = jit(lambda params: linen_apply(module)(lora.merge(params), batch, None))(params)
+    found = jit(lambda params: apply_fn(params, batch, None))(params)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+    def no_module(params, batch, key):
+        return batch["image"].sum() * params["own"]
+
+    assert adapt(lora, no_module, params, batch)[1].adapters == lora.adapters
