@@ -53,10 +53,10 @@ def make_progress(
     """
     live = console.is_terminal and not console.is_dumb_terminal
     kind = _LiveProgress if live else _PlainProgress
-    return kind(console, score, _Pace(total, start, clock), clock)
+    return kind(console, score, Pace(total, start, clock), clock)
 
 
-class _Pace:
+class Pace:
     """Estimates rounds a second, and the time that is left.
 
     Rounds are reported in bursts, one for each compiled call, and the first burst includes the
@@ -74,6 +74,7 @@ class _Pace:
         self._bursts: tuple[tuple[float, int], ...] = ()
 
     def add(self, round: int) -> None:
+        """Tells that so many rounds are done."""
         self.done = round
         if round <= self._start:
             return
@@ -85,6 +86,7 @@ class _Pace:
 
     @property
     def elapsed(self) -> float:
+        """Seconds since the start."""
         return self._clock() - self._begun
 
     @property
@@ -118,7 +120,7 @@ class _Pace:
 class _PlainProgress:
     """One line for an evaluated round, at most one a second, and always the first and the last."""
 
-    def __init__(self, console: Console, score: str, pace: _Pace, clock: Clock) -> None:
+    def __init__(self, console: Console, score: str, pace: Pace, clock: Clock) -> None:
         self._console = console
         self._score = score
         self._pace = pace
@@ -177,7 +179,7 @@ class _PlainProgress:
 class _LiveProgress:
     """A bar and the latest scores, kept up to date at the bottom of the terminal."""
 
-    def __init__(self, console: Console, score: str, pace: _Pace, clock: Clock) -> None:
+    def __init__(self, console: Console, score: str, pace: Pace, clock: Clock) -> None:
         self._score = score
         self._pace = pace
         self._metrics: Metrics = {}
@@ -229,7 +231,7 @@ class _LiveProgress:
         return Group(bar, scores) if metrics else bar
 
 
-def _pace_text(pace: _Pace) -> tuple[str, str]:
+def _pace_text(pace: Pace) -> tuple[str, str]:
     rate, left = pace.rate, pace.left
     return (
         "-" if rate is None else f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
