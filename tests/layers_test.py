@@ -21,7 +21,9 @@ FLOORS = (
     ("simulation",),
     ("costs", "workloads"),
     ("experiment", "own_model", "benchmark", "export", "trained"),
+    ("sweeps",),
     ("main", "__init__"),
+    ("sweep",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -88,7 +88,7 @@ class SweepDisplay(Display):
           settings: What was measured; not empty.
         """
         score, attacker = score_of(settings), rival_view(settings, "attacker")
-        views = [view for view in ("global", "proxy", attacker)]
+        views = ("global", "proxy", attacker)
         fields = list(settings[0].settings)
         seeds = max(setting.seeds for setting in settings)
         start = settings[0].metrics[f"start/{score}"].mean
