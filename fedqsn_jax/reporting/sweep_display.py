@@ -93,7 +93,8 @@ class SweepDisplay(Display):
         seeds = max(setting.seeds for setting in settings)
         start = settings[0].metrics[f"start/{score}"].mean
         of_seeds = f"mean of {seeds} seeds with its 95% interval" if seeds > 1 else "one seed"
-        self.message(f"\n{score} at the end, {of_seeds}; before the first round {start:.3f}")
+        self.message(f"\n{score} at the end, {of_seeds}")
+        self.message(f"(global before the first round {start:.3f})")
         table = self._table()
         for field in fields:
             numbers = all(isinstance(each.settings[field], int | float | None) for each in settings)
