@@ -123,7 +123,7 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on(tmp_path, capsys, mon
     sweep_file(tmp_path, GRID)
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "4 points in 1 compiled programs, 2 of them finished before" in shown
+    assert "4 points, 2 of them finished before; 1 programs to compile" in shown
     assert "4/4  p1=0.3 seed=1  global" in shown
     assert "\x1b" not in shown
     assert files.records.read_text().startswith(before)

@@ -53,13 +53,13 @@ class SweepDisplay(Display):
         Args:
           points: Points of the sweep.
           missing: How many are not finished yet.
-          programs: Compiled programs that they take.
+          programs: Compiled programs that the missing ones take.
           repeated: Combinations that were left out because they are the same as others.
           directory: The sweep's.
         """
         self._say_repeated(repeated)
         done = f", {points - missing} of them finished before" if missing < points else ""
-        self.message(f"{points} points in {programs} compiled programs{done}; in {directory}")
+        self.message(f"{points} points{done}; {programs} programs to compile; in {directory}")
 
     def groups(self, groups: Sequence[tuple[int, str]], repeated: int = 0) -> None:
         """Shows how many points each compiled program has, and how their clients are run."""

@@ -16,22 +16,25 @@ from fedqsn_jax.sweeps.results import Record, SweepDirectory, identity, over_see
 
 
 def check(plan: Plan, directory: Path | None) -> list[tuple[list[Point], str]]:
-    """Makes sure that every point can be run; trains and writes nothing.
+    """Makes sure that every point that is left can be run; trains and writes nothing.
 
     Args:
       plan: The sweep.
       directory: Where, if that is known.
 
     Returns:
-      The points, program by program, each with how its clients are run.
+      The points that are left, program by program, each with how its clients are run.
 
     Raises:
       ConfigError: A point is not possible, or the directory does not serve this sweep.
     """
+    records: list[Record] = []
     if directory is not None:
-        SweepDirectory(directory).check(plan)
+        files = SweepDirectory(directory)
+        files.check(plan)
+        records = files.read()
     groups = []
-    for points in by_program(plan.points):
+    for points in by_program(_missing(plan, records)):
         experiment = _prepare(points[0])
         groups.append((points, experiment.simulation.choice.reason))
     return groups
@@ -55,8 +58,7 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
     files = SweepDirectory(directory)
     with files.claim(plan):
         records = files.read()
-        finished = {identity(each["settings"], each[SEED]) for each in records}
-        missing = [point for point in plan.points if _identity(point) not in finished]
+        missing = _missing(plan, records)
         display.start(len(plan.points), len(missing), len(groups), plan.repeated, str(directory))
         total = sum(point.config.rounds for point in plan.points)
         done = total - sum(point.config.rounds for point in missing)
@@ -148,8 +150,13 @@ def _report(
     display.written([files.table, files.points, files.attacker_picture, files.proxy_picture])
 
 
-def _identity(point: Point) -> str:
-    return identity(point.settings, point.config.seed)
+def _missing(plan: Plan, records: Sequence[Record]) -> list[Point]:
+    finished = {identity(each["settings"], each[SEED]) for each in records}
+    return [
+        point
+        for point in plan.points
+        if identity(point.settings, point.config.seed) not in finished
+    ]
 
 
 def _prepare(point: Point) -> Experiment:
