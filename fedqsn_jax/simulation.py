@@ -136,7 +136,7 @@ def make_simulation(
         algorithm = algorithm_of(config)
         aggregator = make_aggregator(
             sites,
-            _server_optimizer(config.server),
+            server_optimizer(config.server),
             weighting=config.server.weighting,  # type: ignore[arg-type]
             normalize=config.server.normalize,  # type: ignore[arg-type]
         )
@@ -451,7 +451,8 @@ def client_optimizer(settings: ClientConfig) -> ClientOptimizer:
     return unscheduled(makers[settings.optimizer]())
 
 
-def _server_optimizer(settings: ServerConfig) -> optax.GradientTransformation:
+def server_optimizer(settings: ServerConfig) -> optax.GradientTransformation:
+    """Returns the optimizer that folds deltas in."""
     makers = {
         "sgd": lambda: optax.sgd(settings.learning_rate, settings.momentum or None),
         "adagrad": lambda: optax.adagrad(settings.learning_rate),

@@ -7,6 +7,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from fedqsn_jax.command_line import read_config
+from fedqsn_jax.sweeps.grid import make_plan, read_grids
+from fedqsn_jax.sweeps.results import SweepDirectory, record_of
+
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
@@ -46,24 +50,28 @@ def test_the_quickstart_runs(executed, monkeypatch):
 
 
 def test_the_trade_off_runs(executed, monkeypatch, tmp_path):
+    """On a sweep that is finished, so that the notebook reads it and compiles nothing."""
     changes = [
         "--sweep.algorithm=['fedavg','fedqsn']",
         "--sweep.p1=0.2",
         "--sweep.p2=[0.0,0.4]",
         "--sweep.bits=4",
-        "--sweep.rounds=1",
-        "--sweep.evaluation.every=1",
-        "--config.rounds_per_call=1",
-        "--config.evaluation.proxy_samples=2",
-        "--config.model.hidden=(16,)",
-        "--config.pretraining.steps=5",
-        "--config.client.steps=1",
+        "--sweep.seed=[0,1]",
     ]
-    monkeypatch.setenv("FEDQSN_NOTEBOOK_SWEEP", str(tmp_path / "sweep"))
-    monkeypatch.setenv("FEDQSN_NOTEBOOK_CHANGES", " ".join([*changes, "--sweep.seed=[0,1]"]))
+    grids = read_grids("configs/sweeps/privacy_utility.py", changes)
+    plan = make_plan(read_config("configs/digits.py", []), grids)
+    files = SweepDirectory(tmp_path / "sweep")
+    with files.claim(plan):
+        for index, point in enumerate(plan.points):
+            scores = {"global": 0.9, "proxy": 0.8, "attacker_1": 0.7, "attacker_10": 0.7}
+            metrics = {f"{view}/accuracy": value + index / 64 for view, value in scores.items()}
+            metrics |= {"bytes/down_per_client": 1500.0, "start/accuracy": 0.5}
+            files.append([record_of(point, metrics)])
+    monkeypatch.setenv("FEDQSN_NOTEBOOK_SWEEP", str(files.path))
+    monkeypatch.setenv("FEDQSN_NOTEBOOK_CHANGES", " ".join(changes))
     shown = executed("trade_off.ipynb")
     assert pictures_in(shown) == 2
     text = text_of(shown)
     # FedAvg, and FedQSN with two values of p2.
     assert "3 settings, 2 seeds each; the attacker here is attacker_10/accuracy" in text
-    assert "algorithm=fedqsn p2=0.4" in text
+    assert "  0.200  -0.062      1.5  algorithm=fedqsn p1=0.2 p2=0.4" in text

@@ -5,9 +5,10 @@ from pathlib import Path
 CONFIG = [
     "--config=configs/digits.py",
     "--config.rounds_per_call=2",
+    "--config.evaluation.attackers=(2,)",
     "--config.evaluation.proxy_samples=2",
     "--config.evaluation.every=2",
-    "--config.pretraining.steps=5",
+    "--config.pretraining.steps=2",
     "--config.client.steps=1",
     "--config.cohort.size=3",
     "--config.model.hidden=(16,)",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 from sweep_cases import CONFIG, sweep_file
@@ -29,11 +30,11 @@ MISTAKES = {
     ),
     "a method that does not exist": ({"algorithm": ["fedavg", "fedfoo"]}, [], "'fedfoo'"),
     "a method that does not fit": (
-        {"model.name": ["mlp", "cnn"]},
+        {"model.name": ["cnn", "mlp"]},
         [],
         "model.name = 'cnn' does not fit data.name = 'digits'",
     ),
-    "sites that do not exist": ({"sites": ["all", "residual"]}, [], "no mask site found"),
+    "sites that do not exist": ({"sites": ["residual", "all"]}, [], "no mask site found"),
     "no rounds": (GRID, ["--config.rounds=0"], "rounds = 0: in a sweep allowed is 1 or more"),
     "set twice": (GRID, ["--config.p1=0.5"], "--config.p1: the sweep sets it; use --sweep.p1"),
     "unknown override": (GRID, ["--sweep.sede=1"], "unknown field sede; did you mean seed?"),
@@ -74,7 +75,7 @@ def test_the_default_sweep_has_64_settings_of_three_seeds(monkeypatch, tmp_path)
     assert len({str(point.settings) for point in plan.points}) == 64
     assert len(plan.points) == 3 * 64
     assert {point.config.rounds for point in plan.points} == {30}
-    assert len(run.by_program(plan.points)) == 8
+    assert len(run.by_program(plan.points)) == 4
     # An installed package has its own copy.
     carried = tmp_path / "carried" / "sweeps"
     carried.mkdir(parents=True)
@@ -91,19 +92,47 @@ def test_what_an_algorithm_does_not_use_is_not_swept_over():
     masked = [("fedqsn", p1, bits) for p1 in (0.1, 0.3) for bits in (2, 4)]
     assert settings == [("fedavg", 0.0, None), ("fedq", 0.0, 2), ("fedq", 0.0, 4), *masked]
     assert plan.repeated == 12 - 7
-    assert plan.points[0].config.p2 == 0.0
+    # FedAvg is FedSN without masks, and runs in its program.
+    config = plan.points[0].config
+    assert (config.algorithm, config.p1, config.p2) == ("fedsn", 0.0, 0.0)
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_an_interrupted_sweep_keeps_its_points_and_goes_on(tmp_path, capsys, monkeypatch):
+class FakeProgram:
+    """In place of a compiled program, which `sweep_program_test` and `notebook_test` run."""
+
+    def __init__(self, experiment):
+        self.simulation = experiment.simulation
+
+    def start(self, experiment):
+        return SimpleNamespace(score=0.5)
+
+    def run_one(self, config, start):
+        for finished in (2, config.rounds):
+            yield finished, None, fake_entry(config, finished)
+
+    def run_all(self, configs, starts):
+        for finished in (2, configs[0].rounds):
+            yield finished, None, [fake_entry(config, finished) for config in configs]
+
+
+def fake_entry(config, finished):
+    views = {"global": 0.9 + config.seed / 64, "proxy": 0.9 - config.p1, "attacker_2": 0.8}
+    scores = {f"{view}/accuracy": value for view, value in views.items()}
+    return {"round": finished, **scores, "bytes/down_per_client": 1000.0}
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_interrupted_sweep_keeps_its_points_and_goes_on(at_once, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "Program", FakeProgram)
     directory = tmp_path / "sweep"
     arguments = [*CONFIG, sweep_file(tmp_path, GRID), f"--workdir={directory}"]
+    arguments.append(f"--at_once={at_once}")
     files = SweepDirectory(directory)
     append = SweepDirectory.append
 
     def stop_after_it(self, records):
         append(self, records)
-        if len(self.read()) == 2:
+        if len(self.read()) >= 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -111,7 +140,8 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on(tmp_path, capsys, mon
         assert main(arguments) == 130
     assert "interrupted; the same command goes on" in capsys.readouterr().err
     before = files.records.read_text()
-    assert before.count("\n") == 2
+    kept = before.count("\n")
+    assert kept == max(2, at_once)
     # As a process that was killed while it wrote would leave it.
     files.records.write_text(before + '{"settings": {"p1"')
 
@@ -123,8 +153,8 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on(tmp_path, capsys, mon
     sweep_file(tmp_path, GRID)
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "4 points, 2 of them finished before; 1 programs to compile" in shown
-    assert "4/4  p1=0.3 seed=1  global" in shown
+    assert f"4 points, {kept} of them finished before; 1 programs to compile" in shown
+    assert "4/4  p1=0.3 seed=1  global 0.916  proxy 0.600  attacker_2 0.800" in shown
     assert "\x1b" not in shown
     assert files.records.read_text().startswith(before)
     records = files.read()

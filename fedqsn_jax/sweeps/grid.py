@@ -28,6 +28,9 @@ SEED = "seed"
 ARGUMENTS = (*TRACEABLE, SEED)
 """Fields that a compiled program takes as arguments; others are built into it."""
 
+_WITHOUT_MASKS = {"fedavg": "fedsn", "fedq": "fedqsn"}
+"""Algorithms that are another one with both probabilities zero, and so share its program."""
+
 _MASKED = ("sampling",)
 _QUANTIZED = ("bits", "block_size", "codebook")
 
@@ -38,7 +41,8 @@ class Point(NamedTuple):
     Attributes:
       settings: The values of the fields that the sweep varies, in its order, without the seed; None
         where the algorithm does not use the field.
-      config: The configuration.
+      config: The configuration that is run: the one that the sweep means, or one that does the
+        same in a program that more points share.
     """
 
     settings: dict[str, Any]
@@ -154,7 +158,7 @@ def make_plan(base: Config, grids: list[Grid], overridden: Sequence[str] = ()) -
     for config, fields in zip(different, flat, strict=True):
         unused = _unused(config)
         settings = {name: None if name in unused else fields[name] for name in varied}
-        points.append(Point(settings, config))
+        points.append(Point(settings, _as_run(config)))
     return Plan(base, grids, points, len(configs) - len(points))
 
 
@@ -178,6 +182,11 @@ def _as_used(config: Config) -> Config:
     values = {"p1": algorithm.p1, "p2": algorithm.p2}
     values |= {name: defaults[name] for name in _unused(config)}
     return with_fields(config, values)
+
+
+def _as_run(config: Config) -> Config:
+    algorithm = _WITHOUT_MASKS.get(config.algorithm, config.algorithm)
+    return with_fields(config, {"algorithm": algorithm})
 
 
 def _unused(config: Config) -> tuple[str, ...]:
