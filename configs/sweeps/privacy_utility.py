@@ -3,14 +3,14 @@
   python -m fedqsn_jax.sweep --config=configs/digits.py \
     --sweep=configs/sweeps/privacy_utility.py --workdir=runs/privacy_utility
 
-Every pair of p1 and p2 out of 0, .2, .4, .6, with values sent as they are and in codes of 4, 3 and
+Every pair of p1 and p2 out of 0, .1, .2, .4, with values sent as they are and in codes of 4, 3 and
 2 bits. Without masks that is FedAvg and FedQ, with masks only FedSN, with both FedQSN. What it gave
 on digits, and how long it took, is in the README.
 
 ``--sweep.seed=[0,1,2,3,4]`` or ``--sweep.rounds=60`` sets other values of a field, in all grids.
 """
 
-PROBABILITIES = [0.0, 0.2, 0.4, 0.6]
+PROBABILITIES = [0.0, 0.1, 0.2, 0.4]
 BITS = [4, 3, 2]
 
 
