@@ -78,6 +78,14 @@ def test_one_mark_a_setting_and_one_colour_a_method(tmp_path):
     other = trade_off.draw(settings, None, "proxy")
     assert other.axes[0].get_xlabel() == "accuracy of proxy"
 
+    # One that collapsed would flatten the rest: it is in a small picture of its own.
+    collapsed = settings[1]._replace(
+        metrics={**settings[1].metrics, "global/accuracy": Estimate(0.1, 0.0)}
+    )
+    main, overview = trade_off.draw([*settings, collapsed], None).axes
+    assert main.get_ylim()[0] > 0.9
+    assert overview.get_ylim()[0] < 0.1
+
 
 def test_the_table_fits_80_columns_and_is_plain_in_a_pipe():
     text = io.StringIO()
@@ -89,8 +97,13 @@ def test_the_table_fits_80_columns_and_is_plain_in_a_pipe():
     assert "before the first round 0.900" in lines[2]
     cells = [line.split() for line in lines]
     scores = ["0.970", "+-0.010", "0.970", "+-0.020", "0.970"]
-    assert cells[5] == ["fedavg", "0.0", "-", *scores, "39,600", "*"]
-    assert cells[8] == ["fedqsn", "0.6", "2", "-", "-", "-", "39,600"]
+    assert cells[5] == ["fedavg", "*", "0.0", "-", *scores, "39.6"]
+    assert cells[8] == ["fedqsn", "0.6", "2", "-", "-", "-", "39.6"]
+
+    text = io.StringIO()
+    SweepDisplay(Console(file=text, width=60)).table(some_settings())
+    assert max(map(len, text.getvalue().splitlines()[3:-1])) <= 60
+    assert "+-" not in text.getvalue()
 
 
 def test_progress_in_a_pipe_and_in_a_terminal():

@@ -88,31 +88,38 @@ class SweepDisplay(Display):
           settings: What was measured; not empty.
         """
         score, attacker = score_of(settings), rival_view(settings, "attacker")
-        views = ("global", "proxy", attacker)
-        fields = list(settings[0].settings)
         seeds = max(setting.seeds for setting in settings)
         start = settings[0].metrics[f"start/{score}"].mean
         of_seeds = f"mean of {seeds} seeds with its 95% interval" if seeds > 1 else "one seed"
         self.message(f"\n{score} at the end, {of_seeds}")
         self.message(f"(global before the first round {start:.3f})")
-        table = self._table()
-        for field in fields:
-            numbers = all(isinstance(each.settings[field], int | float | None) for each in settings)
-            head = field.rpartition(".")[2]
-            table.add_column(head, justify="right" if numbers else "left", no_wrap=True)
-        for view in views:
-            table.add_column(view.replace("_", " "), justify="right", no_wrap=True)
-        table.add_column("bytes down", justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        front = pareto_front([_pair(setting, attacker, score) for setting in settings])
-        for index, setting in enumerate(settings):
-            cells = ["-" if v is None else str(v) for v in setting.settings.values()]
-            cells += [self._estimate(setting.metrics.get(f"{view}/{score}")) for view in views]
-            down = setting.metrics["bytes/down_per_client"].mean
-            cells += [f"{down:,.0f}", "*" if index in front else ""]
-            table.add_row(*map(Text, cells))
+        table = self._settings_table(settings, score, attacker, intervals=True)
+        if self._natural_width(table) > self._console.width:
+            table = self._settings_table(settings, score, attacker, intervals=False)
         self._print_table(table)
         self.message(f"* no other setting is better for global and worse for {attacker}")
+
+    def _settings_table(
+        self, settings: Sequence[Setting], score: str, attacker: str, intervals: bool
+    ) -> Table:
+        views = ("global", "proxy", attacker)
+        table = self._table()
+        for field in settings[0].settings:
+            values = [each.settings[field] for each in settings]
+            numbers = all(isinstance(value, int | float | None) for value in values)
+            head = field.rpartition(".")[2]
+            table.add_column(head, justify="right" if numbers else "left", no_wrap=True)
+        for view in (*(view.replace("_", " ") for view in views), "KB down"):
+            table.add_column(view, justify="right", no_wrap=True)
+        front = pareto_front([_pair(setting, attacker, score) for setting in settings])
+        for index, setting in enumerate(settings):
+            cells = ["-" if value is None else str(value) for value in setting.settings.values()]
+            estimates = [setting.metrics.get(f"{view}/{score}") for view in views]
+            cells += [self._estimate(each, intervals) for each in estimates]
+            cells.append(f"{setting.metrics['bytes/down_per_client'].mean / 1000:,.1f}")
+            cells[0] = f"{cells[0]} *" if index in front else cells[0]
+            table.add_row(*map(Text, cells))
+        return table
 
     def written(self, paths: Sequence[Path]) -> None:
         """Says where the results are."""
@@ -125,11 +132,11 @@ class SweepDisplay(Display):
                 f"algorithm does not use"
             )
 
-    def _estimate(self, value: Estimate | None) -> str:
+    def _estimate(self, value: Estimate | None, interval: bool) -> str:
         if value is None or math.isnan(value.mean):
             return "-"
         sign = "+-" if self._plain else "±"
-        half = "" if math.isnan(value.half) else f" {sign}{value.half:.3f}"
+        half = f" {sign}{value.half:.3f}" if interval and not math.isnan(value.half) else ""
         return f"{value.mean:.3f}{half}"
 
 
