@@ -23,6 +23,9 @@ Record = Mapping[str, Any]
 
 _SECONDS_BETWEEN_LINES = 1.0
 _REFRESHES_PER_SECOND = 4
+_BURSTS = 1000
+"""Compiled calls over which the pace is measured: so many that the compilation of a program, which
+comes between two of them, counts for what it is."""
 
 
 class SweepProgress(Protocol):
@@ -79,7 +82,8 @@ class SweepDisplay(Display):
         """
         live = self._console.is_terminal and not self._console.is_dumb_terminal
         kind = _LiveProgress if live else _PlainProgress
-        return kind(self._console, Pace(rounds, done, time.monotonic), points, finished)
+        pace = Pace(rounds, done, time.monotonic, _BURSTS)
+        return kind(self._console, pace, points, finished)
 
     def table(self, settings: Sequence[Setting]) -> None:
         """Prints a row a setting: the views' scores and what a client receives.
