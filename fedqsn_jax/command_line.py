@@ -50,37 +50,60 @@ def read_config(name: str | None, overrides: Sequence[str]) -> Config:
     if not name:
         raise ConfigError("no --config: name a file, for example --config=configs/digits.py")
     path, _, argument = name.partition(":")
-    values = _call(_load_get_config(_find(path)), path, argument)
+    option = f"--config={path}"
+    get_config = load_function(find_file(path, option), "get_config", option)
+    values = _call(get_config, path, argument)
     for override in overrides:
         _apply(values, override)
     return resolve(values)
 
 
-def _find(path: str) -> Path:
+def find_file(path: str, option: str) -> Path:
+    """Finds a file of settings: where it is said to be, or the package's copy of ``configs/...``.
+
+    Args:
+      path: What the user wrote.
+      option: The option, as the user wrote it; mistakes are told with it.
+
+    Raises:
+      ConfigError: There is no such file.
+    """
     given = Path(path)
     if given.is_file():
         return given
-    packaged = PACKAGED_CONFIGS / given.name
-    if given.parent == Path("configs") and packaged.is_file():
+    inside = given.parts[:1] == ("configs",)
+    packaged = PACKAGED_CONFIGS.joinpath(*given.parts[1:])
+    if inside and packaged.is_file():
         return packaged
-    known = sorted(p.stem for p in PACKAGED_CONFIGS.glob("*.py"))
-    carried = f"; the package carries configs/{{{','.join(known)}}}.py" if known else ""
-    raise ConfigError(f"--config={path}: no such file{carried}")
+    folder = given.parent if inside and packaged.parent.is_dir() else Path("configs")
+    known = sorted(p.stem for p in PACKAGED_CONFIGS.joinpath(*folder.parts[1:]).glob("*.py"))
+    carried = f"; the package carries {folder}/{{{','.join(known)}}}.py" if known else ""
+    raise ConfigError(f"{option}: no such file{carried}")
 
 
-def _load_get_config(path: Path) -> Callable[..., Any]:
+def load_function(path: Path, name: str, option: str) -> Callable[..., Any]:
+    """Returns a function that a file of settings defines.
+
+    Args:
+      path: The file, which is run.
+      name: The function's name.
+      option: The option, as the user wrote it; mistakes are told with it.
+
+    Raises:
+      ConfigError: The file fails, or defines no such function.
+    """
     specification = importlib.util.spec_from_file_location("fedqsn_jax_user_config", path)
     if specification is None or specification.loader is None:
-        raise ConfigError(f"--config={path}: not a Python file")
+        raise ConfigError(f"{option}: not a Python file")
     module = importlib.util.module_from_spec(specification)
     try:
         specification.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(f"--config={path}: {_one_line(error)}") from error
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise ConfigError(f"--config={path}: it defines no function get_config")
-    return get_config
+        raise ConfigError(f"{option}: {one_line(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"{option}: it defines no function {name}")
+    return function
 
 
 def _call(get_config: Callable[..., Any], path: str, argument: str) -> dict[str, Any]:
@@ -89,7 +112,7 @@ def _call(get_config: Callable[..., Any], path: str, argument: str) -> dict[str,
     try:
         values = get_config(argument) if argument else get_config()
     except Exception as error:
-        raise ConfigError(f"--config={path}: {_one_line(error)}") from error
+        raise ConfigError(f"--config={path}: {one_line(error)}") from error
     if not isinstance(values, ml_collections.ConfigDict):
         raise ConfigError(f"--config={path}: get_config returned no ConfigDict")
     return values.to_dict()
@@ -111,15 +134,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
     section, _, field = name.rpartition(".")
     if section:
         values = values.setdefault(section, {})
-    values[field] = text if isinstance(defaults[name], str) else _literal(text)
+    values[field] = text if isinstance(defaults[name], str) else literal(text)
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """Returns the value of a Python literal, and any other text as it is."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Returns an error's kind and message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

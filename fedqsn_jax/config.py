@@ -260,6 +260,22 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
+def with_fields(config: Any, values: Mapping[str, Any]) -> Any:
+    """Returns a configuration with other values of some fields, which are not checked.
+
+    Args:
+      config: A `Config`, or a section of one.
+      values: By the fields' dotted names. They may be traced scalars, where what reads them allows.
+    """
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            value = with_fields(changed.get(first, getattr(config, first)), {rest: value})
+        changed[first] = value
+    return dataclasses.replace(config, **changed)
+
+
 def resolve(values: Mapping[str, Any]) -> Config:
     """Checks nested values and returns them as a `Config`.
 

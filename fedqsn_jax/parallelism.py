@@ -46,10 +46,12 @@ class Choice:
     Attributes:
       axis: The strategy.
       reason: A line for people.
+      step_bytes: What a step of all clients that a device trains at once moves, by the estimate.
     """
 
     axis: ClientAxis
     reason: str
+    step_bytes: int = 0
 
 
 def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) -> Choice:
@@ -104,7 +106,7 @@ def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) 
     at_once = "one client at a time" if chunk == 1 else f"{chunk} clients at once"
     where = f"{devices} devices, {at_once} on each" if wants_mesh else at_once
     axis = ClientAxis(chunk, refills, workload.equal_steps, mesh)
-    return Choice(axis, f"{where} ({why})")
+    return Choice(axis, f"{where} ({why})", chunk * workload.client_bytes)
 
 
 def _chunk_size(

@@ -4,7 +4,6 @@ The main job and the call for a user's own model build the same thing here.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import time
@@ -18,10 +17,10 @@ import optax
 
 from fedqsn_jax.aggregation import Aggregator, make_aggregator
 from fedqsn_jax.algorithms import Algorithm, make_algorithm
-from fedqsn_jax.client import make_client_update
+from fedqsn_jax.client import ClientUpdate, make_client_update
 from fedqsn_jax.client_optimizer import ADAMW_EPSILON, ClientOptimizer, scheduled
 from fedqsn_jax.cohort import ClientAxis
-from fedqsn_jax.config import Config, ConfigError, ServerConfig, TrainingConfig
+from fedqsn_jax.config import Config, ConfigError, ServerConfig, TrainingConfig, with_fields
 from fedqsn_jax.data.federated import ClientData, FederatedData, single_client
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
 from fedqsn_jax.lora import Lora, configured_adapters
@@ -36,6 +35,7 @@ from fedqsn_jax.proxy import whole_proxy
 from fedqsn_jax.quantization import NormalFloat, Quantizer, Uniform
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.rounds import (
+    CallResult,
     Federation,
     ServerState,
     draw_cohorts,
@@ -46,6 +46,16 @@ from fedqsn_jax.tasks import Task
 from fedqsn_jax.traffic import Traffic, measure_traffic
 from fedqsn_jax.trainable import Selection, drop, keep, select_trained
 from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
+
+TRACEABLE = (
+    "p1",
+    "p2",
+    "client.learning_rate",
+    "client.weight_decay",
+    "server.learning_rate",
+)
+"""Fields whose values a compiled round may take as arguments. A probability that is a number zero
+is left out of the program; a traced one that is zero gives the same values."""
 
 Entry = dict[str, Any]
 """One evaluated round: what becomes a line of metrics.jsonl."""
@@ -69,6 +79,8 @@ class Simulation(NamedTuple):
       memory: Estimated bytes on a device during a round, by purpose.
       task: What the model is for.
       run: Several rounds in one compiled call; see `rounds.make_rounds`.
+      recompose: ``config -> Simulation``: the same with other values of `TRACEABLE` fields. They
+        may be traced scalars, so that one compiled program serves many values.
     """
 
     config: Config
@@ -84,6 +96,7 @@ class Simulation(NamedTuple):
     memory: dict[str, int]
     task: Task
     run: Callable[..., Any]
+    recompose: Callable[[Config], "Simulation"]
 
     def merged(self, params: Params) -> Params:
         """Returns the plain model's parameters: adapters are merged into their matrices."""
@@ -129,72 +142,99 @@ def make_simulation(
         sites = find_sites(params, rules, config.sites)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(f"site_rules: {error}") from error
-    algorithm = make_algorithm(
-        config.algorithm,
-        make_quantizer(config),
-        config.p1,
-        config.p2,
-        config.sampling,  # type: ignore[arg-type]
-    )
     plain, lora, merged = params, configured_adapters(config, params), None
     batch = _batch_shapes(data, config.client.batch_size)
     local_apply = client_apply or in_compute_dtype(apply_fn, config.client.compute_dtype)
-    public = algorithm.adapters_only or config.lora.public_base
+    adapters_only = algorithm_of(config).adapters_only
+    public = adapters_only or config.lora.public_base
     if lora is not None:
         params = jax.eval_shape(lora.add, jax.random.key(0), params)
         apply_fn, _ = adapt(lora, apply_fn, params, batch)
         local_apply, merged = adapt(lora, local_apply, params, batch)
-        flat = algorithm.adapters_only
-        sites = lora.sites(sites, quantize=config.lora.quantize or flat, public=public, flat=flat)
+        quantize = config.lora.quantize or adapters_only
+        sites = lora.sites(sites, quantize=quantize, public=public, flat=adapters_only)
     try:
         trained = select_trained(params, config.client.trained or ("lora" if lora else "all",))
     except ValueError as error:
         raise ConfigError(f"client.trained: {error}") from error
     sent = trained if public else None
-    optimizer = local_optimizer(config.client)
-    update = make_client_update(
-        local_apply,
-        task,
-        optimizer,
-        config.client.batch_size,
-        steps=config.client.steps,
-        epochs=config.client.epochs,
-        trained=trained,
+    # What is kept for other settings holds no arrays.
+    params, plain = jax.eval_shape(lambda *trees: trees, params, plain)
+
+    def update_of(config: Config) -> ClientUpdate:
+        return make_client_update(
+            local_apply,
+            task,
+            local_optimizer(config.client),
+            config.client.batch_size,
+            steps=config.client.steps,
+            epochs=config.client.epochs,
+            trained=trained,
+        )
+
+    def traffic_of(config: Config) -> Traffic:
+        transform = algorithm_of(config).transform
+        return measure_traffic(transform, params, sites, sent=sent, trained=trained, plain=plain)
+
+    def compose(config: Config, choice: Choice, memory: dict[str, int]) -> Simulation:
+        algorithm = algorithm_of(config)
+        aggregator = make_aggregator(
+            sites,
+            server_optimizer(config.server, config.rounds),
+            weighting=config.server.weighting,  # type: ignore[arg-type]
+            normalize=config.server.normalize,  # type: ignore[arg-type]
+            rule=config.server.rule,  # type: ignore[arg-type]
+            trained=trained,
+        )
+        federation = make_federation(
+            algorithm.transform,
+            update_of(config),
+            aggregator,
+            make_evaluator(apply_fn, task, config.evaluation.batch_size),
+            sites,
+            population=population,
+            cohort=config.cohort.size,
+            client_axis=choice.axis,
+            proxy_samples=config.evaluation.proxy_samples,
+            attackers=config.evaluation.attackers,
+            score=task.score,
+            sent=sent,
+        )
+        if lora is not None:
+            federation = _with_adapters(federation, lora)
+        run = make_rounds(
+            federation,
+            rounds_per_call=config.rounds_per_call,
+            evaluate_every=config.evaluation.every,
+        )
+        return Simulation(
+            config,
+            federation,
+            algorithm,
+            aggregator,
+            sites,
+            lora,
+            trained,
+            sent,
+            traffic_of(config),
+            choice,
+            memory,
+            task,
+            run,
+            lambda config: compose(config, choice, memory),
+        )
+
+    one_by_one = compose(config, Choice(ClientAxis(), ""), {})
+    a_client = client_bytes(
+        local_apply, task, local_optimizer(config.client), params, batch, trained
     )
-    aggregator = make_aggregator(
-        sites,
-        server_optimizer(config.server, config.rounds),
-        weighting=config.server.weighting,  # type: ignore[arg-type]
-        normalize=config.server.normalize,  # type: ignore[arg-type]
-        rule=config.server.rule,  # type: ignore[arg-type]
-        trained=trained,
-    )
-    federation_of = functools.partial(
-        _make_federation,
-        lora,
-        algorithm.transform,
-        update,
-        aggregator,
-        make_evaluator(apply_fn, task, config.evaluation.batch_size),
-        sites,
-        population=population,
-        cohort=config.cohort.size,
-        proxy_samples=config.evaluation.proxy_samples,
-        attackers=config.evaluation.attackers,
-        score=task.score,
-        sent=sent,
-    )
-    traffic = measure_traffic(
-        algorithm.transform, params, sites, sent=sent, trained=trained, plain=plain
-    )
-    a_client = client_bytes(local_apply, task, optimizer, params, batch, trained)
-    a_client += _own_copies(params, sites, merged, trained, traffic)
+    a_client += _own_copies(params, sites, merged, trained, one_by_one.traffic)
     fixed = {
         "dequantized proxy of the round": 4 * _entries(keep(params, sent)),
         "sum of deltas": 4 * _entries(keep(params, trained)),
-        **_fixed_memory(federation_of(client_axis=ClientAxis()), plain, sites, config, data),
+        **_fixed_memory(one_by_one.federation, plain, sites, config, data),
     }
-    steps = update.step_count(data.rows(_some_clients(population)))
+    steps = update_of(config).step_count(data.rows(_some_clients(population)))
     workload = Workload(
         steps=np.asarray(steps),
         equal_steps=config.client.steps,
@@ -207,34 +247,11 @@ def make_simulation(
     memory = {**fixed, f"training of {at_once} client(s) at once": at_once * a_client}
     if at_once > 1:
         memory["clients that come and go"] = refills * tree_bytes(keep(params, trained))
-    federation = federation_of(client_axis=choice.axis)
-    run = make_rounds(
-        federation,
-        rounds_per_call=config.rounds_per_call,
-        evaluate_every=config.evaluation.every,
-    )
-    return Simulation(
-        config,
-        federation,
-        algorithm,
-        aggregator,
-        sites,
-        lora,
-        trained,
-        sent,
-        traffic,
-        choice,
-        memory,
-        task,
-        run,
-    )
+    return compose(config, choice, memory)
 
 
-def _make_federation(lora: Lora | None, *arguments: Any, **settings: Any) -> Federation:
-    """A federation that starts from the plain model's parameters."""
-    federation = make_federation(*arguments, **settings)
-    if lora is None:
-        return federation
+def _with_adapters(federation: Federation, lora: Lora) -> Federation:
+    """The same, starting from the plain model's parameters."""
 
     def init(key: Key, params: Params) -> ServerState:
         adapter_key = fold_in_name(fold_in_name(key, "secret"), "adapters")
@@ -293,12 +310,12 @@ def _rows_memory(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
         return federation.init(key, zeros).public_key
 
-    key = _federation_key(config)
+    key = federation_key(config)
     state = dataclasses.replace(
         jax.eval_shape(federation.init, key, params), public_key=jax.jit(public_key)(key)
     )
     cohorts = draw_cohorts(federation, state, config.rounds)
-    calls = [cohorts[start:stop] for start, stop in _calls(0, config)]
+    calls = [cohorts[start:stop] for start, stop in calls_of(0, config)]
     needed, available = 2 * capacity_for(data, calls).device_bytes(data), device_bytes()
     if needed > available:
         raise ConfigError(
@@ -309,12 +326,23 @@ def _rows_memory(
     return {"clients' rows of two calls": needed}
 
 
-def _calls(finished: int, config: Config) -> list[tuple[int, int]]:
+def calls_of(finished: int, config: Config) -> list[tuple[int, int]]:
     """The calls that are left: numbers of rounds that are finished before and after each."""
     per_call = config.rounds_per_call
     boundaries = range((finished // per_call + 1) * per_call, config.rounds, per_call)
     ends = [*boundaries, config.rounds]
     return list(zip([finished, *ends], ends, strict=False)) if finished < config.rounds else []
+
+
+def algorithm_of(config: Config) -> Algorithm:
+    """Returns the algorithm that a configuration names, with the settings that it uses."""
+    return make_algorithm(
+        config.algorithm,
+        make_quantizer(config),
+        config.p1,
+        config.p2,
+        config.sampling,  # type: ignore[arg-type]
+    )
 
 
 def make_quantizer(config: Config) -> Quantizer:
@@ -335,8 +363,14 @@ def pretrain(
       params: Its initial parameters.
       private: The server's rows.
     """
+    return make_pretraining(config, apply_fn, task)(config.seed, params, private)
+
+
+def make_pretraining(
+    config: Config, apply_fn: ApplyFn, task: Task
+) -> Callable[[int, Params, Batch], Params]:
+    """Makes `pretrain` for many: of a seed, parameters and private rows, compiled once."""
     settings = config.pretraining
-    data = single_client(private)
     first = jnp.int32(0)
     update = make_client_update(
         apply_fn,
@@ -352,9 +386,15 @@ def pretrain(
             lambda old, delta: (old + delta).astype(old.dtype), params, result.delta
         )
 
-    if settings.steps == 0 or jax.tree.leaves(private)[0].shape[0] == 0:
-        return params
-    return jax.jit(train)(fold_in_name(root_key(config), "pretraining"), params, data)
+    compiled = jax.jit(train)
+
+    def pretrain(seed: int, params: Params, private: Batch) -> Params:
+        if settings.steps == 0 or jax.tree.leaves(private)[0].shape[0] == 0:
+            return params
+        key = fold_in_name(root_key(with_fields(config, {"seed": seed})), "pretraining")
+        return compiled(key, params, single_client(private))
+
+    return pretrain
 
 
 def root_key(config: Config) -> Array:
@@ -370,10 +410,11 @@ def place(simulation: Simulation, tree: Tree) -> Tree:
 def initial_state(simulation: Simulation, params: Params) -> ServerState:
     """Returns the state before the first round, in its place; the parameters are copied."""
     init = jax.jit(simulation.federation.init)
-    return place(simulation, init(_federation_key(simulation.config), params))
+    return place(simulation, init(federation_key(simulation.config), params))
 
 
-def _federation_key(config: Config) -> Array:
+def federation_key(config: Config) -> Array:
+    """Returns the key that `rounds.Federation.init` gets."""
     return fold_in_name(root_key(config), "federation")
 
 
@@ -410,7 +451,7 @@ def run_rounds(
       ``(round, state, entries)`` after each call, with the rounds evaluated in it.
     """
     config = simulation.config
-    calls = _calls(int(state.round), config)
+    calls = calls_of(int(state.round), config)
     test, last = place(simulation, (test, jnp.int32(config.rounds)))
     feed = _feed(simulation, state, data, calls)
     began = time.perf_counter()
@@ -420,30 +461,37 @@ def run_rounds(
         state, result = simulation.run(state, rows, test, until, last)
         # The call runs on while the host prepares the next one's rows.
         rows = next(feed, None)
-        facts, metrics, evaluated = jax.device_get(result)
+        result = jax.device_get(result)
         took = time.perf_counter() - began
         entries = []
-        for index in np.flatnonzero(evaluated[: stop - finished]):
+        for index in np.flatnonzero(result.evaluated[: stop - finished]):
             share = (index + 1) / (stop - finished)
-            one = {name: values[index] for name, values in metrics.items()}
-            visible = {
-                name.removeprefix("visible/"): int(values[index]) / config.cohort.size
-                for name, values in facts.items()
-                if name.startswith("visible/")
-            }
-            entries.append(
-                {
-                    "round": finished + int(index) + 1,
-                    **_ordered(one),
-                    "train/loss": float(facts["train/loss"][index]),
-                    "bytes/down_per_client": simulation.traffic.down.of(visible),
-                    "bytes/up_per_client": simulation.traffic.up.of(visible),
-                    "seconds": round(float(seconds + share * took), 6),
-                }
-            )
+            entry = {"round": finished + int(index) + 1, **entry_of(simulation, result, int(index))}
+            entries.append({**entry, "seconds": round(float(seconds + share * took), 6)})
         seconds += took
         yield stop, state, entries
         began = time.perf_counter()
+
+
+def entry_of(simulation: Simulation, result: CallResult, index: int) -> Entry:
+    """Returns what one evaluated round of a call tells: metrics, loss and bytes.
+
+    Args:
+      simulation: The method, whose payloads are counted.
+      result: What the call brought to the host.
+      index: The round's place in it.
+    """
+    visible = {
+        name.removeprefix("visible/"): int(values[index]) / simulation.config.cohort.size
+        for name, values in result.facts.items()
+        if name.startswith("visible/")
+    }
+    return {
+        **_ordered({name: values[index] for name, values in result.metrics.items()}),
+        "train/loss": float(result.facts["train/loss"][index]),
+        "bytes/down_per_client": simulation.traffic.down.of(visible),
+        "bytes/up_per_client": simulation.traffic.up.of(visible),
+    }
 
 
 def _feed(
@@ -455,7 +503,7 @@ def _feed(
         return
     cohorts = draw_cohorts(simulation.federation, state, simulation.config.rounds)
     # Of all the run's calls, so that a run that was interrupted goes on with the same program.
-    every_call = [cohorts[start:stop] for start, stop in _calls(0, simulation.config)]
+    every_call = [cohorts[start:stop] for start, stop in calls_of(0, simulation.config)]
     capacity = capacity_for(data, every_call)
     for start, stop in calls:
         yield place(simulation, stream(data, cohorts[start:stop], capacity))

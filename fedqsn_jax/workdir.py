@@ -70,13 +70,7 @@ class WorkDirectory:
 
     def _check(self, config: Config) -> None:
         path = self.path
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"--workdir={path}: it exists and is not a directory")
-        nearest = path
-        while not nearest.exists():
-            nearest = nearest.parent
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise ConfigError(f"--workdir={path}: {nearest} cannot be written")
+        check_writable(path)
         stored = self._stored()
         if stored is None:
             if path.exists() and any(self.path.iterdir()):
@@ -99,21 +93,10 @@ class WorkDirectory:
           ConfigError: Another run is at work in it, it does not serve this configuration (any
             more), or the file system refuses.
         """
-        try:
-            self.path.mkdir(mode=_MODE, parents=True, exist_ok=True)
-            self.path.chmod(_MODE)
-            descriptor = _lock(self.path)
-        except OSError as error:
-            reason = error.strerror
-            if error.errno == errno.EWOULDBLOCK:
-                reason = "another run is at work in it; wait for its end, or name another directory"
-            raise ConfigError(f"--workdir={self.path}: {reason}") from error
-        try:
+        with claim_directory(self.path):
             # Another run may have been at work since the caller has looked.
             self.check(config)
             yield
-        finally:
-            os.close(descriptor)
 
     def config(self) -> Config:
         """Returns the configuration that made the directory.
@@ -169,6 +152,43 @@ class WorkDirectory:
                 f"rounds = {config.rounds}: the run in {self.path} has {theirs['rounds']}; "
                 f"allowed are as many or more"
             )
+
+
+def check_writable(path: Path) -> None:
+    """Makes sure that a directory can be made or written, without doing so.
+
+    Raises:
+      ConfigError: It cannot.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--workdir={path}: it exists and is not a directory")
+    nearest = path
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--workdir={path}: {nearest} cannot be written")
+
+
+@contextmanager
+def claim_directory(path: Path) -> Iterator[None]:
+    """Makes a directory private and ours while the ``with`` block runs; see `WorkDirectory.claim`.
+
+    Raises:
+      ConfigError: Another run is at work in it, or the file system refuses.
+    """
+    try:
+        path.mkdir(mode=_MODE, parents=True, exist_ok=True)
+        path.chmod(_MODE)
+        descriptor = _lock(path)
+    except OSError as error:
+        reason = error.strerror
+        if error.errno == errno.EWOULDBLOCK:
+            reason = "another run is at work in it; wait for its end, or name another directory"
+        raise ConfigError(f"--workdir={path}: {reason}") from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _lock(directory: Path) -> int:

@@ -24,7 +24,9 @@ FLOORS = (
     ("costs", "workloads", "problem"),
     ("image_problem", "language_problem", "written_texts"),
     ("experiment", "own_model", "benchmark", "export", "trained"),
+    ("sweeps",),
     ("main", "__init__"),
+    ("sweep",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -32,14 +32,26 @@ def linen_init(module: linen.Module, key: Key, batch: Batch, inputs: str = "imag
     Raises:
       ValueError: The module has collections other than parameters, or no parameters.
     """
-    init = functools.partial(module.init, **_mode(module, training=False))
-    variables = jax.jit(init)(key, batch[inputs])
+    try:
+        hash(module)
+    except TypeError:  # It has an attribute such as an array.
+        variables = jax.jit(functools.partial(_variables, module))(key, batch[inputs])
+    else:
+        variables = _compiled_variables(module, key, batch[inputs])
     others = sorted(set(variables) - {"params"})
     if others:
         raise ValueError(f"{type(module).__name__} has collection {others[0]!r}: {_NO_STATISTICS}")
     if "params" not in variables:
         raise ValueError(f"{type(module).__name__} has no parameters: there is nothing to train")
     return linen.unbox(variables["params"])
+
+
+def _variables(module: linen.Module, key: Key, inputs: Array) -> Any:
+    return module.init(key, inputs, **_mode(module, training=False))
+
+
+_compiled_variables = jax.jit(_variables, static_argnums=0)
+"""Compiled once for all equal modules, so that many runs of a process share it."""
 
 
 def in_compute_dtype(apply_fn: ApplyFn, dtype: str) -> ApplyFn:

@@ -74,7 +74,7 @@ def accuracy_curves(
         if f"{view}/{score}_std" in history[-1]
     }
     whole, zoomed = _score_ranges(curves, spreads)
-    figure = _figure(_CURVES_SIZE)
+    figure = new_figure(_CURVES_SIZE)
     if zoomed is None:
         main = figure.subplots()
         all_axes = [main]
@@ -106,7 +106,7 @@ def accuracy_curves(
     all_axes[-1].set_xlim(rounds[0] - margin, rounds[-1] + margin)
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _label_ends(main, curves, views)
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
@@ -138,7 +138,7 @@ def column_picture(
     cell = min(0.22, (_PICTURE_WIDTH - 0.5) / cells)
     heights = [0.32 + cell * len(grid) for grid in grids.values()]
     height = sum(heights) + 0.5
-    figure = _figure((_PICTURE_WIDTH, min(height, _TALLEST)))
+    figure = new_figure((_PICTURE_WIDTH, min(height, _TALLEST)))
     top = height - 0.05
     for (site, grid), needed in zip(grids.items(), heights, strict=True):
         # Placed by hand, in shares of the figure: cells have the same size in every site.
@@ -163,17 +163,19 @@ def column_picture(
         frameon=False,
         fontsize=8,
     )
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def new_figure(size: tuple[float, float]) -> Figure:
+    """Returns an empty figure of a size in inches."""
     figure = Figure(figsize=size, dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: str | os.PathLike[str] | None) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:
+    """Writes a figure in the place of what is there; None: nowhere."""
     if path is not None:
         kind = Path(path).suffix.lstrip(".") or "png"
         with replacing(path) as temporary:

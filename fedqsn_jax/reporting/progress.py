@@ -53,10 +53,10 @@ def make_progress(
     """
     live = console.is_terminal and not console.is_dumb_terminal
     kind = _LiveProgress if live else _PlainProgress
-    return kind(console, score, _Pace(total, start, clock), clock)
+    return kind(console, score, Pace(total, start, clock), clock)
 
 
-class _Pace:
+class Pace:
     """Estimates rounds a second, and the time that is left.
 
     Rounds are reported in bursts, one for each compiled call, and the first burst includes the
@@ -64,7 +64,16 @@ class _Pace:
     the latest bursts; it is unknown until two have ended.
     """
 
-    def __init__(self, total: int, start: int, clock: Clock) -> None:
+    def __init__(self, total: int, start: int, clock: Clock, bursts: int = _BURSTS) -> None:
+        """Starts the clock.
+
+        Args:
+          total: Number of rounds in all.
+          start: Number of rounds that are done already.
+          clock: Gives the time.
+          bursts: How many of the latest bursts the pace is measured over.
+        """
+        self._kept = bursts
         self.total = total
         self.done = start
         self._start = start
@@ -74,6 +83,7 @@ class _Pace:
         self._bursts: tuple[tuple[float, int], ...] = ()
 
     def add(self, round: int) -> None:
+        """Tells that so many rounds are done."""
         self.done = round
         if round <= self._start:
             return
@@ -81,10 +91,11 @@ class _Pace:
         if self._bursts and now - self._bursts[-1][0] < _BURST_SECONDS:
             self._bursts = (*self._bursts[:-1], (self._bursts[-1][0], round))
         else:
-            self._bursts = (*self._bursts, (now, round))[-_BURSTS:]
+            self._bursts = (*self._bursts, (now, round))[-self._kept :]
 
     @property
     def elapsed(self) -> float:
+        """Seconds since the start."""
         return self._clock() - self._begun
 
     @property
@@ -118,7 +129,7 @@ class _Pace:
 class _PlainProgress:
     """One line for an evaluated round, at most one a second, and always the first and the last."""
 
-    def __init__(self, console: Console, score: str, pace: _Pace, clock: Clock) -> None:
+    def __init__(self, console: Console, score: str, pace: Pace, clock: Clock) -> None:
         self._console = console
         self._score = score
         self._pace = pace
@@ -177,7 +188,7 @@ class _PlainProgress:
 class _LiveProgress:
     """A bar and the latest scores, kept up to date at the bottom of the terminal."""
 
-    def __init__(self, console: Console, score: str, pace: _Pace, clock: Clock) -> None:
+    def __init__(self, console: Console, score: str, pace: Pace, clock: Clock) -> None:
         self._score = score
         self._pace = pace
         self._metrics: Metrics = {}
@@ -229,7 +240,7 @@ class _LiveProgress:
         return Group(bar, scores) if metrics else bar
 
 
-def _pace_text(pace: _Pace) -> tuple[str, str]:
+def _pace_text(pace: Pace) -> tuple[str, str]:
     rate, left = pace.rate, pace.left
     return (
         "-" if rate is None else f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",

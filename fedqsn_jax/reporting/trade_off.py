@@ -1,0 +1,155 @@
+"""Pictures of a sweep: what a setting gives to its owner against what it gives to others.
+
+Importing this takes a third of a second, for Matplotlib; import it where a picture is made.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from fedqsn_jax.reporting.estimates import Estimate, Setting, pareto_front, rival_view, score_of
+from fedqsn_jax.reporting.plots import new_figure, save_figure
+
+_SIZE = (9.6, 7.2)
+_MARGIN = 0.06
+_MOST_NAMED = 22
+# Okabe and Ito's palette, which colour-blind readers can tell apart; the shapes do so in grey.
+_COLORS = ("#000000", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F")
+_MARKERS = ("*", "s", "^", "o", "D", "v", "P", "X")
+_NOTHING = Estimate(math.nan, math.nan)
+
+
+def draw(
+    settings: Sequence[Setting], path: str | os.PathLike[str] | None, rival: str = "attacker"
+) -> Figure:
+    """Draws the global score of every setting against a rival's: up and to the left is better.
+
+    One mark a setting, one colour a method; pale bars are 95% intervals, and may go beyond the
+    axes. The Pareto front, the settings that no other surpasses in both, is drawn as a line; its
+    marks are numbered and named at the side. On the dashed line a rival has as good a model as the
+    owner. Where settings end below what the owner had before the first round, a small picture shows
+    them all, and the large one those that are worth a look.
+
+    Args:
+      settings: What was measured.
+      path: Where to write it, in the place of what is there; None: nowhere.
+      rival: ``attacker`` (the largest number of colluders) or ``proxy``.
+
+    Returns:
+      The figure.
+    """
+    score, view = score_of(settings), rival_view(settings, rival)
+    own, others = (
+        [setting.metrics.get(f"{each}/{score}", _NOTHING) for setting in settings]
+        for each in ("global", view)
+    )
+    figure = new_figure(_SIZE)
+    axes = figure.add_axes((0.08, 0.08, 0.61, 0.86))
+    start = max(setting.metrics[f"start/{score}"].mean for setting in settings)
+    numbers = [index for index, each in enumerate(own) if not math.isnan(each.mean)]
+    main = [index for index in numbers if own[index].mean >= start] or numbers
+    overview = figure.add_axes((0.76, 0.08, 0.22, 0.24)) if len(main) < len(numbers) else None
+    _draw_marks(axes, settings, own, others, 6)
+    _fit(axes, [others[index] for index in main], [own[index] for index in main])
+    if overview is not None:
+        _draw_marks(overview, settings, own, others, 3)
+        _fit(overview, others, own)
+        overview.tick_params(labelsize=7)
+        overview.set_title("all settings", loc="left", fontsize=8)
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        overview.add_patch(Rectangle((left, low), right - left, high - low, fc="none", ec="black"))
+    front = pareto_front([(other.mean, each.mean) for other, each in zip(others, own, strict=True)])
+    _draw_front(axes, settings, own, others, front, set(main))
+    for each in figure.axes:
+        each.axline((1, 1), slope=1, color="#999999", ls=(0, (4, 3)), lw=1, zorder=0)
+        each.grid(color="#E5E5E5", lw=0.6)
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(f"{score} of {view.replace('_', ' ')}")
+    axes.set_ylabel(f"{score} of global")
+    axes.set_title("up and to the left is better", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1.01))
+    save_figure(figure, path)
+    return figure
+
+
+def _draw_marks(
+    axes: Axes,
+    settings: Sequence[Setting],
+    own: Sequence[Estimate],
+    others: Sequence[Estimate],
+    size: float,
+) -> None:
+    methods = list(dict.fromkeys(setting.method for setting in settings))
+    for index, method in enumerate(methods):
+        chosen = [i for i, setting in enumerate(settings) if setting.method == method]
+        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+        x, y = [others[i].mean for i in chosen], [own[i].mean for i in chosen]
+        half_x, half_y = ([_half(values[i]) for i in chosen] for values in (others, own))
+        axes.errorbar(x, y, half_y, half_x, fmt="none", ecolor=color, elinewidth=0.6, alpha=0.15)
+        axes.plot(
+            x,
+            y,
+            marker,
+            color=color,
+            ms=2 * size if marker == "*" else size,
+            mec="white",
+            mew=0.5,
+            label=method,
+            zorder=4 if marker == "*" else 3,
+        )
+
+
+def _fit(axes: Axes, others: Sequence[Estimate], own: Sequence[Estimate]) -> None:
+    """Sets the axes' ranges by the marks; intervals of few seeds would be far wider."""
+    for estimates, set_range in ((others, axes.set_xlim), (own, axes.set_ylim)):
+        means = [each.mean for each in estimates if not math.isnan(each.mean)] or [0.0, 1.0]
+        margin = _MARGIN * (max(means) - min(means)) or 0.05
+        set_range(min(means) - margin, max(means) + margin)
+
+
+def _draw_front(
+    axes: Axes,
+    settings: Sequence[Setting],
+    own: Sequence[Estimate],
+    others: Sequence[Estimate],
+    front: Sequence[int],
+    named: set[int],
+) -> None:
+    """Draws the line through the front, and numbers and names those of its marks in ``named``."""
+    x, y = [others[i].mean for i in front], [own[i].mean for i in front]
+    axes.step(x, y, where="post", color="#444444", lw=1.2, zorder=2, label="Pareto front")
+    names = []
+    for number, index in enumerate((index for index in front if index in named), 1):
+        # Above and to the left of a mark of the front there is no other.
+        axes.annotate(
+            str(number),
+            (others[index].mean, own[index].mean),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            zorder=5,
+        )
+        names.append(f"{number:>2}  {_name(settings[index])}")
+    if len(names) > _MOST_NAMED:
+        names = [*names[: _MOST_NAMED - 1], f"and {len(names) - _MOST_NAMED + 1} more"]
+    text = "\n".join(["on the front:", *names])
+    axes.text(1.03, 0.78, text, transform=axes.transAxes, va="top", fontsize=8, parse_math=False)
+
+
+def _name(setting: Setting) -> str:
+    numbers = (
+        f"{field.rpartition('.')[2].replace('_', ' ')} {value}"
+        for field, value in setting.settings.items()
+        if value is not None and not isinstance(value, str)
+    )
+    return ", ".join([setting.method, *numbers])
+
+
+def _half(value: Estimate) -> float:
+    return 0.0 if math.isnan(value.half) else value.half

@@ -1,0 +1,1 @@
+"""Sweeps: many settings of a configuration, in as few compiled programs as possible."""

@@ -1,0 +1,190 @@
+"""One compiled program for all points of a sweep that differ in values only.
+
+Its arguments are the probabilities and rates (`simulation.TRACEABLE`), and what a seed fixes: keys,
+rows and initial parameters. Several points may go through it side by side, by ``vmap``.
+
+On a CPU points run one after the other: the arithmetic of one keeps it busy, and side by side they
+were measured slower. Elsewhere as many are put side by side as fill the device and fit.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedqsn_jax.config import Config, with_fields
+from fedqsn_jax.data.federated import ClientData
+from fedqsn_jax.data.streamed import HostData
+from fedqsn_jax.experiment import Experiment
+from fedqsn_jax.memory import device_bytes
+from fedqsn_jax.parallelism import STEP_BYTES
+from fedqsn_jax.rounds import CallResult, ServerState
+from fedqsn_jax.simulation import (
+    Entry,
+    Simulation,
+    calls_of,
+    entry_of,
+    federation_key,
+    make_pretraining,
+    place,
+    run_rounds,
+)
+from fedqsn_jax.sweeps.grid import arguments_of
+from fedqsn_jax.types import Array, Batch, Key, Params
+
+Arguments = dict[str, Array]
+"""Values of `TRACEABLE` fields by name, float32 scalars (or ``[points]``)."""
+
+
+class Start(NamedTuple):
+    """What a seed fixes.
+
+    Attributes:
+      key: Of the federation.
+      params: The parameters after the server's own training.
+      data: The clients' rows.
+      test: Held-out rows.
+      score: The global score before the first round.
+    """
+
+    key: Key
+    params: Params
+    data: ClientData
+    test: Batch
+    score: float
+
+
+class Program:
+    """The compiled functions of one group of points."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        """Composes the program; it is compiled when it is first used.
+
+        Args:
+          experiment: Of any point of the group.
+        """
+        self.simulation = experiment.simulation
+        self._pretrain = make_pretraining(
+            experiment.config, experiment.problem.pretraining_apply, self.simulation.task
+        )
+        self._score = jax.jit(self._start_score)
+        self._init, self._advance = jax.jit(self._init_one), _donating(self._advance_one)
+        self._init_all = jax.jit(jax.vmap(self._init_one, out_axes=_state_axes(0)))
+        # The number of the round is the same for all: evaluations stay conditional, not selected.
+        axes = (0, _state_axes(0), 0, 0, None, None)
+        self._advance_all = _donating(
+            jax.vmap(self._advance_one, in_axes=axes, out_axes=(_state_axes(0), 0))
+        )
+
+    def start(self, experiment: Experiment) -> Start:
+        """Does what depends on a seed alone: the server's own training."""
+        config, splits = experiment.config, experiment.problem.splits
+        params = self._pretrain(config.seed, experiment.problem.params, splits.private)
+        key = federation_key(config)
+        score = float(self._score(key, params, splits.test))
+        return Start(key, params, splits.clients, splits.test, score)
+
+    def run_one(self, config: Config, start: Start) -> Iterator[tuple[int, ServerState, Entry]]:
+        """Runs one point, call by call.
+
+        Yields:
+          The number of finished rounds, the state (it is donated to the next call), and what the
+          latest evaluation told.
+        """
+        arguments = _arrays(config)
+        simulation = self.simulation.recompose(config)._replace(
+            run=functools.partial(self._advance, arguments)
+        )
+        state = place(simulation, self._init(arguments, start.key, start.params))
+        latest: Entry = {}
+        for finished, after, entries in run_rounds(simulation, state, start.data, start.test):
+            latest = entries[-1] if entries else latest
+            yield finished, after, latest
+
+    def run_all(
+        self, configs: Sequence[Config], starts: Sequence[Start]
+    ) -> Iterator[tuple[int, ServerState, list[Entry]]]:
+        """Runs several points side by side, as `run_one` does each; a state's leaves are stacked.
+
+        Args:
+          configs: The points.
+          starts: What each one's seed fixes.
+        """
+        stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+        arguments = stack(*map(_arrays, configs))
+        keys = jnp.stack([start.key for start in starts])
+        params, data, test = (
+            stack(*(getattr(start, name) for start in starts))
+            for name in ("params", "data", "test")
+        )
+        simulations = [self.simulation.recompose(config) for config in configs]
+        state = self._init_all(arguments, keys, params)
+        latest: list[Entry] = [{} for _ in configs]
+        last = jnp.int32(configs[0].rounds)
+        for finished, stop in calls_of(0, configs[0]):
+            state, result = self._advance_all(arguments, state, data, test, jnp.int32(stop), last)
+            result = jax.device_get(result)
+            for place_, simulation in enumerate(simulations):
+                own = jax.tree.map(lambda leaf, place_=place_: leaf[place_], result)
+                for index in np.flatnonzero(own.evaluated[: stop - finished]):
+                    entry = entry_of(simulation, own, int(index))
+                    latest[place_] = {"round": finished + int(index) + 1, **entry}
+            yield stop, state, latest
+
+    def _with(self, arguments: Arguments) -> Simulation:
+        return self.simulation.recompose(with_fields(self.simulation.config, arguments))
+
+    def _init_one(self, arguments: Arguments, key: Key, params: Params) -> ServerState:
+        return self._with(arguments).federation.init(key, params)
+
+    def _advance_one(
+        self,
+        arguments: Arguments,
+        state: ServerState,
+        data: ClientData,
+        test: Batch,
+        stop: Array,
+        last: Array,
+    ) -> tuple[ServerState, CallResult]:
+        return self._with(arguments).run(state, data, test, stop, last)
+
+    def _start_score(self, key: Key, params: Params, test: Batch) -> Array:
+        # The compiler leaves the other views out, since nothing uses them.
+        federation = self.simulation.federation
+        metrics = federation.evaluate(federation.init(key, params), test)
+        return metrics[f"global/{self.simulation.task.score}"]
+
+
+def _state_axes(axis: int) -> Any:
+    """Where the points' axis is in a stacked state; the number of the round is common to all."""
+    axes: list[Any] = [axis, axis, axis, axis, None, axis, axis]
+    return ServerState(*axes)
+
+
+def _donating(function: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(function, donate_argnums=1)
+
+
+def _arrays(config: Config) -> Arguments:
+    return {name: jnp.float32(value) for name, value in arguments_of(config).items()}
+
+
+def settings_at_once(simulation: Simulation, data: ClientData, points: int, platform: str) -> int:
+    """How many points of a group are put side by side.
+
+    Args:
+      simulation: The group's.
+      data: The clients' rows.
+      points: Points of the group.
+      platform: JAX's name of the device kind, for example ``cpu``.
+    """
+    axis = simulation.choice.axis
+    if platform == "cpu" or axis.mesh is not None or isinstance(data, HostData):
+        return 1
+    fit = device_bytes() // sum(simulation.memory.values())
+    fill = math.ceil(STEP_BYTES / max(simulation.choice.step_bytes, 1))
+    return max(1, min(points, fit, fill))

@@ -1,0 +1,167 @@
+"""A sweep: its points, program by program, each kept as soon as it is finished."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.experiment import Experiment, prepare
+from fedqsn_jax.memory import answer_out_of_memory
+from fedqsn_jax.reporting.sweep_display import SweepDisplay
+from fedqsn_jax.simulation import Entry
+from fedqsn_jax.sweeps.grid import SEED, Plan, Point, described, program_of
+from fedqsn_jax.sweeps.program import Program, Start, settings_at_once
+from fedqsn_jax.sweeps.results import Record, SweepDirectory, identity, over_seeds, record_of
+
+
+def check(plan: Plan, directory: Path | None) -> list[tuple[list[Point], str]]:
+    """Makes sure that every point that is left can be run; trains and writes nothing.
+
+    Args:
+      plan: The sweep.
+      directory: Where, if that is known.
+
+    Returns:
+      The points that are left, program by program, each with how its clients are run.
+
+    Raises:
+      ConfigError: A point is not possible, or the directory does not serve this sweep.
+    """
+    records: list[Record] = []
+    if directory is not None:
+        files = SweepDirectory(directory)
+        files.check(plan)
+        records = files.read()
+    groups = []
+    for points in by_program(_missing(plan, records)):
+        experiment = _prepare(points[0])
+        groups.append((points, experiment.simulation.choice.reason))
+    return groups
+
+
+def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) -> None:
+    """Runs what is left of a sweep, and writes and shows what it came to.
+
+    Args:
+      plan: The sweep.
+      directory: Where everything is written; see `results.SweepDirectory`.
+      display: Where progress is shown.
+      at_once: Points side by side; 0: what fits and pays.
+
+    Raises:
+      ConfigError: A point is not possible (nothing was run then), or the directory belongs to
+        another sweep.
+      OutOfMemoryError: The device ran out of memory; finished points are kept.
+    """
+    groups = check(plan, directory)
+    files = SweepDirectory(directory)
+    with files.claim(plan):
+        records = files.read()
+        missing = _missing(plan, records)
+        display.start(len(plan.points), len(missing), len(groups), plan.repeated, str(directory))
+        total = sum(point.config.rounds for point in plan.points)
+        done = total - sum(point.config.rounds for point in missing)
+        with display.sweep_progress(total, done, len(plan.points), len(records)) as progress:
+            for points in by_program(missing):
+                for batch, rounds, entries in _run_program(points, at_once):
+                    if entries is None:
+                        progress.update(done + rounds)
+                        continue
+                    new = [record_of(*pair) for pair in zip(batch, entries, strict=True)]
+                    files.append(new)
+                    records += new
+                    done += rounds
+                    for record in new:
+                        progress.update(done, len(records), record)
+        _report(plan, files, records, display)
+
+
+def by_program(points: Sequence[Point]) -> list[list[Point]]:
+    """Groups points that share a compiled program, those of a seed one after the other."""
+    groups: dict[Config, list[Point]] = {}
+    for point in points:
+        groups.setdefault(program_of(point.config), []).append(point)
+    return [sorted(group, key=lambda point: point.config.seed) for group in groups.values()]
+
+
+def _run_program(
+    points: Sequence[Point], at_once: int
+) -> Iterator[tuple[Sequence[Point], int, list[Entry] | None]]:
+    """Runs the points of one program.
+
+    Yields:
+      The points that are running, their finished rounds taken together, and at their end their
+      metrics.
+    """
+    experiment = _prepare(points[0])
+    program = Program(experiment)
+    count = at_once or settings_at_once(
+        program.simulation, experiment.problem.splits.clients, len(points), jax.default_backend()
+    )
+    starts: dict[int, Start] = {}
+    for first in range(0, len(points), count):
+        batch = points[first : first + count]
+        seeds = {point.config.seed for point in batch}
+        starts = {seed: start for seed, start in starts.items() if seed in seeds}
+        for point in batch:
+            if point.config.seed not in starts:
+                own = experiment if point is points[0] else _prepare(point)
+                starts[point.config.seed] = program.start(own)
+        chunk = program.simulation.choice.axis.chunk_size
+        with answer_out_of_memory(batch[0].config, chunk):
+            yield from _run_batch(program, batch, starts, count)
+
+
+def _run_batch(
+    program: Program, batch: Sequence[Point], starts: dict[int, Start], count: int
+) -> Iterator[tuple[Sequence[Point], int, list[Entry] | None]]:
+    configs = [point.config for point in batch]
+    own = [starts[config.seed] for config in configs]
+    latest: list[Entry] = []
+    if count == 1:
+        for finished, _, entry in program.run_one(configs[0], own[0]):
+            latest = [entry]
+            yield batch, finished, None
+    else:
+        # The last batch is filled up, so that it runs in the same program.
+        spare = count - len(batch)
+        filled = configs + spare * configs[-1:], own + spare * own[-1:]
+        for finished, _, entries in program.run_all(*filled):
+            latest = entries[: len(batch)]
+            yield batch, finished * len(batch), None
+    score = f"start/{program.simulation.task.score}"
+    metrics = [{**entry, score: start.score} for entry, start in zip(latest, own, strict=True)]
+    yield batch, configs[0].rounds * len(batch), metrics
+
+
+def _report(
+    plan: Plan, files: SweepDirectory, records: list[Record], display: SweepDisplay
+) -> None:
+    """Writes the tables and pictures, and shows the table."""
+    from fedqsn_jax.reporting import trade_off  # Slow to import, and only needed at the end.
+
+    order = list({identity(point.settings, 0): point.settings for point in plan.points}.values())
+    settings = over_seeds(records, order)
+    files.write_tables(records, settings)
+    display.table(settings)
+    trade_off.draw(settings, files.attacker_picture, "attacker")
+    trade_off.draw(settings, files.proxy_picture, "proxy")
+    display.written([files.table, files.points, files.attacker_picture, files.proxy_picture])
+
+
+def _missing(plan: Plan, records: Sequence[Record]) -> list[Point]:
+    finished = {identity(each["settings"], each[SEED]) for each in records}
+    return [
+        point
+        for point in plan.points
+        if identity(point.settings, point.config.seed) not in finished
+    ]
+
+
+def _prepare(point: Point) -> Experiment:
+    try:
+        return prepare(point.config)
+    except ConfigError as error:
+        where = described({**point.settings, SEED: point.config.seed})
+        raise ConfigError(f"{error} (at the sweep's point {where})") from error

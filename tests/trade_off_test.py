@@ -1,0 +1,125 @@
+"""Intervals over seeds, the Pareto front, and the pictures of a sweep."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from scipy import stats
+
+from fedqsn_jax.reporting import trade_off
+from fedqsn_jax.reporting.estimates import Estimate, Setting, estimate, pareto_front
+from fedqsn_jax.reporting.sweep_display import SweepDisplay
+
+
+def test_the_interval_is_students():
+    values = [0.91, 0.94, 0.92, 0.97]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    mean, half = estimate(values)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert estimate([0.5]).mean == 0.5
+    assert math.isnan(estimate([0.5]).half)
+    for diverged in (None, math.nan, math.inf):
+        assert all(map(math.isnan, estimate([0.5, diverged])))
+
+
+def test_the_front_is_what_no_other_surpasses():
+    rng = np.random.default_rng(0)
+    # Coarse values, so that there are ties.
+    points = [tuple(pair) for pair in rng.integers(0, 12, (60, 2)).astype(float)]
+
+    def surpassed(one):
+        return any(a <= one[0] and b >= one[1] and (a, b) != one for a, b in points)
+
+    expected = sorted({pair for pair in points if not surpassed(pair)})
+    assert [points[index] for index in pareto_front(points)] == expected
+    assert pareto_front([(math.nan, 1.0), (0.5, math.nan)]) == []
+
+
+def some_settings():
+    def setting(algorithm, p1, bits, own, attacker, proxy):
+        metrics = {
+            "global/accuracy": Estimate(own, 0.01),
+            "proxy/accuracy": Estimate(proxy, 0.02),
+            "attacker_1/accuracy": Estimate(attacker - 0.1, 0.02),
+            "attacker_10/accuracy": Estimate(attacker, math.nan),
+            "bytes/down_per_client": Estimate(39_600.0, 12.0),
+            "start/accuracy": Estimate(0.9, 0.01),
+        }
+        return Setting({"algorithm": algorithm, "p1": p1, "bits": bits}, 3, metrics)
+
+    return [
+        setting("fedavg", 0.0, None, 0.97, 0.97, 0.97),
+        setting("fedqsn", 0.2, 4, 0.96, 0.95, 0.94),
+        setting("fedqsn", 0.4, 4, 0.93, 0.96, 0.91),
+        setting("fedqsn", 0.6, 2, math.nan, math.nan, math.nan),
+    ]
+
+
+def test_one_mark_a_setting_and_one_colour_a_method(tmp_path):
+    settings = some_settings()
+    figure = trade_off.draw(settings, tmp_path / "picture.png")
+    (axes,) = figure.axes
+    marks = {line.get_label(): line for line in axes.lines if line.get_marker() != "None"}
+    assert {name: len(line.get_xdata()) for name, line in marks.items()} == {
+        "fedavg": 1,
+        "fedqsn": 3,
+    }
+    np.testing.assert_array_equal(marks["fedqsn"].get_xdata(), [0.95, 0.96, math.nan])
+    np.testing.assert_array_equal(marks["fedqsn"].get_ydata(), [0.96, 0.93, math.nan])
+    assert marks["fedavg"].get_color() != marks["fedqsn"].get_color()
+    (front,) = [line for line in axes.lines if line.get_label() == "Pareto front"]
+    np.testing.assert_array_equal(front.get_xdata(), [0.95, 0.97])
+    assert axes.get_xlabel() == "accuracy of attacker 10"
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 1000
+    other = trade_off.draw(settings, None, "proxy")
+    assert other.axes[0].get_xlabel() == "accuracy of proxy"
+
+    # One that collapsed would flatten the rest: it is in a small picture of its own.
+    collapsed = settings[1]._replace(
+        metrics={**settings[1].metrics, "global/accuracy": Estimate(0.1, 0.0)}
+    )
+    main, overview = trade_off.draw([*settings, collapsed], None).axes
+    assert main.get_ylim()[0] > 0.9
+    assert overview.get_ylim()[0] < 0.1
+
+
+def test_the_table_fits_80_columns_and_is_plain_in_a_pipe():
+    text = io.StringIO()
+    SweepDisplay(Console(file=text, width=80)).table(some_settings())
+    lines = text.getvalue().splitlines()
+    assert text.getvalue().isascii()
+    assert max(map(len, lines)) <= 80
+    assert "mean of 3 seeds with its 95% interval" in lines[1]
+    assert "before the first round 0.900" in lines[2]
+    cells = [line.split() for line in lines]
+    scores = ["0.970", "+-0.010", "0.970", "+-0.020", "0.970"]
+    assert cells[5] == ["fedavg", "*", "0.0", "-", *scores, "39.6"]
+    assert cells[8] == ["fedqsn", "0.6", "2", "-", "-", "-", "39.6"]
+
+    text = io.StringIO()
+    SweepDisplay(Console(file=text, width=60)).table(some_settings())
+    assert max(map(len, text.getvalue().splitlines()[3:-1])) <= 60
+    assert "+-" not in text.getvalue()
+
+
+def test_progress_in_a_pipe_and_in_a_terminal():
+    record = {
+        "settings": {"algorithm": "fedavg", "bits": None},
+        "seed": 1,
+        "metrics": {"global/accuracy": 0.5, "attacker_10/accuracy": None, "start/accuracy": 0.4},
+    }
+    text = io.StringIO()
+    with SweepDisplay(Console(file=text, width=80)).sweep_progress(60, 30, 2, 1) as progress:
+        progress.update(45)
+        progress.update(60, 2, record)
+    assert text.getvalue() == "2/2  algorithm=fedavg seed=1  global 0.500  0:00:00 left\n"
+    text = io.StringIO()
+    console = Console(file=text, width=80, force_terminal=True)
+    with SweepDisplay(console).sweep_progress(60, 30, 2, 1) as progress:
+        progress.update(60, 2, record)
+    assert "point 2/2" in text.getvalue()
+    assert "algorithm=fedavg seed=1  global 0.500" in text.getvalue()
