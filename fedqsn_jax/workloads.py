@@ -109,7 +109,7 @@ def make_workload(model: str, config: Config, data: ClientData) -> tuple[Simulat
       The simulation, initial parameters and a few rows.
     """
     module = MODELS[model]
-    rows = data.gather(jnp.int32(0), jnp.arange(20, dtype=jnp.int32))
+    rows = jax.jit(data.gather)(jnp.int32(0), jnp.arange(20, dtype=jnp.int32))
     params = linen_init(module, jax.random.key(0), rows)
     return (
         make_simulation(config, linen_apply(module), classification(), params, data),

@@ -24,6 +24,7 @@ COMMAND = [
     "--config.rounds_per_call=2",
     "--config.evaluation.every=2",
     "--config.evaluation.proxy_samples=2",
+    "--config.evaluation.attackers=(2,)",
     "--config.checkpoint.every=4",
     "--config.pretraining.steps=20",
     "--config.model.hidden=(32,)",
