@@ -178,7 +178,7 @@ def make_simulation(
     traffic = measure_traffic(
         algorithm.transform, params, sites, sent=sent, trained=trained, plain=plain
     )
-    a_client = client_bytes(local_apply, task, optimizer, params, batch, trained)
+    a_client = client_bytes(local_apply, task, optimizer, params, batch, trained=trained)
     a_client += _own_copies(params, sites, merged, trained, traffic)
     fixed = {
         "dequantized proxy of the round": 4 * _entries(keep(params, sent)),
