@@ -2,8 +2,9 @@
 
   python -m fedqsn_jax.main --config=configs/digits.py --workdir=runs/digits
 
-``:fedavg``, ``:fedsn`` (masks only) and ``:fedq`` (quantizer only) after the file's name run the
-same with another algorithm. What to expect is in the README, with the figures' spread.
+``:fedavg``, ``:fedsn`` (masks only), ``:fedq`` (quantizer only) and ``:fedlpp`` (quantized adapters
+of rank 8 on a public model) after the file's name run the same with another algorithm, and
+``--config.lora.rank=8`` with adapters. What to expect is in the README, with the figures' spread.
 
 1797 images of 8x8 pixels: 360 rows are held out for testing, 200 are the server's own, the rest is
 dealt to 20 clients by Dirichlet(0.5) label skew.
@@ -35,5 +36,7 @@ def get_config(algorithm: str = "fedqsn"):
     config.client.learning_rate = 0.1
     config.p1 = config.p2 = 0.2
     config.bits = 4
+    if algorithm == "fedlpp":
+        config.lora.rank = 8
     config.block_size = 64
     return config

@@ -78,6 +78,7 @@ def client_bytes(
     optimizer: ClientOptimizer,
     params: Params,
     batch: Batch,
+    *,
     trained: Selection = None,
 ) -> int:
     """Bytes that one more client of a chunk takes while it trains.

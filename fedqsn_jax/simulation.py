@@ -226,9 +226,13 @@ def make_simulation(
 
     one_by_one = compose(config, Choice(ClientAxis(), ""), {})
     a_client = client_bytes(
-        local_apply, task, local_optimizer(config.client), params, batch, trained
+        local_apply, task, local_optimizer(config.client), params, batch, trained=trained
     )
-    a_client += _own_copies(params, sites, merged, trained, one_by_one.traffic)
+    frozen = _own_frozen_bytes(params, sites, trained, one_by_one.traffic)
+    # Twice, as was measured: the compiler does not overwrite them in place. And a merged matrix
+    # with its gradient.
+    a_client += 2 * frozen
+    a_client += sum(8 * math.prod(one.matrix.shape) for one in merged.adapters) if merged else 0
     fixed = {
         "dequantized proxy of the round": 4 * _entries(keep(params, sent)),
         "sum of deltas": 4 * _entries(keep(params, trained)),
@@ -246,7 +250,8 @@ def make_simulation(
     at_once, refills = choice.axis.chunk_size, choice.axis.refills
     memory = {**fixed, f"training of {at_once} client(s) at once": at_once * a_client}
     if at_once > 1:
-        memory["clients that come and go"] = refills * tree_bytes(keep(params, trained))
+        of_one = tree_bytes(keep(params, trained)) + frozen
+        memory["clients that come and go"] = refills * of_one
     return compose(config, choice, memory)
 
 
@@ -264,16 +269,11 @@ def _entries(params: Params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def _own_copies(
-    params: Params, sites: Sites, merged: Lora | None, trained: Selection, traffic: Traffic
-) -> int:
-    """Bytes of what each client has of frozen tensors, and of merged matrices."""
+def _own_frozen_bytes(params: Params, sites: Sites, trained: Selection, traffic: Traffic) -> int:
+    """Bytes of the frozen tensors that each client has in its own way, because they are masked."""
     masked = [site for site in sites if site.mask_path in traffic.down.per_column]
     paths = frozenset(path for site in masked for path in (site.path, site.bias_path) if path)
-    adapters = merged.adapters if merged is not None else ()
-    # A merged matrix and its gradient.
-    matrices = sum(8 * math.prod(adapter.matrix.shape) for adapter in adapters)
-    return tree_bytes(keep(drop(params, trained), paths)) + matrices
+    return tree_bytes(keep(drop(params, trained), paths))
 
 
 def _some_clients(population: int) -> Array:

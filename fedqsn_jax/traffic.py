@@ -59,7 +59,7 @@ def measure_traffic(
     proxy = jax.eval_shape(make_proxy, jax.random.key(0), params)
     plain = params if plain is None else plain
     whole = wire.Layout.of(jax.eval_shape(lambda params: whole_proxy(params, ()), plain))
-    layout = wire.Layout.of(proxy, trained)
+    layout = wire.Layout.of(proxy, trained=trained)
     return Traffic(
         down=wire.proxy_cost(layout),
         up=wire.update_cost(layout),

@@ -96,7 +96,7 @@ class Layout:
     trained: Selection = None
 
     @classmethod
-    def of(cls, proxy: Proxy, trained: Selection = None) -> "Layout":
+    def of(cls, proxy: Proxy, *, trained: Selection = None) -> "Layout":
         """Reads the layout off a proxy, or off the shapes of one (``jax.eval_shape``).
 
         Args:
@@ -121,7 +121,7 @@ class Layout:
             tuple(sorted(proxy.scale)),
             proxy.sites,
             jax.tree.structure(proxy.params, is_leaf=is_quantized),
-            trained,
+            trained=trained,
         )
 
     @property

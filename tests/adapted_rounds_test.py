@@ -216,7 +216,7 @@ def test_fedlpp_is_numpys(adapted, trained, data, numpy_loss_and_gradient, tmp_p
     codes = sum(-(-2 * size // 8) for size in entries.values())
     scales = sum(2 * -(-size // 4) for size in entries.values())
     assert len(payload) == 48 + codes + scales
-    layout = Layout.of(prepared, trained)
+    layout = Layout.of(prepared, trained=trained)
     assert octets(decode_proxy(payload, layout)) == octets(prepared)
     traffic = measure_traffic(
         algorithm.transform, params, model.sites, sent=trained, trained=trained

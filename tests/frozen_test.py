@@ -146,7 +146,7 @@ def test_a_clients_state_holds_trained_tensors_and_its_masked_frozen_ones(model,
     assert sum(leaf.size for leaf in jax.tree.leaves(training.optimizer_state)) == moments
     batch = {"x": jnp.zeros((4, 6)), "label": jnp.zeros(4, jnp.int32)}
     needs = [
-        client_bytes(model.apply_fn, task, adam, model.params, batch, selection)
+        client_bytes(model.apply_fn, task, adam, model.params, batch, trained=selection)
         for selection in (None, trained)
     ]
     # Of the frozen kernels neither effective weights nor gradient nor moments.
@@ -154,7 +154,7 @@ def test_a_clients_state_holds_trained_tensors_and_its_masked_frozen_ones(model,
 
 
 def test_what_returns_is_what_was_trained(model, trained, proxy):
-    layout = Layout.of(proxy, trained)
+    layout = Layout.of(proxy, trained=trained)
     seen = {path: int(np.asarray(mask).sum()) for path, mask in proxy.visible.items()}
     cost = measure_traffic(TRANSFORM, model.params, model.sites, trained=trained)
 
