@@ -82,7 +82,7 @@ def _run(plan: "Plan", options: argparse.Namespace) -> None:
     directory = Path(options.workdir) if options.workdir else None
     display = SweepDisplay()
     if options.dry_run or directory is None:
-        groups = run.check(plan, directory)
+        groups = run.check(plan, directory, int(options.at_once))
         display.groups([(len(points), reason) for points, reason in groups], plan.repeated)
     else:
         run.run(plan, directory, display, int(options.at_once))

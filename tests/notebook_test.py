@@ -62,9 +62,10 @@ def test_the_trade_off_runs(executed, monkeypatch, tmp_path):
     plan = make_plan(read_config("configs/digits.py", []), grids)
     files = SweepDirectory(tmp_path / "sweep")
     with files.claim(plan):
-        for index, point in enumerate(plan.points):
-            scores = {"global": 0.9, "proxy": 0.8, "attacker_1": 0.7, "attacker_10": 0.7}
-            metrics = {f"{view}/accuracy": value + index / 64 for view, value in scores.items()}
+        for point in plan.points:
+            own = 0.9 - point.config.p2 / 4
+            scores = {"global": own, "proxy": 0.8, "attacker_1": 0.7, "attacker_10": 0.7}
+            metrics = {f"{view}/accuracy": value for view, value in scores.items()}
             metrics |= {"bytes/down_per_client": 1500.0, "start/accuracy": 0.5}
             files.append([record_of(point, metrics)])
     monkeypatch.setenv("FEDQSN_NOTEBOOK_SWEEP", str(files.path))
@@ -74,4 +75,4 @@ def test_the_trade_off_runs(executed, monkeypatch, tmp_path):
     text = text_of(shown)
     # FedAvg, and FedQSN with two values of p2.
     assert "3 settings, 2 seeds each; the attacker here is attacker_10/accuracy" in text
-    assert "  0.200  -0.062      1.5  algorithm=fedqsn p1=0.2 p2=0.4" in text
+    assert "  0.100   0.100      1.5  algorithm=fedqsn p1=0.2 p2=0.4" in text

@@ -39,6 +39,11 @@ MISTAKES = {
     "set twice": (GRID, ["--config.p1=0.5"], "--config.p1: the sweep sets it; use --sweep.p1"),
     "unknown override": (GRID, ["--sweep.sede=1"], "unknown field sede; did you mean seed?"),
     "override without value": (GRID, ["--sweep.seed"], "--sweep.seed: a value is missing"),
+    "rows on the host": (
+        GRID,
+        ["--at_once=2", "--config.data.resident=host"],
+        "--at_once=2: allowed is 0 or 1 where",
+    ),
     "side by side": (GRID, ["--at_once=x"], "--at_once=x: allowed is 0 or more"),
 }
 

@@ -106,7 +106,8 @@ class SweepDirectory:
 
 def record_of(point: Point, metrics: Mapping[str, Any]) -> Record:
     """Returns what is kept of a finished point."""
-    return {"settings": point.settings, SEED: point.config.seed, "metrics": dict(metrics)}
+    kept = {name: value for name, value in metrics.items() if name not in ("round", "seconds")}
+    return {"settings": point.settings, SEED: point.config.seed, "metrics": kept}
 
 
 def identity(settings: Mapping[str, Any], seed: int) -> str:

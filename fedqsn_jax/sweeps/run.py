@@ -11,16 +11,17 @@ from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.reporting.sweep_display import SweepDisplay
 from fedqsn_jax.simulation import Entry
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point, described, program_of
-from fedqsn_jax.sweeps.program import Program, Start, settings_at_once
+from fedqsn_jax.sweeps.program import Program, Start, may_be_side_by_side, settings_at_once
 from fedqsn_jax.sweeps.results import Record, SweepDirectory, identity, over_seeds, record_of
 
 
-def check(plan: Plan, directory: Path | None) -> list[tuple[list[Point], str]]:
+def check(plan: Plan, directory: Path | None, at_once: int = 0) -> list[tuple[list[Point], str]]:
     """Makes sure that every point that is left can be run; trains and writes nothing.
 
     Args:
       plan: The sweep.
       directory: Where, if that is known.
+      at_once: Points side by side; 0: what fits and pays.
 
     Returns:
       The points that are left, program by program, each with how its clients are run.
@@ -36,7 +37,13 @@ def check(plan: Plan, directory: Path | None) -> list[tuple[list[Point], str]]:
     groups = []
     for points in by_program(_missing(plan, records)):
         experiment = _prepare(points[0])
-        groups.append((points, experiment.simulation.choice.reason))
+        simulation = experiment.simulation
+        if at_once > 1 and not may_be_side_by_side(simulation, experiment.splits.clients):
+            raise ConfigError(
+                f"--at_once={at_once}: allowed is 0 or 1 where several devices share a cohort, or "
+                f"clients' rows are on the host"
+            )
+        groups.append((points, simulation.choice.reason))
     return groups
 
 
@@ -54,7 +61,7 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
         another sweep.
       OutOfMemoryError: The device ran out of memory; finished points are kept.
     """
-    groups = check(plan, directory)
+    groups = check(plan, directory, at_once)
     files = SweepDirectory(directory)
     with files.claim(plan):
         records = files.read()
