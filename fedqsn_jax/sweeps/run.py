@@ -38,7 +38,7 @@ def check(plan: Plan, directory: Path | None, at_once: int = 0) -> list[tuple[li
     for points in by_program(_missing(plan, records)):
         experiment = _prepare(points[0])
         simulation = experiment.simulation
-        if at_once > 1 and not may_be_side_by_side(simulation, experiment.splits.clients):
+        if at_once > 1 and not may_be_side_by_side(simulation, experiment.problem.splits.clients):
             raise ConfigError(
                 f"--at_once={at_once}: allowed is 0 or 1 where several devices share a cohort, or "
                 f"clients' rows are on the host"
