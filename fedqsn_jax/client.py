@@ -48,7 +48,8 @@ class Training:
     Attributes:
       params: The effective parameters ``theta * scale``, in the parameters' dtypes.
       optimizer_state: The optimizer's, which acts on ``theta``.
-      loss: Sum of the losses of the steps so far, float32 scalar.
+      steps: Number of the steps so far, int32 scalar.
+      loss: Sum of their losses, float32 scalar.
       factors: What ``theta`` is multiplied by in the model, float32 ``[layers, columns]`` a site:
         the site's scale, zero where hidden; a site that is absent has factor 1.
       sites: The mask sites (static).
@@ -56,6 +57,7 @@ class Training:
 
     params: Params
     optimizer_state: optax.OptState
+    steps: Array
     loss: Array
     factors: Columns
     sites: Sites = struct.field(pytree_node=False)
@@ -73,7 +75,8 @@ class ClientUpdate(NamedTuple):
     `cohort.sum_over_clients`. `train` is all of it for one client.
 
     Attributes:
-      step_count: ``rows -> steps``, int32: how many steps a client with so many rows takes.
+      step_count: ``rows -> steps``, int32: how many steps a client with so many rows takes. It
+        may be stopped before: what it has done by then counts.
       start: ``(proxy, rows) -> Training`` of a client with so many rows.
       step: ``(key, data, client_id, index, training) -> training``: the step that is numbered
         ``index``, from 0 on.
@@ -133,7 +136,9 @@ def make_client_update(
         params, factors = effective_params(proxy), _factors(proxy)
         theta = _pull_back(params, spread(factors, params, proxy.sites, 1.0))
         own_optimizer = optimizer(step_count(rows))
-        return Training(params, own_optimizer.init(theta), jnp.float32(0), factors, proxy.sites)
+        return Training(
+            params, own_optimizer.init(theta), jnp.int32(0), jnp.float32(0), factors, proxy.sites
+        )
 
     def step(
         key: Key, data: ClientData, client_id: Array, index: Array, training: Training
@@ -155,11 +160,15 @@ def make_client_update(
             training.factor_tree,
         )
         return dataclasses.replace(
-            training, params=params, optimizer_state=optimizer_state, loss=training.loss + loss
+            training,
+            params=params,
+            optimizer_state=optimizer_state,
+            steps=training.steps + 1,
+            loss=training.loss + loss,
         )
 
     def finish(proxy: Proxy, rows: Array, training: Training) -> ClientResult:
-        count = step_count(rows)
+        count = training.steps
         # XLA may compute the start twice, once with fused multiply-adds: without a step the
         # difference could be a rounding error, and it must be zero.
         difference = jax.tree.map(

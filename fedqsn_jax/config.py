@@ -107,6 +107,16 @@ class CohortConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParticipationConfig:
+    """What comes back from the clients of a cohort; every one of them receives its proxy."""
+
+    dropout: float = _field(0.0, _range(0, 1), "probability that a client returns nothing")
+    stragglers: float = _field(0.0, _range(0, 1), "probability that a client is cut off early")
+    straggler_share: float = _field(0.5, _range(0, 1), "share of its steps that a straggler takes")
+    nan: float = _field(0.0, _range(0, 1), "probability of an update that is NaN, put in to test")
+
+
+@dataclasses.dataclass(frozen=True)
 class ServerConfig:
     """Aggregation of the clients' deltas into the hidden model."""
 
@@ -115,6 +125,7 @@ class ServerConfig:
     momentum: float = _field(0.0, _range(0, below=1), "momentum of sgd")
     weighting: str = _field("data", _one_of("data", "uniform"), "a client's weight in the mean")
     normalize: str = _field("mean", _one_of("mean", "coverage"), "divide by all, or by who saw it")
+    clip_norm: float = _field(0.0, _range(0), "largest L2 norm of a client's delta; 0: no limit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +168,7 @@ class Config:
     pretraining: PretrainingConfig = dataclasses.field(default_factory=PretrainingConfig)
     client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
     cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
+    participation: ParticipationConfig = dataclasses.field(default_factory=ParticipationConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)

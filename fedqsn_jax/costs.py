@@ -74,7 +74,7 @@ def expected_costs(simulation: Simulation) -> Costs:
     }
     return Costs(
         down=traffic.down.of(visible),
-        up=traffic.up.of(visible),
+        up=(1 - simulation.config.participation.dropout) * traffic.up.of(visible),
         fedavg_down=traffic.fedavg_down,
         fedavg_up=traffic.fedavg_up,
         memory=(*simulation.memory.items(), ("in all", sum(simulation.memory.values()))),

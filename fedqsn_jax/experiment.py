@@ -300,6 +300,12 @@ def _finish(
     plots.accuracy_curves(history, work.picture, title, score)
     write_json(work.summary, summary)
     display.final_table(summary)
+    rejected = sum(entry.get("clients/rejected", 0) for entry in history)
+    if rejected:
+        display.warning(
+            f"{rejected} updates were not finite and were rejected, in the rounds that were "
+            f"evaluated"
+        )
     if not math.isfinite(history[-1]["global/loss"]):
         display.warning("the training diverged; its loss is no number. Lower the learning rates")
     display.message(f"written to {work.path}")

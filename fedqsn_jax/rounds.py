@@ -16,6 +16,7 @@ from fedqsn_jax.cohort import ClientAxis, ClientWork, sample_cohort, sum_over_cl
 from fedqsn_jax.data.federated import ClientData
 from fedqsn_jax.masking import Sites
 from fedqsn_jax.metrics import Evaluator
+from fedqsn_jax.participation import EVERYONE, Participation, draw_attendance
 from fedqsn_jax.proxy import Proxy, ProxyTransform, dequantize_proxy, select_columns, whole_proxy
 from fedqsn_jax.randomness import client_round_key, fold_in_name
 from fedqsn_jax.types import Array, Batch, Columns, Key, Params
@@ -62,6 +63,7 @@ class _Context:
       visible: The columns that each client sees, bool ``[cohort, layers, columns]`` a site.
       scale: Each client's factors, float32 ``[cohort]`` a site.
       weights: The clients' weights in the mean, float32 ``[cohort]``.
+      broken: Whose update is NaN, bool ``[cohort]``.
       training_key: The round's key of batches and dropout; a client's id is folded in.
     """
 
@@ -71,6 +73,7 @@ class _Context:
     visible: Columns
     scale: dict[str, Array]
     weights: Array
+    broken: Array
     training_key: Key
 
 
@@ -79,9 +82,10 @@ class Federation(NamedTuple):
 
     Attributes:
       init: ``(key, params) -> ServerState``.
-      round: ``(state, data) -> (state, facts)``: one round. Facts are float32 ``train/loss`` and,
-        for each site that has masks, uint32 ``visible/PATH``: visible columns, summed over the
-        cohort.
+      round: ``(state, data) -> (state, facts)``: one round. Facts are float32 ``train/loss``, and
+        uint32 counts: ``clients/returned`` and ``clients/rejected``; for each site that has masks
+        ``visible/PATH``, visible columns summed over the cohort, and ``returned/PATH``, summed over
+        the clients that returned an update.
       cohort: ``state -> ids``, int32 ``[cohort]``: who takes part in the state's next round.
       evaluate: ``(state, rows) -> metrics`` of all views, named ``view/metric``.
     """
@@ -105,6 +109,7 @@ def make_federation(
     proxy_samples: int,
     attackers: tuple[int, ...],
     score: str,
+    participation: Participation = EVERYONE,
 ) -> Federation:
     """Composes a federated method; every argument is static.
 
@@ -120,6 +125,7 @@ def make_federation(
       proxy_samples: Client masks that the proxy view averages over.
       attackers: Numbers of colluding clients; ``attacker_N`` names each in the metrics.
       score: The metric whose spread over client masks is reported.
+      participation: How clients fail.
     """
 
     def init(key: Key, params: Params) -> ServerState:
@@ -161,10 +167,18 @@ def make_federation(
 
     def finish(context: _Context, client: Array, training: Training) -> dict[str, Any]:
         rows = context.data.rows(context.ids[client])
-        result = update.finish(proxy_of(context, client), rows, training)
+        proxy = proxy_of(context, client)
+        result = update.finish(proxy, rows, training)
+        delta = result.delta
+        if participation.nan:
+            broken = context.broken[client]
+            delta = jax.tree.map(lambda leaf: jnp.where(broken, jnp.nan, leaf), delta)
+        part = aggregator.contribute(delta, context.weights[client], proxy.visible)
+        accepted = part.weight > 0
         return {
-            "delta": aggregator.contribute(result.delta, context.weights[client]),
-            "loss": result.loss * result.examples,
+            "update": part,
+            "loss": jnp.where(accepted, result.loss * result.examples, 0),
+            "examples": jnp.where(accepted, result.examples, 0).astype(jnp.float32),
         }
 
     def run_round(state: ServerState, data: ClientData) -> tuple[ServerState, dict[str, Array]]:
@@ -179,16 +193,17 @@ def make_federation(
         rows = data.rows(ids)
         weights = aggregator.weigh(rows)
         training_key = jax.random.fold_in(state.public_key, state.round)
-        context = _Context(prepared, data, ids, visible, scale, weights, training_key)
+        attendance = draw_attendance(training_key, ids, update.step_count(rows), participation)
+        context = _Context(
+            prepared, data, ids, visible, scale, weights, attendance.broken, training_key
+        )
         total = sum_over_clients(
-            ClientWork(start, step, finish), context, update.step_count(rows), client_axis
+            ClientWork(start, step, finish), context, attendance.steps, client_axis
         )
         params, optimizer_state = aggregator.finish(
             state.params,
             state.optimizer_state,
-            total["delta"],
-            weights,
-            visible,
+            total["update"],
             prepared.visible,
         )
         attackers = {
@@ -197,9 +212,15 @@ def make_federation(
             )
             for name, attacker in state.attackers.items()
         }
-        examples = rows.astype(jnp.float32).sum()
-        facts = {"train/loss": total["loss"] / jnp.maximum(examples, 1)}
-        facts |= {f"visible/{path}": seen.sum(dtype=jnp.uint32) for path, seen in visible.items()}
+        facts = {
+            "train/loss": total["loss"] / jnp.maximum(total["examples"], 1),
+            "clients/returned": attendance.returns.sum(dtype=jnp.uint32),
+            "clients/rejected": total["update"].rejected,
+        }
+        for path, seen in visible.items():
+            facts[f"visible/{path}"] = seen.sum(dtype=jnp.uint32)
+            returned = seen & attendance.returns[:, None, None]
+            facts[f"returned/{path}"] = returned.sum(dtype=jnp.uint32)
         state = dataclasses.replace(
             state,
             params=params,

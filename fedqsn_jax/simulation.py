@@ -29,6 +29,7 @@ from fedqsn_jax.memory import client_bytes, device_bytes, tree_bytes
 from fedqsn_jax.metrics import make_evaluator
 from fedqsn_jax.models.adapters import in_compute_dtype
 from fedqsn_jax.parallelism import Choice, Workload, choose_client_axis
+from fedqsn_jax.participation import Participation
 from fedqsn_jax.placement import Tree, replicate
 from fedqsn_jax.proxy import whole_proxy
 from fedqsn_jax.quantization import NormalFloat, Quantizer, Uniform
@@ -128,6 +129,7 @@ def make_simulation(
         _server_optimizer(config.server),
         weighting=config.server.weighting,  # type: ignore[arg-type]
         normalize=config.server.normalize,  # type: ignore[arg-type]
+        clip_norm=config.server.clip_norm,
     )
     federation_of = functools.partial(
         make_federation,
@@ -141,6 +143,7 @@ def make_simulation(
         proxy_samples=config.evaluation.proxy_samples,
         attackers=config.evaluation.attackers,
         score=task.score,
+        participation=Participation(**dataclasses.asdict(config.participation)),
     )
     batch = _batch_shapes(data, config.client.batch_size)
     a_client = client_bytes(local_apply, task, optimizer, params, batch)
@@ -148,7 +151,7 @@ def make_simulation(
     steps = update.step_count(data.rows(_some_clients(population)))
     workload = Workload(
         steps=np.asarray(steps),
-        equal_steps=config.client.steps,
+        equal_steps=0 if config.participation.stragglers else config.client.steps,
         client_bytes=a_client,
         fixed_bytes=sum(fixed.values()),
         device_bytes=device_bytes(),
@@ -340,24 +343,34 @@ def run_rounds(
         for index in np.flatnonzero(evaluated[: stop - finished]):
             share = (index + 1) / (stop - finished)
             one = {name: values[index] for name, values in metrics.items()}
-            visible = {
-                name.removeprefix("visible/"): int(values[index]) / config.cohort.size
-                for name, values in facts.items()
-                if name.startswith("visible/")
-            }
             entries.append(
                 {
                     "round": finished + int(index) + 1,
                     **_ordered(one),
-                    "train/loss": float(facts["train/loss"][index]),
-                    "bytes/down_per_client": simulation.traffic.down.of(visible),
-                    "bytes/up_per_client": simulation.traffic.up.of(visible),
+                    **_facts_of(simulation, {name: x[index] for name, x in facts.items()}),
                     "seconds": round(float(seconds + share * took), 6),
                 }
             )
         seconds += took
         yield stop, state, entries
         began = time.perf_counter()
+
+
+def _facts_of(simulation: Simulation, facts: dict[str, Any]) -> Entry:
+    """What a round's facts say: loss, who returned, and bytes, means over the sampled clients."""
+    cohort, traffic = simulation.config.cohort.size, simulation.traffic
+
+    def columns(kind: str) -> dict[str, float]:
+        of_kind = (name for name in facts if name.startswith(f"{kind}/"))
+        return {name.partition("/")[2]: int(facts[name]) / cohort for name in of_kind}
+
+    counts = {name: int(facts[f"clients/{name}"]) for name in ("returned", "rejected")}
+    return {
+        "train/loss": float(facts["train/loss"]),
+        **{f"clients/{name}": count for name, count in counts.items()},
+        "bytes/down_per_client": traffic.down.of(columns("visible")),
+        "bytes/up_per_client": traffic.up.of(columns("returned"), counts["returned"] / cohort),
+    }
 
 
 def _feed(

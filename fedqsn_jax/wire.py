@@ -215,9 +215,15 @@ class Cost(NamedTuple):
     fixed: int
     per_column: dict[str, int]
 
-    def of(self, visible: Mapping[str, float]) -> float:
-        """The length with so many visible columns a site; an integer if the counts are."""
-        return self.fixed + sum(size * visible[path] for path, size in self.per_column.items())
+    def of(self, visible: Mapping[str, float], payloads: float = 1) -> float:
+        """The length with so many visible columns a site; an integer if the counts are.
+
+        Args:
+          visible: Visible columns of each masked site, of all payloads together.
+          payloads: Number of payloads.
+        """
+        columns = sum(size * visible[path] for path, size in self.per_column.items())
+        return self.fixed * payloads + columns
 
 
 def proxy_cost(layout: Layout) -> Cost:

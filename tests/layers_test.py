@@ -14,7 +14,7 @@ FLOORS = (
     ("client_optimizer", "generation", "masking", "text_scores"),
     ("memory",),
     ("metrics", "models", "data", "language_tasks"),
-    ("cohort", "heads", "proxy", "text_evaluation"),
+    ("cohort", "heads", "participation", "proxy", "text_evaluation"),
     ("client", "aggregation", "views", "wire", "parallelism"),
     ("rounds", "traffic", "text_views"),
     ("algorithms",),

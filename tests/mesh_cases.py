@@ -57,6 +57,7 @@ def make(parallelism, devices, chunk):
                 "chunk_size": chunk,
             },
             "client": {"batch_size": 4, "learning_rate": 0.3},
+            "participation": {"dropout": 0.2, "stragglers": 0.5, "nan": 0.2},
             "evaluation": {"proxy_samples": 2, "attackers": (2,)},
             "data": {"clients": len(SIZES)},
         }

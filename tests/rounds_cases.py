@@ -13,6 +13,7 @@ from fedqsn_jax.client import make_client_update
 from fedqsn_jax.client_optimizer import unscheduled
 from fedqsn_jax.cohort import ClientAxis, sample_cohort
 from fedqsn_jax.metrics import make_evaluator
+from fedqsn_jax.participation import EVERYONE
 from fedqsn_jax.proxy import dequantize_proxy, whole_proxy
 from fedqsn_jax.quantization import NormalFloat
 from fedqsn_jax.randomness import client_round_key, fold_in_name
@@ -38,6 +39,8 @@ def federate(
     attackers=(1, 4),
     batch_size=4,
     epochs=2,
+    participation=EVERYONE,
+    **aggregation,
 ):
     task = classification()
     update = make_client_update(
@@ -46,7 +49,7 @@ def federate(
     return make_federation(
         algorithm.transform,
         update,
-        make_aggregator(model.sites, server or optax.sgd(1.0)),
+        make_aggregator(model.sites, server or optax.sgd(1.0), **aggregation),
         make_evaluator(model.apply_fn, task, 16),
         model.sites,
         population=POPULATION,
@@ -55,7 +58,15 @@ def federate(
         proxy_samples=3,
         attackers=attackers,
         score=task.score,
+        participation=participation,
     )
+
+
+def shared_federation(model, participation=EVERYONE):
+    """That of the fixture ``shared``: Adam on both sides."""
+    server = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
+    client = optax.adamw(0.01, weight_decay=0.1)
+    return federate(model, FEDQSN, server=server, client=client, participation=participation)
 
 
 def octets(tree):

@@ -3,8 +3,10 @@
 A *history* is a list of dictionaries, one for each evaluated round, in order. Keys: ``round``;
 ``VIEW/METRIC`` for the views (``global``, ``server``, ``proxy``, ``attacker_N``), with
 ``proxy/SCORE_std`` for the spread over client masks; ``train/loss``; ``bytes/down_per_client`` and
-``bytes/up_per_client``; ``seconds`` since the run began. Only ``round`` must be there: any other
-key may be missing or None (round 0, before any training, has no training loss and no bytes).
+``bytes/up_per_client``, means over the sampled clients; ``clients/returned`` and
+``clients/rejected``, numbers of updates; ``seconds`` since the run began. Only ``round`` must be
+there: any other key may be missing or None (round 0, before any training, has no training loss and
+no bytes).
 """
 
 import dataclasses
