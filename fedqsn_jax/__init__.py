@@ -29,6 +29,7 @@ _PUBLIC = {
     "client": ("ClientResult", "ClientUpdate", "Training", "make_client_update"),
     "aggregation": ("Aggregator", "Contribution", "make_aggregator"),
     "cohort": ("ClientAxis", "ClientWork", "sample_cohort", "sum_over_clients"),
+    "upload": ("Upload", "quantize_delta", "quantized_upload", "whole_upload"),
     "participation": ("Participation",),
     "rounds": ("Federation", "ServerState", "make_federation", "make_rounds"),
     "algorithms": ("Algorithm", "fedavg", "fedq", "fedqsn", "fedsn", "make_algorithm"),

@@ -47,6 +47,8 @@ class Training:
 
     Attributes:
       params: The effective parameters ``theta * scale``, in the parameters' dtypes.
+      anchor: The effective parameters at the start, from which the proximal term measures; None
+        without one.
       optimizer_state: The optimizer's, which acts on ``theta``.
       steps: Number of the steps so far, int32 scalar.
       loss: Sum of their losses, float32 scalar.
@@ -56,6 +58,7 @@ class Training:
     """
 
     params: Params
+    anchor: Params | None
     optimizer_state: optax.OptState
     steps: Array
     loss: Array
@@ -114,6 +117,7 @@ def make_client_update(
     *,
     steps: int = 0,
     epochs: int = 1,
+    proximal: float | Array = 0.0,
 ) -> ClientUpdate:
     """Makes the local training of one round.
 
@@ -126,7 +130,11 @@ def make_client_update(
         permutation of the client's rows; its last batch may be smaller.
       steps: Number of local steps for every client that has rows; 0 means ``epochs``.
       epochs: Passes over the client's rows, where ``steps`` is 0.
+      proximal: FedProx's mu (arXiv 1812.06127): the optimizer minimizes the loss plus
+        ``mu / 2 * |theta - theta_start|**2``. The reported loss is without that term. It costs the
+        memory of one more copy of the parameters.
     """
+    is_proximal = not isinstance(proximal, float | int) or proximal != 0
 
     def step_count(rows: Array) -> Array:
         count = jnp.int32(steps) if steps else epochs * _steps_per_epoch(rows, batch_size)
@@ -137,7 +145,13 @@ def make_client_update(
         theta = _pull_back(params, spread(factors, params, proxy.sites, 1.0))
         own_optimizer = optimizer(step_count(rows))
         return Training(
-            params, own_optimizer.init(theta), jnp.int32(0), jnp.float32(0), factors, proxy.sites
+            params,
+            params if is_proximal else None,
+            own_optimizer.init(theta),
+            jnp.int32(0),
+            jnp.float32(0),
+            factors,
+            proxy.sites,
         )
 
     def step(
@@ -152,6 +166,14 @@ def make_client_update(
             return task.loss(apply_fn(params, batch, dropout_key), batch, valid)
 
         loss, gradient = jax.value_and_grad(loss_fn)(training.params)
+        gradient = _push_forward(gradient, training.factor_tree)
+        if is_proximal:
+            moved = jax.tree.map(jnp.subtract, training.params, training.anchor)
+            gradient = jax.tree.map(
+                lambda slope, way: slope + (proximal * way).astype(slope.dtype),
+                gradient,
+                _pull_back(moved, training.factor_tree),
+            )
         params, optimizer_state = _wrapped_step(
             optimizer(step_count(rows)),
             gradient,
@@ -216,7 +238,7 @@ def _pull_back(tree: Params, factors: Params) -> Params:
 
 
 def _push_forward(tree: Params, factors: Params) -> Params:
-    """From theta to effective values; also the way of gradients, whose chain rule it is."""
+    """From theta to effective values; a gradient goes the other way so, by the chain rule."""
 
     def multiply(leaf: Array, factor: Array) -> Array:
         return jnp.where(factor == 0, 0, leaf * factor)
@@ -231,7 +253,8 @@ def _wrapped_step(
     params: Params,
     factors: Params,
 ) -> tuple[Params, optax.OptState]:
+    """One step of the optimizer, with the gradient by theta, for the effective parameters."""
     updates, optimizer_state = optimizer.update(
-        _push_forward(gradient, factors), optimizer_state, _pull_back(params, factors)
+        gradient, optimizer_state, _pull_back(params, factors)
     )
     return optax.apply_updates(params, _push_forward(updates, factors)), optimizer_state

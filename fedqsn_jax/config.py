@@ -91,6 +91,7 @@ class ClientConfig:
     optimizer: str = _field("sgd", _one_of(*OPTIMIZERS), "local optimizer")
     learning_rate: float = _field(0.1, _range(0), "local rate")
     momentum: float = _field(0.0, _range(0, below=1), "momentum of sgd")
+    proximal: float = _field(0.0, _range(0), "FedProx's mu; 0: no proximal term")
     weight_decay: float = _field(0.0, _range(0), "decoupled weight decay (adamw)")
     dropout: float = _field(0.0, _range(0, below=1), "dropout in hidden layers")
     compute_dtype: str = _field("float32", _one_of(*COMPUTE_DTYPES), "of forward and backward pass")
@@ -114,6 +115,16 @@ class ParticipationConfig:
     stragglers: float = _field(0.0, _range(0, 1), "probability that a client is cut off early")
     straggler_share: float = _field(0.5, _range(0, 1), "share of its steps that a straggler takes")
     nan: float = _field(0.0, _range(0, 1), "probability of an update that is NaN, put in to test")
+
+
+@dataclasses.dataclass(frozen=True)
+class UploadConfig:
+    """How updates travel; what is not quantized is float32."""
+
+    bits: int = _field(0, _range(0, 8), "width of a code of the sites' kernels; 0: not quantized")
+    block_size: int = _field(64, _range(1), "entries of a column that share a scale")
+    codebook: str = _field("normal_float", _one_of(*CODEBOOKS), "levels of the quantizer")
+    error_feedback: bool = _field(False, None, "clients keep what is lost, and send it later")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +180,7 @@ class Config:
     client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
     cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
     participation: ParticipationConfig = dataclasses.field(default_factory=ParticipationConfig)
+    upload: UploadConfig = dataclasses.field(default_factory=UploadConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -223,6 +235,11 @@ def resolve(values: Mapping[str, Any]) -> Config:
             f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
             f"{config.data.clients}"
         )
+    if config.upload.error_feedback and not config.upload.bits:
+        raise ConfigError(
+            "upload.error_feedback = True with upload.bits = 0: nothing is lost; allowed are bits "
+            "of 1 to 8"
+        )
     return config
 
 
@@ -262,7 +279,7 @@ def _checked_type(name: str, expected: Any, value: Any) -> Any:
         return tuple(_checked_type(f"{name}[{i}]", element, v) for i, v in enumerate(value))
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, expected) or isinstance(value, bool):
+    if not isinstance(value, expected) or isinstance(value, bool) != (expected is bool):
         raise ConfigError(f"{name} = {value!r}: allowed is a value of type {expected.__name__}")
     return value
 

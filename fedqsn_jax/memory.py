@@ -10,10 +10,12 @@ A round keeps, on every device:
 - for each client of the chunk its effective weights, a gradient, its optimizer's state (the
   parameters' dtypes) and what the backward pass saves of the forward pass; and the effective
   weights of those that take others' places;
+- where clients keep residuals (``upload.error_feedback``), a copy of the kernels of sites, float32,
+  for every client of the population, and another for every client of the cohort;
 - the rows of the clients: all of them where they live on the device, otherwise those of two calls,
   the one that runs and the next.
 
-So memory grows with the chunk, not with the number of clients a round.
+So memory grows with the chunk, not with the number of clients a round; but for residuals.
 """
 
 import contextlib
@@ -72,6 +74,7 @@ def client_bytes(
     optimizer: ClientOptimizer,
     params: Params,
     batch: Batch,
+    proximal: float = 0.0,
 ) -> int:
     """Bytes that one more client of a chunk takes while it trains.
 
@@ -81,12 +84,14 @@ def client_bytes(
       optimizer: The local optimizer.
       params: The parameters, or their shapes.
       batch: One minibatch, or its shapes.
+      proximal: The weight of a proximal term, which needs the parameters of the start.
     """
     state = jax.eval_shape(lambda params: optimizer(jnp.int32(1)).init(params), params)
     activations = saved_activations(apply_fn, task, params, batch)
-    # Effective weights, gradient, optimizer state; the batch; what is saved, and one cotangent of
-    # about the same size in the worst case.
-    return 2 * tree_bytes(params) + tree_bytes(state) + tree_bytes(batch) + 2 * activations
+    # Effective weights, gradient, perhaps the weights of the start; optimizer state; the batch;
+    # what is saved, and one cotangent of about the same size in the worst case.
+    copies = 3 if proximal else 2
+    return copies * tree_bytes(params) + tree_bytes(state) + tree_bytes(batch) + 2 * activations
 
 
 class OutOfMemoryError(ConfigError):

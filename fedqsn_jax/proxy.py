@@ -179,15 +179,19 @@ def dequantize_proxy(proxy: Proxy) -> Proxy:
     Masking a dequantized proxy gives exactly the values of masking first and dequantizing then, so
     a simulation dequantizes once a round and not once a client.
     """
-    sites = {site.path: site for site in proxy.sites}
+    return dataclasses.replace(proxy, params=dequantize_params(proxy.params, proxy.sites))
+
+
+def dequantize_params(params: Params, sites: Sites) -> Params:
+    """Replaces the quantized kernels of a tree by the values that they stand for, float32."""
+    by_path = {site.path: site for site in sites}
 
     def visit(key_path: Any, leaf: Array | Quantized) -> Array:
         if not isinstance(leaf, Quantized):
             return leaf
-        return sites[path_of(key_path)].from_matrices(quantization.dequantize(leaf))
+        return by_path[path_of(key_path)].from_matrices(quantization.dequantize(leaf))
 
-    params = jax.tree_util.tree_map_with_path(visit, proxy.params, is_leaf=is_quantized)
-    return dataclasses.replace(proxy, params=params)
+    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_quantized)
 
 
 def select_columns(prepared: Proxy, visible: Columns, scale: dict[str, Array]) -> Proxy:

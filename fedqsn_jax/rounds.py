@@ -20,6 +20,7 @@ from fedqsn_jax.participation import EVERYONE, Participation, draw_attendance
 from fedqsn_jax.proxy import Proxy, ProxyTransform, dequantize_proxy, select_columns, whole_proxy
 from fedqsn_jax.randomness import client_round_key, fold_in_name
 from fedqsn_jax.types import Array, Batch, Columns, Key, Params
+from fedqsn_jax.upload import Residuals, Upload, whole_upload
 from fedqsn_jax.views import (
     Attacker,
     evaluate_views,
@@ -38,6 +39,7 @@ class ServerState:
       optimizer_state: The server optimizer's.
       transform_state: What the proxy transform drew once: the server mask.
       attackers: The copies that colluding clients hold, by name.
+      residuals: What each client keeps of its deltas; in truth the clients have it.
       round: Number of finished rounds, int32 scalar.
       secret_key: Key of the masks.
       public_key: Key of cohorts and of the clients' batches.
@@ -47,6 +49,7 @@ class ServerState:
     optimizer_state: optax.OptState
     transform_state: Any
     attackers: dict[str, Attacker]
+    residuals: Residuals
     round: Array
     secret_key: Key
     public_key: Key
@@ -64,6 +67,7 @@ class _Context:
       scale: Each client's factors, float32 ``[cohort]`` a site.
       weights: The clients' weights in the mean, float32 ``[cohort]``.
       broken: Whose update is NaN, bool ``[cohort]``.
+      residuals: What each client of the population keeps.
       training_key: The round's key of batches and dropout; a client's id is folded in.
     """
 
@@ -74,6 +78,7 @@ class _Context:
     scale: dict[str, Array]
     weights: Array
     broken: Array
+    residuals: Residuals
     training_key: Key
 
 
@@ -110,6 +115,7 @@ def make_federation(
     attackers: tuple[int, ...],
     score: str,
     participation: Participation = EVERYONE,
+    upload: Upload | None = None,
 ) -> Federation:
     """Composes a federated method; every argument is static.
 
@@ -126,7 +132,9 @@ def make_federation(
       attackers: Numbers of colluding clients; ``attacker_N`` names each in the metrics.
       score: The metric whose spread over client masks is reported.
       participation: How clients fail.
+      upload: The way back; None: updates travel as they are.
     """
+    upload = upload or whole_upload()
 
     def init(key: Key, params: Params) -> ServerState:
         secret_key, public_key = fold_in_name(key, "secret"), fold_in_name(key, "public")
@@ -139,6 +147,7 @@ def make_federation(
                 f"attacker_{count}": make_attacker(attacker_key, population, count, params, sites)
                 for count in attackers
             },
+            residuals=upload.init(params, population),
             round=jnp.int32(0),
             secret_key=secret_key,
             public_key=public_key,
@@ -165,21 +174,28 @@ def make_federation(
         key = jax.random.fold_in(context.training_key, client_id)
         return update.step(key, context.data, client_id, index, training)
 
-    def finish(context: _Context, client: Array, training: Training) -> dict[str, Any]:
+    def finish(
+        context: _Context, client: Array, training: Training
+    ) -> tuple[dict[str, Any], Residuals]:
         rows = context.data.rows(context.ids[client])
         proxy = proxy_of(context, client)
         result = update.finish(proxy, rows, training)
-        delta = result.delta
+        residuals = {path: each[context.ids[client]] for path, each in context.residuals.items()}
+        delta, kept = upload.send(result.delta, residuals, proxy.visible)
         if participation.nan:
             broken = context.broken[client]
             delta = jax.tree.map(lambda leaf: jnp.where(broken, jnp.nan, leaf), delta)
         part = aggregator.contribute(delta, context.weights[client], proxy.visible)
         accepted = part.weight > 0
-        return {
+        contribution = {
             "update": part,
             "loss": jnp.where(accepted, result.loss * result.examples, 0),
             "examples": jnp.where(accepted, result.examples, 0).astype(jnp.float32),
         }
+        # What was rejected never arrived: the client keeps what it had.
+        return contribution, jax.tree.map(
+            lambda new, old: jnp.where(accepted, new, old), kept, residuals
+        )
 
     def run_round(state: ServerState, data: ClientData) -> tuple[ServerState, dict[str, Array]]:
         prepared, ids = prepare(state), cohort_of(state)
@@ -195,9 +211,17 @@ def make_federation(
         training_key = jax.random.fold_in(state.public_key, state.round)
         attendance = draw_attendance(training_key, ids, update.step_count(rows), participation)
         context = _Context(
-            prepared, data, ids, visible, scale, weights, attendance.broken, training_key
+            prepared,
+            data,
+            ids,
+            visible,
+            scale,
+            weights,
+            attendance.broken,
+            state.residuals,
+            training_key,
         )
-        total = sum_over_clients(
+        total, kept = sum_over_clients(
             ClientWork(start, step, finish), context, attendance.steps, client_axis
         )
         params, optimizer_state = aggregator.finish(
@@ -226,6 +250,7 @@ def make_federation(
             params=params,
             optimizer_state=optimizer_state,
             attackers=attackers,
+            residuals=_replaced(state.residuals, kept, ids, attendance.returns),
             round=state.round + 1,
         )
         return state, facts
@@ -244,6 +269,17 @@ def make_federation(
         )
 
     return Federation(init, run_round, cohort_of, evaluate)
+
+
+def _replaced(residuals: Residuals, kept: Residuals, ids: Array, returns: Array) -> Residuals:
+    """The population's residuals, with those of the clients that returned."""
+
+    def replace(all: Array, new: Array) -> Array:
+        # Beyond the population: dropped.
+        places = jnp.where(returns, ids, len(all) + jnp.arange(len(ids)))
+        return all.at[places].set(new, mode="drop", unique_indices=True)
+
+    return jax.tree.map(replace, residuals, kept)
 
 
 def draw_cohorts(federation: Federation, state: ServerState, rounds: int) -> np.ndarray:

@@ -44,6 +44,7 @@ from fedqsn_jax.rounds import (
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.traffic import Traffic, measure_traffic
 from fedqsn_jax.types import ApplyFn, Array, Batch, Params
+from fedqsn_jax.upload import quantized_upload
 
 Entry = dict[str, Any]
 """One evaluated round: what becomes a line of metrics.jsonl."""
@@ -123,7 +124,13 @@ def make_simulation(
         config.client.batch_size,
         steps=config.client.steps,
         epochs=config.client.epochs,
+        proximal=config.client.proximal,
     )
+    upload_quantizer = _upload_quantizer(config)
+    upload = None
+    if upload_quantizer is not None:
+        feedback = config.upload.error_feedback
+        upload = quantized_upload(upload_quantizer, sites, feedback=feedback)
     aggregator = make_aggregator(
         sites,
         _server_optimizer(config.server),
@@ -144,9 +151,10 @@ def make_simulation(
         attackers=config.evaluation.attackers,
         score=task.score,
         participation=Participation(**dataclasses.asdict(config.participation)),
+        upload=upload,
     )
     batch = _batch_shapes(data, config.client.batch_size)
-    a_client = client_bytes(local_apply, task, optimizer, params, batch)
+    a_client = client_bytes(local_apply, task, optimizer, params, batch, config.client.proximal)
     fixed = _fixed_memory(federation_of(client_axis=ClientAxis()), params, sites, config, data)
     steps = update.step_count(data.rows(_some_clients(population)))
     workload = Workload(
@@ -167,7 +175,7 @@ def make_simulation(
         rounds_per_call=config.rounds_per_call,
         evaluate_every=config.evaluation.every,
     )
-    traffic = measure_traffic(algorithm.transform, params, sites)
+    traffic = measure_traffic(algorithm.transform, params, sites, upload_quantizer)
     return Simulation(
         config, federation, algorithm, aggregator, sites, traffic, choice, memory, task, run
     )
@@ -191,8 +199,20 @@ def _fixed_memory(
     state = jax.eval_shape(federation.init, jax.random.key(0), params)
     model = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     columns = sum(site.layers * site.columns for site in sites if site.hideable)
+    residuals = tree_bytes(state.residuals)
+    own = {}
+    if residuals:
+        own = {"residuals of all clients": residuals}
+        own["residuals of the cohort"] = residuals // data.clients * config.cohort.size
+    if sum(own.values()) > device_bytes():
+        raise ConfigError(
+            f"upload.error_feedback = True: residuals of {data.clients} clients take "
+            f"{sum(own.values()) / 2**30:.1f} GiB, a device has {device_bytes() / 2**30:.1f} GiB; "
+            f"allowed is False, or fewer clients"
+        )
     return {
-        "server's state with attackers' copies": tree_bytes(state),
+        "server's state with attackers' copies": tree_bytes(state) - residuals,
+        **own,
         "dequantized proxy of the round": model,
         "sum of deltas": model,
         "client masks": config.cohort.size * columns,
@@ -236,8 +256,17 @@ def _calls(finished: int, config: Config) -> list[tuple[int, int]]:
 
 def make_quantizer(config: Config) -> Quantizer:
     """Returns the quantizer that a configuration names."""
-    kind = {"normal_float": NormalFloat, "uniform": Uniform}[config.codebook]
-    return kind(config.bits, config.block_size)
+    return _CODEBOOKS[config.codebook](config.bits, config.block_size)
+
+
+def _upload_quantizer(config: Config) -> Quantizer | None:
+    settings = config.upload
+    if not settings.bits:
+        return None
+    return _CODEBOOKS[settings.codebook](settings.bits, settings.block_size)
+
+
+_CODEBOOKS: dict[str, type[Quantizer]] = {"normal_float": NormalFloat, "uniform": Uniform}
 
 
 def pretrain(

@@ -11,6 +11,7 @@ import jax
 from fedqsn_jax import wire
 from fedqsn_jax.masking import Sites
 from fedqsn_jax.proxy import Proxy, ProxyTransform, whole_proxy
+from fedqsn_jax.quantization import Quantizer
 from fedqsn_jax.types import Params
 
 
@@ -30,13 +31,16 @@ class Traffic(NamedTuple):
     fedavg_up: int
 
 
-def measure_traffic(transform: ProxyTransform, params: Params, sites: Sites) -> Traffic:
+def measure_traffic(
+    transform: ProxyTransform, params: Params, sites: Sites, upload: Quantizer | None = None
+) -> Traffic:
     """Derives a run's `Traffic` from shapes alone.
 
     Args:
       transform: Makes proxies.
       params: The parameters, or their shapes.
       sites: The mask sites.
+      upload: How kernels of sites travel in updates; None: as float32.
     """
 
     def make_proxy(key: jax.Array, params: Params) -> Proxy:
@@ -46,7 +50,7 @@ def measure_traffic(transform: ProxyTransform, params: Params, sites: Sites) -> 
 
     proxy = jax.eval_shape(make_proxy, jax.random.key(0), params)
     whole = wire.Layout.of(jax.eval_shape(lambda params: whole_proxy(params, sites), params))
-    layout = wire.Layout.of(proxy)
+    layout = wire.Layout.of(proxy, upload)
     return Traffic(
         down=wire.proxy_cost(layout),
         up=wire.update_cost(layout),

@@ -60,6 +60,11 @@ class TensorLayout:
     quantizer: Quantizer | None = None
 
     @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of a kernel's codes: ``[layers, inputs, columns]``."""
+        return () if self.site is None else (self.site.layers, self.site.fan_in, self.site.columns)
+
+    @property
     def column_bytes(self) -> int:
         """Bytes of one column on the wire (of the whole tensor, where it belongs to no site)."""
         item = jnp.dtype(self.dtype).itemsize
@@ -83,6 +88,7 @@ class Layout:
       scaled: Paths of the sites that have a factor, ascending.
       sites: All mask sites.
       structure: The parameters' tree structure.
+      upload: How kernels of sites travel in updates; None: as float32.
     """
 
     tensors: tuple[TensorLayout, ...]
@@ -90,10 +96,16 @@ class Layout:
     scaled: tuple[str, ...]
     sites: Sites
     structure: Any
+    upload: Quantizer | None = None
 
     @classmethod
-    def of(cls, proxy: Proxy) -> "Layout":
-        """Reads the layout off a proxy, or off the shapes of one (``jax.eval_shape``)."""
+    def of(cls, proxy: Proxy, upload: Quantizer | None = None) -> "Layout":
+        """Reads the layout off a proxy, or off the shapes of one (``jax.eval_shape``).
+
+        Args:
+          proxy: The proxy.
+          upload: How kernels of sites travel in updates.
+        """
         kernels = {site.path: site for site in proxy.sites}
         biases = {site.bias_path: site for site in proxy.sites if site.bias_path}
         tensors = []
@@ -112,20 +124,28 @@ class Layout:
             tuple(sorted(proxy.scale)),
             proxy.sites,
             jax.tree.structure(proxy.params, is_leaf=is_quantized),
+            upload,
         )
 
     @property
     def fingerprint(self) -> bytes:
         """16 bytes that differ between models, sites, quantizers and sets of masked sites."""
         text = repr((self.tensors, self.masked, self.scaled, self.sites))
+        # Added only where there is one, so that other payloads are those of version 1.
+        text += repr(self.upload) if self.upload is not None else ""
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
     @property
     def update_tensors(self) -> tuple[TensorLayout, ...]:
-        """How the tensors of an update travel: float32, nothing quantized."""
-        return tuple(
-            dataclasses.replace(tensor, dtype="float32", quantizer=None) for tensor in self.tensors
-        )
+        """How the tensors of an update travel: float32, or quantized as ``upload`` says."""
+
+        def of_update(tensor: TensorLayout) -> TensorLayout:
+            if self.upload is None or tensor.site is None or tensor.is_bias:
+                return dataclasses.replace(tensor, dtype="float32", quantizer=None)
+            dtype = self.upload.scale_dtype
+            return dataclasses.replace(tensor, dtype=dtype, quantizer=self.upload)
+
+        return tuple(map(of_update, self.tensors))
 
     @property
     def masked_sites(self) -> tuple[MaskSite, ...]:
@@ -167,22 +187,29 @@ def decode_proxy(payload: bytes, layout: Layout) -> Proxy:
 
 
 def encode_update(delta: Params, visible: Columns, layout: Layout) -> bytes:
-    """Encodes a client's update: float32 values of visible columns, other tensors whole.
+    """Encodes a client's update: visible columns of sites, other tensors whole.
 
     Args:
-      delta: Arrays in the structure of the parameters; they travel as float32.
+      delta: Arrays in the structure of the parameters; they travel as float32. Where the layout
+        has a quantizer of uploads, kernels of sites are `Quantized` by it.
       visible: The visible columns of the proxy that the client received.
       layout: The structure of that proxy.
 
     Raises:
       ValueError: Names or shapes do not fit the layout.
     """
-    leaves = leaves_by_path(delta)
+    leaves = leaves_by_path(delta, is_leaf=is_quantized)
     masks = {path: np.asarray(mask) for path, mask in visible.items()}
     if tuple(sorted(masks)) != layout.masked:
         raise ValueError(f"update: masks of {sorted(masks)}, expected {list(layout.masked)}")
-    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    expected = {tensor.path: tensor.shape for tensor in layout.tensors}
+    found = {
+        path: (leaf.quantizer, leaf.codes.shape) if is_quantized(leaf) else tuple(leaf.shape)
+        for path, leaf in leaves.items()
+    }
+    expected = {
+        tensor.path: (tensor.quantizer, tensor.matrix_shape) if tensor.quantizer else tensor.shape
+        for tensor in layout.update_tensors
+    }
     for path in sorted(name for name, _ in found.items() ^ expected.items()):
         shapes = [shape.get(path, "absent") for shape in (found, expected)]
         raise ValueError(f"update: shape of {path!r} is {shapes[0]}, expected {shapes[1]}")
@@ -193,6 +220,8 @@ def encode_update(delta: Params, visible: Columns, layout: Layout) -> bytes:
 
 def decode_update(payload: bytes, layout: Layout) -> tuple[Params, Columns]:
     """Inverts `encode_update`; returns ``(delta, visible)``, the delta zero on hidden columns.
+
+    Kernels that travel quantized are `Quantized`; `proxy.dequantize_params` gives their values.
 
     Raises:
       ValueError: The payload is damaged, or of another version, kind or structure. Values that

@@ -15,7 +15,7 @@ FLOORS = (
     ("memory",),
     ("metrics", "models", "data", "language_tasks"),
     ("cohort", "heads", "participation", "proxy", "text_evaluation"),
-    ("client", "aggregation", "views", "wire", "parallelism"),
+    ("client", "aggregation", "upload", "views", "wire", "parallelism"),
     ("rounds", "traffic", "text_views"),
     ("algorithms",),
     ("simulation",),

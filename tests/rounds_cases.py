@@ -40,6 +40,7 @@ def federate(
     batch_size=4,
     epochs=2,
     participation=EVERYONE,
+    upload=None,
     **aggregation,
 ):
     task = classification()
@@ -59,6 +60,7 @@ def federate(
         attackers=attackers,
         score=task.score,
         participation=participation,
+        upload=upload,
     )
 
 
