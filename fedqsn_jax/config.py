@@ -56,6 +56,8 @@ class DataConfig:
     shards_per_client: int = _field(2, _range(1), "label-sorted shards a client (partition=shards)")
     private_rows: int = _field(200, _range(0), "rows that the server keeps to pre-train on")
     test_rows: int = _field(360, _range(1), "rows held out for testing, where the set has no split")
+    held_out_share: float = _field(0.0, _range(0, below=1), "of a client's rows, for testing it")
+    held_out_clients: int = _field(0, _range(0), "clients that never take part, for testing")
     resident: str = _field("auto", _one_of(*RESIDENCES), "where clients' rows live between rounds")
 
 

@@ -20,6 +20,7 @@ from fedqsn_jax.config import Config, ConfigError
 from fedqsn_jax.costs import expected_costs, tensor_rows
 from fedqsn_jax.data import registry
 from fedqsn_jax.data.federated import Splits
+from fedqsn_jax.data.held_out import HeldOut
 from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.models.adapters import linen_apply, linen_init
 from fedqsn_jax.models.registry import make_model
@@ -60,6 +61,11 @@ class Experiment(NamedTuple):
     params: Params
     pretraining_apply: ApplyFn
     simulation: Simulation
+
+    @property
+    def held_out(self) -> HeldOut:
+        """What is evaluated on."""
+        return HeldOut(self.splits.test, self.splits.client_tests)
 
 
 def keep_compiled_programs(directory: str) -> None:
@@ -144,7 +150,7 @@ def _run(experiment: Experiment, work: WorkDirectory, display: Display) -> None:
                 )
                 # Two processes' devices may round differently: the leader's model is the model.
                 state = initial_state(experiment.simulation, processes.from_leader(params))
-                history = [first_entry(experiment.simulation, state, experiment.splits.test)]
+                history = [first_entry(experiment.simulation, state, experiment.held_out)]
             finished = _train(experiment, state, history, work, checkpoints, display, stopped)
     if finished == config.rounds:
         processes.by_leader(lambda: _finish(experiment, work, history, display))
@@ -180,8 +186,10 @@ def prepare(config: Config) -> Experiment:
     simulation = make_simulation(
         config, linen_apply(module), classification(), params, splits.clients
     )
-    clients, test = place(simulation, (splits.clients, splits.test))
-    splits = splits._replace(clients=clients, test=test)
+    clients, test, client_tests = place(
+        simulation, (splits.clients, splits.test, splits.client_tests)
+    )
+    splits = splits._replace(clients=clients, test=test, client_tests=client_tests)
     return Experiment(config, splits, params, linen_apply(pretraining), simulation)
 
 
@@ -238,7 +246,7 @@ def _train(
         simulation,
         state,
         splits.clients,
-        splits.test,
+        experiment.held_out,
         seconds=history[-1]["seconds"],
     )
     with (

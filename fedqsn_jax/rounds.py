@@ -12,8 +12,10 @@ from flax import struct
 
 from fedqsn_jax.aggregation import Aggregator
 from fedqsn_jax.client import ClientUpdate, Training
+from fedqsn_jax.client_metrics import ClientEvaluator
 from fedqsn_jax.cohort import ClientAxis, ClientWork, sample_cohort, sum_over_clients
 from fedqsn_jax.data.federated import ClientData
+from fedqsn_jax.data.held_out import HeldOut
 from fedqsn_jax.masking import Sites
 from fedqsn_jax.metrics import Evaluator
 from fedqsn_jax.participation import EVERYONE, Participation, draw_attendance
@@ -92,13 +94,14 @@ class Federation(NamedTuple):
         ``visible/PATH``, visible columns summed over the cohort, and ``returned/PATH``, summed over
         the clients that returned an update.
       cohort: ``state -> ids``, int32 ``[cohort]``: who takes part in the state's next round.
-      evaluate: ``(state, rows) -> metrics`` of all views, named ``view/metric``.
+      evaluate: ``(state, rows) -> metrics`` of all views, named ``view/metric``. Rows are held-out
+        ones, or `HeldOut` with clients' too; metrics of those are named ``group/view/metric``.
     """
 
     init: Callable[[Key, Params], ServerState]
     round: Callable[[ServerState, ClientData], tuple[ServerState, dict[str, Array]]]
     cohort: Callable[[ServerState], Array]
-    evaluate: Callable[[ServerState, Batch], dict[str, Array]]
+    evaluate: Callable[[ServerState, Batch | HeldOut], dict[str, Array]]
 
 
 def make_federation(
@@ -116,6 +119,7 @@ def make_federation(
     score: str,
     participation: Participation = EVERYONE,
     upload: Upload | None = None,
+    client_evaluator: ClientEvaluator | None = None,
 ) -> Federation:
     """Composes a federated method; every argument is static.
 
@@ -133,6 +137,7 @@ def make_federation(
       score: The metric whose spread over client masks is reported.
       participation: How clients fail.
       upload: The way back; None: updates travel as they are.
+      client_evaluator: Evaluates one set of parameters on clients' held-out rows, if there are any.
     """
     upload = upload or whole_upload()
 
@@ -255,18 +260,29 @@ def make_federation(
         )
         return state, facts
 
-    def evaluate(state: ServerState, rows: Batch) -> dict[str, Array]:
+    def evaluate(state: ServerState, rows: Batch | HeldOut) -> dict[str, Array]:
         key = fold_in_name(jax.random.fold_in(state.secret_key, state.round), "proxy_view")
-        return evaluate_views(
-            evaluator,
-            rows,
-            state.params,
-            prepare(state),
-            lambda key, prepared: transform.apply(key, state.transform_state, prepared),
-            jax.random.split(key, proxy_samples),
-            state.attackers,
-            score,
-        )
+
+        def views_on(evaluator: Callable[[Params, Any], dict[str, Array]], rows: Any) -> Any:
+            return evaluate_views(
+                evaluator,
+                rows,
+                state.params,
+                prepare(state),
+                lambda key, prepared: transform.apply(key, state.transform_state, prepared),
+                jax.random.split(key, proxy_samples),
+                state.attackers,
+                score,
+            )
+
+        if not isinstance(rows, HeldOut):
+            return views_on(evaluator, rows)
+        metrics = views_on(evaluator, rows.test)
+        if client_evaluator is not None:
+            for group, data in rows.clients.items():
+                of_group = views_on(client_evaluator, data)
+                metrics |= {f"{group}/{name}": value for name, value in of_group.items()}
+        return metrics
 
     return Federation(init, run_round, cohort_of, evaluate)
 
@@ -327,7 +343,9 @@ class CallResult(NamedTuple):
 
 def make_rounds(
     federation: Federation, *, rounds_per_call: int, evaluate_every: int
-) -> Callable[[ServerState, ClientData, Batch, Array, Array], tuple[ServerState, CallResult]]:
+) -> Callable[
+    [ServerState, ClientData, Batch | HeldOut, Array, Array], tuple[ServerState, CallResult]
+]:
     """Makes the compiled call that runs several rounds without the host.
 
     Args:
@@ -342,7 +360,7 @@ def make_rounds(
     """
 
     def run(
-        state: ServerState, data: ClientData, rows: Batch, stop: Array, last: Array
+        state: ServerState, data: ClientData, rows: Batch | HeldOut, stop: Array, last: Array
     ) -> tuple[ServerState, CallResult]:
         _, fact_shapes = jax.eval_shape(federation.round, state, data)
         metric_shapes = jax.eval_shape(federation.evaluate, state, rows)

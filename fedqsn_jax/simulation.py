@@ -19,10 +19,12 @@ import optax
 from fedqsn_jax.aggregation import Aggregator, make_aggregator
 from fedqsn_jax.algorithms import Algorithm, make_algorithm
 from fedqsn_jax.client import make_client_update
+from fedqsn_jax.client_metrics import make_client_evaluator
 from fedqsn_jax.client_optimizer import ClientOptimizer, unscheduled
 from fedqsn_jax.cohort import ClientAxis
 from fedqsn_jax.config import ClientConfig, Config, ConfigError, ServerConfig
 from fedqsn_jax.data.federated import ClientData, FederatedData, single_client
+from fedqsn_jax.data.held_out import HeldOut
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
 from fedqsn_jax.masking import Sites, find_sites
 from fedqsn_jax.memory import client_bytes, device_bytes, tree_bytes
@@ -152,6 +154,7 @@ def make_simulation(
         score=task.score,
         participation=Participation(**dataclasses.asdict(config.participation)),
         upload=upload,
+        client_evaluator=make_client_evaluator(apply_fn, task, config.evaluation.batch_size),
     )
     batch = _batch_shapes(data, config.client.batch_size)
     a_client = client_bytes(local_apply, task, optimizer, params, batch, config.client.proximal)
@@ -323,7 +326,7 @@ def _federation_key(config: Config) -> Array:
     return fold_in_name(root_key(config), "federation")
 
 
-def first_entry(simulation: Simulation, state: ServerState, test: Batch) -> Entry:
+def first_entry(simulation: Simulation, state: ServerState, test: Batch | HeldOut) -> Entry:
     """Evaluates the state before the first round: an entry without training facts."""
     test = place(simulation, test)
     metrics = jax.device_get(jax.jit(simulation.federation.evaluate)(state, test))
@@ -334,7 +337,7 @@ def run_rounds(
     simulation: Simulation,
     state: ServerState,
     data: ClientData,
-    test: Batch,
+    test: Batch | HeldOut,
     *,
     seconds: float = 0.0,
 ) -> Iterator[tuple[int, ServerState, list[Entry]]]:
@@ -349,7 +352,7 @@ def run_rounds(
       state: The state to start from, in its place (see `place`); it is donated.
       data: The clients' rows. Those of `HostData` are streamed: while the device works on a call,
         the rows of the next are gathered and sent.
-      test: Held-out rows.
+      test: Held-out rows, also of clients.
       seconds: What earlier parts of the run took; entries count on from there.
 
     Yields:
@@ -422,10 +425,10 @@ def _ordered(metrics: dict[str, Any]) -> dict[str, float]:
     views = ["global", "server", "proxy"]
     rank = {view: position for position, view in enumerate(views)}
 
-    def place(name: str) -> tuple[int, int, str]:
-        view, _, metric = name.partition("/")
+    def place(name: str) -> tuple[str, int, int, str]:
+        *group, view, metric = name.rsplit("/", 2)
         digits = "".join(filter(str.isdigit, view))
-        return rank.get(view, len(views)), int(digits or 0), metric
+        return "/".join(group), rank.get(view, len(views)), int(digits or 0), metric
 
     return {name: float(metrics[name]) for name in sorted(metrics, key=place)}
 

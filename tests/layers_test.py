@@ -14,7 +14,7 @@ FLOORS = (
     ("client_optimizer", "generation", "masking", "text_scores"),
     ("memory",),
     ("metrics", "models", "data", "language_tasks"),
-    ("cohort", "heads", "participation", "proxy", "text_evaluation"),
+    ("client_metrics", "cohort", "heads", "participation", "proxy", "text_evaluation"),
     ("client", "aggregation", "upload", "views", "wire", "parallelism"),
     ("rounds", "traffic", "text_views"),
     ("algorithms",),

@@ -104,6 +104,7 @@ class Display:
                 table.add_row(Text("  +- std" if self._plain else "  ± std"), start, best, "", end)
         self._print_table(table)
         self.message("")
+        self._print_clients(summary)
         self._print_gaps(summary)
         self._print_bytes(
             "bytes of a client in a round",
@@ -116,6 +117,19 @@ class Display:
         total, each = summary["seconds"]["total"], summary["seconds"]["per_round"]
         pace = "" if each is None else f", {each:.3g} a round"
         self.message(f"seconds: {total:.1f} in total{pace}")
+
+    def _print_clients(self, summary: Mapping[str, Any]) -> None:
+        titles = {"own": "clients' own held-out rows", "new": "clients that never took part"}
+        for group, views in summary["clients"].items():
+            table = self._table()
+            table.add_column(f"{titles[group]}, {summary['score']} at the end")
+            for head in ("mean", "worst tenth", "spread"):
+                table.add_column(head, justify="right", no_wrap=True)
+            for view, facts in views.items():
+                values = (_decimal(facts[name]) for name in ("mean", "worst_decile", "spread"))
+                table.add_row(Text(view, "bold"), *values)
+            self._print_table(table)
+            self.message("")
 
     def _print_gaps(self, summary: Mapping[str, Any]) -> None:
         gaps = summary["gaps"]
