@@ -12,7 +12,7 @@ _PUBLIC = {
     "trained": ("Trained", "load"),
     "config": ("Config", "ConfigError", "default_config", "resolve"),
     "masking": ("MaskSite", "draw_masks", "embedding_rules", "find_sites", "hide"),
-    "quantization": ("NormalFloat", "Quantized", "Uniform"),
+    "quantization": ("NormalFloat", "SymmetricNormalFloat", "Quantized", "Uniform"),
     "proxy": (
         "Proxy",
         "ProxyTransform",

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn")
-CODEBOOKS = ("normal_float", "uniform")
+CODEBOOKS = ("normal_float", "symmetric_normal_float", "uniform")
 DATA_SETS = ("digits", "mnist", "emnist", "cifar10")
 MODELS = ("mlp", "cnn", "resnet18")
 STEMS = ("cifar", "imagenet")
@@ -173,6 +173,7 @@ class Config:
     bits: int = _field(4, _range(1, 8), "width of a code")
     block_size: int = _field(64, _range(1), "entries of a column that share a scale")
     codebook: str = _field("normal_float", _one_of(*CODEBOOKS), "levels of the quantizer")
+    blocks: str = _field("column", _one_of("column", "row"), "how blocks run; see below")
     sampling: str = _field("bernoulli", _one_of("bernoulli", "fixed_count"), "how masks are drawn")
     sites: str = _field("all", _one_of("all", "residual"), "which layers have mask sites")
     site_rules: tuple[str, ...] = _field((), None, "rules that go before the package's own")
@@ -237,6 +238,12 @@ def resolve(values: Mapping[str, Any]) -> Config:
             f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
             f"{config.data.clients}"
         )
+    for name, section in (("", config), ("upload.", config.upload)):
+        if section.codebook == "symmetric_normal_float" and section.bits > 7:
+            raise ConfigError(
+                f"{name}bits = {section.bits}: allowed is at most 7 with {name}codebook = "
+                f"'symmetric_normal_float', whose codes take one bit more"
+            )
     if config.upload.error_feedback and not config.upload.bits:
         raise ConfigError(
             "upload.error_feedback = True with upload.bits = 0: nothing is lost; allowed are bits "

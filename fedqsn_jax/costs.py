@@ -28,7 +28,9 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
             travels = f"{leaf.dtype}, {columns}"
             if quantizer is not None and path in kernels:
                 name = type(quantizer).__name__
-                travels = f"{quantizer.bits}-bit {name}, block {quantizer.block_size}, {columns}"
+                travels = (
+                    f"{quantizer.code_bits}-bit {name}, block {quantizer.block_size}, {columns}"
+                )
         kernel = kernels.get(path)
         rows.append(
             TensorRow(

@@ -327,9 +327,14 @@ def _show(experiment: Experiment, display: Display) -> None:
         f"{simulation.choice.reason}"
     )
     if simulation.algorithm.unmet_invariants:
+        why = {
+            2: "hidden columns change",
+            3: "what clients receive tells of hidden columns' values",
+        }
+        told = " and ".join(why[number] for number in sorted(simulation.algorithm.unmet_invariants))
         display.warning(
-            f"{config.algorithm} does not keep what this package promises elsewhere: "
-            f"invariants {sorted(simulation.algorithm.unmet_invariants)}"
+            f"{config.algorithm} with these settings does not keep what this package promises "
+            f"elsewhere: {told}"
         )
     display.overview(tensor_rows(simulation, experiment.params), _costs(experiment))
 

@@ -34,7 +34,7 @@ from fedqsn_jax.parallelism import Choice, Workload, choose_client_axis
 from fedqsn_jax.participation import Participation
 from fedqsn_jax.placement import Tree, replicate
 from fedqsn_jax.proxy import whole_proxy
-from fedqsn_jax.quantization import NormalFloat, Quantizer, Uniform
+from fedqsn_jax.quantization import NormalFloat, Quantizer, SymmetricNormalFloat, Uniform
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.rounds import (
     Federation,
@@ -259,7 +259,8 @@ def _calls(finished: int, config: Config) -> list[tuple[int, int]]:
 
 def make_quantizer(config: Config) -> Quantizer:
     """Returns the quantizer that a configuration names."""
-    return _CODEBOOKS[config.codebook](config.bits, config.block_size)
+    kind = _CODEBOOKS[config.codebook]
+    return kind(config.bits, config.block_size, blocks_along=config.blocks)
 
 
 def _upload_quantizer(config: Config) -> Quantizer | None:
@@ -269,7 +270,11 @@ def _upload_quantizer(config: Config) -> Quantizer | None:
     return _CODEBOOKS[settings.codebook](settings.bits, settings.block_size)
 
 
-_CODEBOOKS: dict[str, type[Quantizer]] = {"normal_float": NormalFloat, "uniform": Uniform}
+_CODEBOOKS: dict[str, type[Quantizer]] = {
+    "normal_float": NormalFloat,
+    "symmetric_normal_float": SymmetricNormalFloat,
+    "uniform": Uniform,
+}
 
 
 def pretrain(

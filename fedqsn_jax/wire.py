@@ -8,7 +8,8 @@ numbers are little-endian::
   bitmaps  for each masked site one bit a column, layer by layer, lowest bit first, padded to bytes
   factors  for each scaled site 1/kappa, float32 (proxies only)
   tensors  in the order of their paths: the visible columns of kernels and biases, other tensors
-           whole. A quantized column is its packed codes, padded to bytes; then come the scales.
+           whole. A quantized column is its packed codes, padded to bytes; then come the scales,
+           those of visible columns, or all of them where blocks mix columns.
 
 So a payload's length is linear in the number of visible columns of each site, and is known once
 the bitmaps are read, before anything is allocated. Anything wrong with a payload is a ValueError.
@@ -74,8 +75,17 @@ class TensorLayout:
             return item
         if self.quantizer is None:
             return self.site.fan_in * item
-        scales = self.quantizer.blocks(self.site.fan_in) * item
-        return packed_size(self.site.fan_in, self.quantizer.bits) + scales
+        packed = packed_size(self.site.fan_in, self.quantizer.code_bits)
+        if self.quantizer.mixes_columns:
+            return packed
+        return packed + self.quantizer.blocks(self.site.fan_in) * item
+
+    @property
+    def shared_scales(self) -> int:
+        """Number of scales that belong to no column, of one layer."""
+        if self.site is None or self.quantizer is None or not self.quantizer.mixes_columns:
+            return 0
+        return self.quantizer.blocks(self.site.fan_in * self.site.columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +143,8 @@ class Layout:
         text = repr((self.tensors, self.masked, self.scaled, self.sites))
         # Added only where there is one, so that other payloads are those of version 1.
         text += repr(self.upload) if self.upload is not None else ""
+        mixing = [tensor.path for tensor in self.tensors if tensor.shared_scales]
+        text += repr(mixing) if mixing else ""
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
     @property
@@ -272,7 +284,9 @@ def _cost(layout: Layout, tensors: tuple[TensorLayout, ...]) -> Cost:
     for tensor in tensors:
         if tensor.site is None:
             fixed += tensor.column_bytes
-        elif tensor.site.path in per_column:
+            continue
+        fixed += tensor.shared_scales * tensor.site.layers * jnp.dtype(tensor.dtype).itemsize
+        if tensor.site.path in per_column:
             per_column[tensor.site.path] += tensor.column_bytes
         else:
             fixed += tensor.column_bytes * tensor.site.layers * tensor.site.columns
@@ -302,9 +316,10 @@ def _encode_tensor(tensor: TensorLayout, leaf: Any, visible: Mapping[str, np.nda
         return np.asarray(leaf).astype(jnp.dtype(tensor.dtype)).tobytes()
     seen = visible.get(site.path, np.ones((site.layers, site.columns), bool))
     if tensor.quantizer is not None:
-        codes, scales = (_columns(np.asarray(x), seen) for x in (leaf.codes, leaf.scales))
+        codes, scales = _columns(np.asarray(leaf.codes), seen), np.asarray(leaf.scales)
+        scales = scales if tensor.shared_scales else _columns(scales, seen)
         _require_scales(f"a scale of {tensor.path!r}", scales)
-        packed = [pack(codes[rows], tensor.quantizer.bits) for rows in _slices(codes.shape)]
+        packed = [pack(codes[rows], tensor.quantizer.code_bits) for rows in _slices(codes.shape)]
         return b"".join(part.tobytes() for part in [*packed, scales])
     values: Any = np.asarray(leaf).astype(jnp.dtype(tensor.dtype))
     if tensor.is_bias:
@@ -356,13 +371,20 @@ def _decode_tensor(tensor: TensorLayout, reader: _Reader) -> Any:
 
     if tensor.quantizer is not None:
         quantizer = tensor.quantizer
-        packed = read(packed_size(site.fan_in, quantizer.bits), np.dtype(np.uint8))
-        scales = read(quantizer.blocks(site.fan_in), dtype)
+        packed = read(packed_size(site.fan_in, quantizer.code_bits), np.dtype(np.uint8))
+        if tensor.shared_scales:
+            shape = (site.layers, tensor.shared_scales, 1)
+            data = reader.take(math.prod(shape) * dtype.itemsize)
+            scales: Any = np.frombuffer(data, dtype).reshape(shape)
+        else:
+            scales = read(quantizer.blocks(site.fan_in), dtype)
         _require_scales(f"payload: a scale of {tensor.path!r}", scales)
         codes = np.zeros((count, site.fan_in), np.uint8)
         for rows in _slices(codes.shape):
-            codes[rows] = unpack(packed[rows], quantizer.bits, site.fan_in)
-        return Quantized(_matrices(codes, seen), _matrices(scales, seen), quantizer)
+            codes[rows] = unpack(packed[rows], quantizer.code_bits, site.fan_in)
+        if not tensor.shared_scales:
+            scales = _matrices(scales, seen)
+        return Quantized(_matrices(codes, seen), scales, quantizer)
     if tensor.is_bias:
         return site.to_bias(_matrices(read(1, dtype), seen)[:, 0])
     return site.from_matrices(_matrices(read(site.fan_in, dtype), seen))
