@@ -3,7 +3,9 @@
   python -m fedqsn_jax.main --config=configs/digits.py --workdir=runs/digits
 
 ``:fedavg``, ``:fedsn`` (masks only) and ``:fedq`` (quantizer only) after the file's name run the
-same with another algorithm. What to expect is in the README, with the figures' spread.
+same with another algorithm; ``:released`` with the choices of the released code of FedQSN, of which
+blocks that mix columns let hidden values show. What to expect is in the README, with the figures'
+spread.
 
 1797 images of 8x8 pixels: 360 rows are held out for testing, 200 are the server's own, the rest is
 dealt to 20 clients by Dirichlet(0.5) label skew.
@@ -15,7 +17,12 @@ from fedqsn_jax.config import default_config
 def get_config(algorithm: str = "fedqsn"):
     """Returns the configuration."""
     config = default_config()
-    config.algorithm = algorithm
+    config.algorithm = "fedqsn" if algorithm == "released" else algorithm
+    if algorithm == "released":
+        config.sampling = "fixed_count"
+        config.codebook = config.upload.codebook = "symmetric_normal_float"
+        config.blocks = "row"
+        config.upload.bits = 4
     config.rounds = 60
     config.data.name = "digits"
     config.data.clients = 20
