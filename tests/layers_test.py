@@ -18,7 +18,7 @@ FLOORS = (
     ("metrics", "models", "data", "language_tasks"),
     ("client_metrics", "cohort", "heads", "participation", "proxy", "text_evaluation"),
     ("client", "aggregation", "upload", "views", "wire", "parallelism"),
-    ("rounds", "traffic", "text_views"),
+    ("rounds", "traffic", "text_views", "fedsp"),
     ("algorithms",),
     ("simulation",),
     ("costs", "workloads", "problem"),
