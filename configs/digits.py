@@ -4,7 +4,9 @@
 
 ``:fedavg``, ``:fedsn`` (masks only), ``:fedq`` (quantizer only) and ``:fedlpp`` (quantized adapters
 of rank 8 on a public model) after the file's name run the same with another algorithm, and
-``--config.lora.rank=8`` with adapters. What to expect is in the README, with the figures' spread.
+``--config.lora.rank=8`` with adapters; ``:released`` with the choices of the released code of
+FedQSN, of which blocks that mix columns let hidden values show. What to expect is in the README,
+with the figures' spread.
 
 1797 images of 8x8 pixels: 360 rows are held out for testing, 200 are the server's own, the rest is
 dealt to 20 clients by Dirichlet(0.5) label skew.
@@ -16,7 +18,13 @@ from fedqsn_jax.config import default_config
 def get_config(algorithm: str = "fedqsn"):
     """Returns the configuration."""
     config = default_config()
-    config.algorithm = algorithm
+    config.algorithm = "fedqsn" if algorithm == "released" else algorithm
+    if algorithm == "released":
+        config.sampling = "fixed_count"
+        config.codebook = config.upload.codebook = "symmetric_normal_float"
+        config.blocks = "row"
+        config.upload.bits = 4
+        config.server.rule = "from_sent"
     config.rounds = 60
     config.data.name = "digits"
     config.data.clients = 20

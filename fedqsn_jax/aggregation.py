@@ -1,7 +1,8 @@
 """Folds the clients' deltas into the hidden model.
 
 Deltas are never stacked: each client's is weighted, the weighted deltas add up, and
-`Aggregator.finish` turns their sum into a step of an optax optimizer, in full precision.
+`Aggregator.finish` turns their sum into a step of an optax optimizer, in full precision. An update
+that is not finite is rejected: it weighs nothing, and no mean counts it.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from fedqsn_jax.masking import Sites, hide, spread
 from fedqsn_jax.trainable import Selection, fill, keep
@@ -20,6 +22,24 @@ Normalization = Literal["mean", "coverage"]
 Rule = Literal["delta", "from_sent", "interpolate"]
 
 
+@struct.dataclass
+class Contribution:
+    """What one client adds to a round, or the sum of what several do.
+
+    Attributes:
+      delta: The delta times the weight, float32.
+      weight: The weight, float32 scalar; zero if the update was rejected.
+      coverage: The weight at the columns that the client saw, float32 ``[layers, columns]`` a
+        site; a site that is absent was seen by all.
+      rejected: How many updates were rejected, uint32 scalar.
+    """
+
+    delta: Params
+    weight: Array
+    coverage: Columns
+    rejected: Array
+
+
 class Aggregator(NamedTuple):
     """Aggregation as pure functions.
 
@@ -27,17 +47,16 @@ class Aggregator(NamedTuple):
       init: ``params -> optimizer state``.
       weigh: ``examples -> weights``: a client's weight, float32, from its number of examples; both
         ``[...]``.
-      contribute: ``(delta, weight) -> weighted delta`` of one client; these add up.
-      finish: ``(params, optimizer_state, total, weights, visible, server_visible, sent=None) ->
-        (params, optimizer_state)``, with the sum of weighted deltas, the weights ``[cohort]``, the
-        columns that each client saw ``[cohort, layers, columns]`` (a site that is absent was seen
-        by all), those that the server does not hide, and what was sent of them, dequantized,
-        which the rule ``delta`` does without.
+      contribute: ``(delta, weight, visible) -> Contribution`` of one client, which saw the columns
+        ``[layers, columns]``; contributions add up.
+      finish: ``(params, optimizer_state, total, server_visible, sent=None) -> (params,
+        optimizer_state)``, with the sum of the contributions, the columns that the server does not
+        hide, and what was sent of them, dequantized, which the rule ``delta`` does without.
     """
 
     init: Callable[[Params], optax.OptState]
     weigh: Callable[[Array], Array]
-    contribute: Callable[[Params, Array], Params]
+    contribute: Callable[[Params, Array, Columns], Contribution]
     finish: Callable[..., tuple[Params, optax.OptState]]
 
 
@@ -49,6 +68,7 @@ def make_aggregator(
     normalize: Normalization = "mean",
     rule: Rule = "delta",
     trained: Selection = None,
+    clip_norm: float = 0.0,
 ) -> Aggregator:
     """Makes the aggregation of a run.
 
@@ -68,6 +88,8 @@ def make_aggregator(
         ``Q``, the mean delta ``D`` and SGD of the rate ``r``, ``delta`` gives ``W + r D``,
         ``from_sent`` ``Q + r D``, and ``interpolate`` ``W + r (Q + D - W)``.
       trained: The tensors that are trained; the others are frozen.
+      clip_norm: Largest L2 norm of a client's delta, all tensors together; a longer one is
+        shortened to it. 0: no clipping.
     """
 
     def init(params: Params) -> optax.OptState:
@@ -78,28 +100,37 @@ def make_aggregator(
         weights = examples.astype(jnp.float32)
         return (weights > 0).astype(jnp.float32) if weighting == "uniform" else weights
 
-    def contribute(delta: Params, weight: Array) -> Params:
-        # A client without weight must add nothing, not even NaN times zero.
-        return jax.tree.map(lambda leaf: jnp.where(weight > 0, leaf * weight, 0), delta)
+    def contribute(delta: Params, weight: Array, visible: Columns) -> Contribution:
+        squared_norm = sum(
+            (jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(delta)),
+            jnp.float32(0),
+        )
+        # With a finite square no sum of deltas can overflow.
+        accepted = (weight > 0) & jnp.isfinite(squared_norm)
+        counted = jnp.where(accepted, weight, 0)
+        factor = counted
+        if clip_norm:
+            norm = jnp.sqrt(squared_norm)
+            factor = counted * jnp.where(norm > clip_norm, clip_norm / norm, 1)
+        return Contribution(
+            # A selection: a client without weight must add nothing, not even NaN times zero.
+            jax.tree.map(lambda leaf: jnp.where(accepted, leaf * factor, 0), delta),
+            counted,
+            {path: jnp.where(seen, counted, 0) for path, seen in visible.items()},
+            ((weight > 0) & ~accepted).astype(jnp.uint32),
+        )
 
     def finish(
         params: Params,
         optimizer_state: optax.OptState,
-        total: Params,
-        weights: Array,
-        visible: Columns,
+        total: Contribution,
         server_visible: Columns,
         sent: Params | None = None,
     ) -> tuple[Params, optax.OptState]:
-        whole, params = params, keep(params, trained)
-        weight = weights.sum()
-        coverage = {
-            path: jnp.where(seen, weights[:, None, None], 0).sum(axis=0)
-            for path, seen in visible.items()
-        }
-        covered = spread(coverage, params, sites, weight)
+        whole, params, weight = params, keep(params, trained), total.weight
+        covered = spread(total.coverage, params, sites, weight)
         divisor = covered if normalize == "coverage" else jax.tree.map(lambda _: weight, covered)
-        gradient = jax.tree.map(lambda delta, by: -_divide(delta, by), total, divisor)
+        gradient = jax.tree.map(lambda delta, by: -_divide(delta, by), total.delta, divisor)
         known = hide(params, sites, server_visible)
         if rule != "delta":
             sent = keep(sent, trained)

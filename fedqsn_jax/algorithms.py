@@ -32,6 +32,11 @@ class Algorithm:
     unmet_invariants: frozenset[int] = frozenset()
 
     @property
+    def leaks_hidden(self) -> bool:
+        """Whether what clients receive depends on the values of columns hidden from them."""
+        return 3 in self.unmet_invariants
+
+    @property
     def transform(self) -> ProxyTransform:
         """The chain that makes clients' proxies."""
         stages = [server_mask(self.p1, self.sampling), client_mask(self.p2, self.sampling)]
@@ -59,7 +64,14 @@ def fedqsn(
     quantizer: Quantizer, p1: float, p2: float, sampling: Sampling = "bernoulli"
 ) -> Algorithm:
     """FedQSN (arXiv 2508.18911): server mask, client masks and quantizer."""
-    return Algorithm("fedqsn", quantizer, p1, p2, sampling)
+    # Where blocks mix columns, the scales of visible ones tell of hidden ones.
+    unmet = frozenset({3}) if quantizer.mixes_columns and _is_positive(p1) else frozenset[int]()
+    return Algorithm("fedqsn", quantizer, p1, p2, sampling, unmet_invariants=unmet)
+
+
+def _is_positive(probability: float) -> bool:
+    # One that is no number is traced, and may be anything.
+    return not isinstance(probability, float | int) or probability > 0
 
 
 def fedlpp(quantizer: Quantizer) -> Algorithm:

@@ -120,13 +120,13 @@ def measure_parts(model: str, data: ClientData, calls: int) -> dict[str, Any]:
         return jax.vmap(one)(ids)
 
     visible, aggregator = masks(), simulation.aggregator
-    weights = aggregator.weigh(data.rows(ids))
+    weight = aggregator.weigh(data.rows(ids)).sum()
 
     @jax.jit
     def aggregated() -> Any:
-        return aggregator.finish(
-            params, state.optimizer_state, prepared.params, weights, visible, prepared.visible
-        )
+        seen = jax.tree.map(lambda mask: mask.any(axis=0), visible)
+        total = aggregator.contribute(prepared.params, weight, seen)
+        return aggregator.finish(params, state.optimizer_state, total, prepared.visible)
 
     parts = {"quantize": quantized, "mask": masks, "aggregate": aggregated}
     return {name: _spread(_repeated(part, calls)) for name, part in parts.items()}

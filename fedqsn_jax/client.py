@@ -50,18 +50,22 @@ class Training:
     Attributes:
       params: The effective parameters ``theta * scale``, in the parameters' dtypes; None for
         frozen tensors.
+      anchor: The same at the start, from which the proximal term measures; None without one.
       frozen: The effective values of frozen tensors that are masked, each client's in its own
         way; None for all others.
       optimizer_state: The optimizer's, which acts on ``theta``.
-      loss: Sum of the losses of the steps so far, float32 scalar.
+      steps: Number of the steps so far, int32 scalar.
+      loss: Sum of their losses, float32 scalar.
       factors: What ``theta`` is multiplied by in the model, float32 ``[layers, columns]`` a site:
         the site's scale, zero where hidden; a site that is absent has factor 1.
       sites: The mask sites (static).
     """
 
     params: Params
+    anchor: Params | None
     frozen: Params
     optimizer_state: optax.OptState
+    steps: Array
     loss: Array
     factors: Columns
     sites: Sites = struct.field(pytree_node=False)
@@ -79,7 +83,8 @@ class ClientUpdate(NamedTuple):
     `cohort.sum_over_clients`. `train` is all of it for one client.
 
     Attributes:
-      step_count: ``rows -> steps``, int32: how many steps a client with so many rows takes.
+      step_count: ``rows -> steps``, int32: how many steps a client with so many rows takes. It
+        may be stopped before: what it has done by then counts.
       shared: ``proxy -> values``: of a proxy the frozen tensors that no client mask touches, so
         that all clients compute with the same; None for all others. Of the proxy's masks only
         the names matter.
@@ -122,6 +127,7 @@ def make_client_update(
     steps: int = 0,
     epochs: int = 1,
     trained: Selection = None,
+    proximal: float | Array = 0.0,
 ) -> ClientUpdate:
     """Makes the local training of one round.
 
@@ -135,7 +141,11 @@ def make_client_update(
       steps: Number of local steps for every client that has rows; 0 means ``epochs``.
       epochs: Passes over the client's rows, where ``steps`` is 0.
       trained: The tensors that are trained; the others are frozen.
+      proximal: FedProx's mu (arXiv 1812.06127): the optimizer minimizes the loss plus
+        ``mu / 2 * |theta - theta_start|**2``. The reported loss is without that term. It costs the
+        memory of one more copy of the trained parameters.
     """
+    is_proximal = not isinstance(proximal, float | int) or proximal != 0
 
     def shared(proxy: Proxy) -> Params:
         return drop(drop(effective_params(proxy), trained), _masked_tensors(proxy))
@@ -149,8 +159,16 @@ def make_client_update(
         params = keep(effective, trained)
         frozen = keep(drop(effective, trained), _masked_tensors(proxy))
         theta = _pull_back(params, spread(factors, params, proxy.sites, 1.0))
-        state = optimizer(step_count(rows)).init(theta)
-        return Training(params, frozen, state, jnp.float32(0), factors, proxy.sites)
+        return Training(
+            params,
+            params if is_proximal else None,
+            frozen,
+            optimizer(step_count(rows)).init(theta),
+            jnp.int32(0),
+            jnp.float32(0),
+            factors,
+            proxy.sites,
+        )
 
     def step(
         key: Key,
@@ -170,6 +188,14 @@ def make_client_update(
             return task.loss(apply_fn(whole, batch, dropout_key), batch, valid)
 
         loss, gradient = jax.value_and_grad(loss_fn)(training.params)
+        gradient = _push_forward(gradient, training.factor_tree)
+        if is_proximal:
+            moved = jax.tree.map(jnp.subtract, training.params, training.anchor)
+            gradient = jax.tree.map(
+                lambda slope, way: slope + (proximal * way).astype(slope.dtype),
+                gradient,
+                _pull_back(moved, training.factor_tree),
+            )
         params, optimizer_state = _wrapped_step(
             optimizer(step_count(rows)),
             gradient,
@@ -178,11 +204,15 @@ def make_client_update(
             training.factor_tree,
         )
         return dataclasses.replace(
-            training, params=params, optimizer_state=optimizer_state, loss=training.loss + loss
+            training,
+            params=params,
+            optimizer_state=optimizer_state,
+            steps=training.steps + 1,
+            loss=training.loss + loss,
         )
 
     def finish(proxy: Proxy, rows: Array, training: Training) -> ClientResult:
-        count = step_count(rows)
+        count = training.steps
         # XLA may compute the start twice, once with fused multiply-adds: without a step the
         # difference could be a rounding error, and it must be zero.
         difference = jax.tree.map(
@@ -236,7 +266,7 @@ def _pull_back(tree: Params, factors: Params) -> Params:
 
 
 def _push_forward(tree: Params, factors: Params) -> Params:
-    """From theta to effective values; also the way of gradients, whose chain rule it is."""
+    """From theta to effective values; a gradient goes the other way so, by the chain rule."""
 
     def multiply(leaf: Array, factor: Array) -> Array:
         return jnp.where(factor == 0, 0, leaf * factor)
@@ -251,7 +281,8 @@ def _wrapped_step(
     params: Params,
     factors: Params,
 ) -> tuple[Params, optax.OptState]:
+    """One step of the optimizer, with the gradient by theta, for the effective parameters."""
     updates, optimizer_state = optimizer.update(
-        _push_forward(gradient, factors), optimizer_state, _pull_back(params, factors)
+        gradient, optimizer_state, _pull_back(params, factors)
     )
     return optax.apply_updates(params, _push_forward(updates, factors)), optimizer_state

@@ -72,15 +72,18 @@ class ClientWork(NamedTuple):
       start: ``(context, client) -> carry``.
       step: ``(context, client, index, carry) -> carry``, for index 0, 1, ... up to the client's
         number of steps. Calls beyond that are without effect.
-      finish: ``(context, client, carry) -> contribution``, a pytree of arrays that adds up.
+      finish: ``(context, client, carry) -> (contribution, kept)``: a pytree of arrays that adds up,
+        and one that stays the client's own; ``()`` if nothing does.
     """
 
     start: Callable[[Any, Array], Any]
     step: Callable[[Any, Array, Array, Any], Any]
-    finish: Callable[[Any, Array, Any], Any]
+    finish: Callable[[Any, Array, Any], tuple[Any, Any]]
 
 
-def sum_over_clients(work: ClientWork, context: Any, steps: Array, axis: ClientAxis) -> Any:
+def sum_over_clients(
+    work: ClientWork, context: Any, steps: Array, axis: ClientAxis
+) -> tuple[Any, Any]:
     """Sums the contributions of a cohort without stacking them.
 
     Args:
@@ -90,7 +93,8 @@ def sum_over_clients(work: ClientWork, context: Any, steps: Array, axis: ClientA
       axis: How the clients are run.
 
     Returns:
-      The sum, in the structure of one contribution.
+      The sum, in the structure of one contribution; and what the clients keep, each leaf
+      ``[cohort, ...]``, zeros for clients without steps.
     """
     # The longest first: later ones fill the places that become free.
     order = jnp.argsort(-steps).astype(jnp.int32)
@@ -102,7 +106,8 @@ def sum_over_clients(work: ClientWork, context: Any, steps: Array, axis: ClientA
     dealt = jnp.pad(order, (0, padding), constant_values=-1)
     dealt = dealt.reshape(share, axis.devices).T.reshape(-1)
 
-    def on_each_device(context: Any, steps: Array, dealt: Array) -> Any:
+    def on_each_device(context: Any, steps: Array, dealt: Array) -> tuple[Any, Any]:
+        # What is kept is zero but on one device: its sum is exact.
         return jax.lax.psum(_sum_on_device(work, context, steps, dealt, axis), CLIENTS_AXIS)
 
     everywhere, shared = PartitionSpec(), PartitionSpec(CLIENTS_AXIS)
@@ -117,16 +122,19 @@ def sum_over_clients(work: ClientWork, context: Any, steps: Array, axis: ClientA
 
 def _sum_on_device(
     work: ClientWork, context: Any, steps: Array, order: Array, axis: ClientAxis
-) -> Any:
+) -> tuple[Any, Any]:
     """Sums over the clients in ``order``, those without steps last; -1 is no client."""
     counts = jnp.where(order >= 0, steps[order], 0)
     clients = jnp.sum(counts > 0, dtype=jnp.int32)
-    shapes = jax.eval_shape(
+    shapes, kept_shapes = jax.eval_shape(
         lambda context, client: work.finish(context, client, work.start(context, client)),
         context,
         order[0],
     )
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zero = (
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+        jax.tree.map(lambda leaf: jnp.zeros((*steps.shape, *leaf.shape), leaf.dtype), kept_shapes),
+    )
     if axis.chunk_size == 1:
         return _one_by_one(work, context, order, counts, clients, zero)
     return _side_by_side(work, context, order, counts, clients, zero, axis)
@@ -134,16 +142,20 @@ def _sum_on_device(
 
 def _one_by_one(
     work: ClientWork, context: Any, order: Array, counts: Array, clients: Array, zero: Any
-) -> Any:
-    def one(position: Array, total: Any) -> Any:
-        client = order[position]
+) -> tuple[Any, Any]:
+    def one(position: Array, results: tuple[Any, Any]) -> tuple[Any, Any]:
+        (total, kept), client = results, order[position]
         carry = jax.lax.fori_loop(
             0,
             counts[position],
             lambda index, carry: work.step(context, client, index, carry),
             work.start(context, client),
         )
-        return jax.tree.map(jnp.add, total, work.finish(context, client, carry))
+        contribution, own = work.finish(context, client, carry)
+        return (
+            jax.tree.map(jnp.add, total, contribution),
+            jax.tree.map(lambda all, leaf: all.at[client].set(leaf), kept, own),
+        )
 
     return jax.lax.fori_loop(0, clients, one, zero)
 
@@ -158,6 +170,7 @@ class _Chunk(NamedTuple):
       carry: Its state, each leaf ``[chunk, ...]``.
       following: int32 scalar: the position of the next client to take a place.
       total: The sum of the contributions of those that are done.
+      kept: What they keep, each leaf ``[cohort, ...]``.
     """
 
     position: Array
@@ -165,6 +178,7 @@ class _Chunk(NamedTuple):
     carry: Any
     following: Array
     total: Any
+    kept: Any
 
 
 def _side_by_side(
@@ -175,7 +189,7 @@ def _side_by_side(
     clients: Array,
     zero: Any,
     axis: ClientAxis,
-) -> Any:
+) -> tuple[Any, Any]:
     size, last = min(axis.chunk_size, order.shape[0]), order.shape[0] - 1
     refills = size if axis.steps else min(axis.refills or size, size)
     start = jax.vmap(work.start, in_axes=(None, 0))
@@ -205,7 +219,8 @@ def _side_by_side(
         place = jnp.argsort(~done)[:refills].astype(jnp.int32)
         served = done[place]
         carry = jax.tree.map(lambda leaf: leaf[place], chunk.carry)
-        contributions = finish(context, client_in(chunk.position[place]), carry)
+        ended = client_in(chunk.position[place])
+        contributions, own = finish(context, ended, carry)
 
         def add(total: Array, each: Array) -> Array:
             each = jnp.where(_along(served, each), each, 0)
@@ -217,9 +232,16 @@ def _side_by_side(
             return total + rest.sum(axis=0, dtype=rest.dtype) if len(rest) else total
 
         total = jax.tree.map(add, chunk.total, contributions)
-        position = chunk.following + jnp.arange(refills, dtype=jnp.int32)
+        beyond = jnp.arange(refills, dtype=jnp.int32)
+        owner = jnp.where(served, ended, order.shape[0] * axis.devices + beyond)
+        kept = jax.tree.map(
+            lambda all, each: all.at[owner].set(each, mode="drop", unique_indices=True),
+            chunk.kept,
+            own,
+        )
+        position = chunk.following + beyond
         # A place that is not served keeps what it has: an index beyond the chunk is dropped.
-        target = jnp.where(served, place, size + jnp.arange(refills, dtype=jnp.int32))
+        target = jnp.where(served, place, size + beyond)
 
         def put(old: Array, new: Array) -> Array:
             return old.at[target].set(new, mode="drop", unique_indices=True)
@@ -230,6 +252,7 @@ def _side_by_side(
             jax.tree.map(put, chunk.carry, start(context, client_in(position))),
             chunk.following + served.sum(dtype=jnp.int32),
             total,
+            kept,
         )
 
     def turn(chunk: _Chunk) -> _Chunk:
@@ -243,9 +266,10 @@ def _side_by_side(
         jnp.zeros_like(position),
         start(context, client_in(position)),
         jnp.int32(size),
-        zero,
+        *zero,
     )
-    return jax.lax.while_loop(lambda chunk: (chunk.position < clients).any(), turn, first).total
+    end = jax.lax.while_loop(lambda chunk: (chunk.position < clients).any(), turn, first)
+    return end.total, end.kept
 
 
 _UNROLLED = 16

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn", "fedlpp")
-CODEBOOKS = ("normal_float", "uniform")
+CODEBOOKS = ("normal_float", "symmetric_normal_float", "uniform")
 IMAGE_SETS = ("digits", "mnist", "emnist", "cifar10")
 TEXT = "text"
 DATA_SETS = (*IMAGE_SETS, TEXT)
@@ -65,6 +65,8 @@ class DataConfig:
     private_rows: int = _field(200, _range(0), "rows that the server keeps to pre-train on")
     train_rows: int = _field(0, _range(0), "rows for server and clients together; 0: all")
     test_rows: int = _field(360, _range(1), "rows held out for testing, where the set has no split")
+    held_out_share: float = _field(0.0, _range(0, below=1), "of a client's rows, for testing it")
+    held_out_clients: int = _field(0, _range(0), "clients that never take part, for testing")
     resident: str = _field("auto", _one_of(*RESIDENCES), "where clients' rows live between rounds")
     # Of texts, name = "text"; see `data.text.TextSettings`.
     task: str = _field("", None, "a task of the package, or own: the columns are named below")
@@ -140,6 +142,7 @@ class ClientConfig(TrainingConfig):
 
     steps: int = _field(0, _range(0), "local steps; 0: use epochs")
     epochs: int = _field(1, _range(1), "passes over the client's rows, where steps is 0")
+    proximal: float = _field(0.0, _range(0), "FedProx's mu; 0: no proximal term")
     label_smoothing: float = _field(0.0, _range(0, below=1), "of completions; the server's too")
     compute_dtype: str = _field("float32", _one_of(*COMPUTE_DTYPES), "of forward and backward pass")
     trained: tuple[str, ...] = _field((), None, "tensors that are trained; see below")
@@ -156,6 +159,26 @@ class CohortConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParticipationConfig:
+    """What comes back from the clients of a cohort; every one of them receives its proxy."""
+
+    dropout: float = _field(0.0, _range(0, 1), "probability that a client returns nothing")
+    stragglers: float = _field(0.0, _range(0, 1), "probability that a client is cut off early")
+    straggler_share: float = _field(0.5, _range(0, 1), "share of its steps that a straggler takes")
+    nan: float = _field(0.0, _range(0, 1), "probability of an update that is NaN, put in to test")
+
+
+@dataclasses.dataclass(frozen=True)
+class UploadConfig:
+    """How updates travel; what is not quantized is float32."""
+
+    bits: int = _field(0, _range(0, 8), "width of a code of the sites' kernels; 0: not quantized")
+    block_size: int = _field(64, _range(1), "entries of a column that share a scale")
+    codebook: str = _field("normal_float", _one_of(*CODEBOOKS), "levels of the quantizer")
+    error_feedback: bool = _field(False, None, "clients keep what is lost, and send it later")
+
+
+@dataclasses.dataclass(frozen=True)
 class ServerConfig:
     """Aggregation of the clients' deltas into the hidden model."""
 
@@ -166,6 +189,7 @@ class ServerConfig:
     normalize: str = _field("mean", _one_of("mean", "coverage"), "divide by all, or by who saw it")
     rule: str = _field("delta", _one_of(*RULES), "what the mean delta is added to; see below")
     decay: str = _field("none", _one_of("none", "linear"), "of the server rate over all rounds")
+    clip_norm: float = _field(0.0, _range(0), "largest L2 norm of a client's delta; 0: no limit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +237,7 @@ class Config:
     bits: int = _field(4, _range(1, 8), "width of a code")
     block_size: int = _field(64, _range(1), "entries of a column that share a scale")
     codebook: str = _field("normal_float", _one_of(*CODEBOOKS), "levels of the quantizer")
+    blocks: str = _field("column", _one_of("column", "row"), "how blocks run; see below")
     sampling: str = _field("bernoulli", _one_of("bernoulli", "fixed_count"), "how masks are drawn")
     sites: str = _field("all", _one_of("all", "residual"), "which layers have mask sites")
     site_rules: tuple[str, ...] = _field((), None, "rules that go before the package's own")
@@ -225,6 +250,8 @@ class Config:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
     cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
+    participation: ParticipationConfig = dataclasses.field(default_factory=ParticipationConfig)
+    upload: UploadConfig = dataclasses.field(default_factory=UploadConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
@@ -306,6 +333,17 @@ def resolve(values: Mapping[str, Any]) -> Config:
         for what, is_set in needs.items():
             if is_set:
                 raise ConfigError(f"{what} with lora.rank = 0: allowed is a rank of 1 or more")
+    for name, section in (("", config), ("upload.", config.upload)):
+        if section.codebook == "symmetric_normal_float" and section.bits > 7:
+            raise ConfigError(
+                f"{name}bits = {section.bits}: allowed is at most 7 with {name}codebook = "
+                f"'symmetric_normal_float', whose codes take one bit more"
+            )
+    if config.upload.error_feedback and not config.upload.bits:
+        raise ConfigError(
+            "upload.error_feedback = True with upload.bits = 0: nothing is lost; allowed are bits "
+            "of 1 to 8"
+        )
     return config
 
 

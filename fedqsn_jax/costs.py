@@ -32,7 +32,9 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
             travels = f"{leaf.dtype}, {columns}"
             if quantizer is not None and path in kernels and site.quantized:
                 name = type(quantizer).__name__
-                travels = f"{quantizer.bits}-bit {name}, block {quantizer.block_size}, {columns}"
+                travels = (
+                    f"{quantizer.code_bits}-bit {name}, block {quantizer.block_size}, {columns}"
+                )
         if simulation.sent is not None and path not in simulation.sent:
             travels = "public, not sent"
         elif simulation.trained is not None and path not in simulation.trained:
@@ -82,7 +84,7 @@ def expected_costs(simulation: Simulation) -> Costs:
     }
     return Costs(
         down=traffic.down.of(visible),
-        up=traffic.up.of(visible),
+        up=(1 - simulation.config.participation.dropout) * traffic.up.of(visible),
         fedavg_down=traffic.fedavg_down,
         fedavg_up=traffic.fedavg_up,
         memory=(*simulation.memory.items(), ("in all", sum(simulation.memory.values()))),

@@ -18,6 +18,7 @@ from fedqsn_jax import processes
 from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.config import LANGUAGE, Config
 from fedqsn_jax.costs import expected_costs, tensor_rows
+from fedqsn_jax.data.held_out import HeldOut
 from fedqsn_jax.image_problem import load_image_problem
 from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.problem import Problem
@@ -52,6 +53,11 @@ class Experiment(NamedTuple):
     config: Config
     problem: Problem
     simulation: Simulation
+
+    @property
+    def held_out(self) -> HeldOut:
+        """What is evaluated on."""
+        return HeldOut(self.problem.splits.test, self.problem.splits.client_tests)
 
 
 def keep_compiled_programs(directory: str) -> None:
@@ -137,7 +143,7 @@ def _run(experiment: Experiment, work: WorkDirectory, display: Display) -> None:
                 )
                 # Two processes' devices may round differently: the leader's model is the model.
                 state = initial_state(experiment.simulation, processes.from_leader(params))
-                history = [first_entry(experiment.simulation, state, problem.splits.test)]
+                history = [first_entry(experiment.simulation, state, experiment.held_out)]
             state = _train(experiment, state, history, work, checkpoints, display, stopped)
     finished = int(state.round)
     if finished == config.rounds:
@@ -168,8 +174,11 @@ def prepare(config: Config) -> Experiment:
         problem.splits.clients,
         problem.client_apply,
     )
-    clients, test = place(simulation, (problem.splits.clients, problem.splits.test))
-    splits = problem.splits._replace(clients=clients, test=test)
+    splits = problem.splits
+    clients, test, client_tests = place(
+        simulation, (splits.clients, splits.test, splits.client_tests)
+    )
+    splits = splits._replace(clients=clients, test=test, client_tests=client_tests)
     return Experiment(config, problem._replace(splits=splits), simulation)
 
 
@@ -236,7 +245,7 @@ def _train(
         simulation,
         state,
         splits.clients,
-        splits.test,
+        experiment.held_out,
         seconds=history[-1]["seconds"],
     )
     with (
@@ -307,6 +316,12 @@ def _finish(
             summary["texts"] = write_texts(simulation, state, texts, work.texts, done)
     write_json(work.summary, summary)
     display.final_table(summary)
+    rejected = sum(entry.get("clients/rejected", 0) for entry in history)
+    if rejected:
+        display.warning(
+            f"{rejected} updates were not finite and were rejected, in the rounds that were "
+            f"evaluated"
+        )
     if not math.isfinite(history[-1]["global/loss"]):
         display.warning("the training diverged; its loss is no number. Lower the learning rates")
     display.message(f"written to {work.path}")
@@ -321,9 +336,14 @@ def _show(experiment: Experiment, display: Display) -> None:
         f"{simulation.choice.reason}"
     )
     if simulation.algorithm.unmet_invariants:
+        why = {
+            2: "hidden columns change",
+            3: "what clients receive tells of hidden columns' values",
+        }
+        told = " and ".join(why[number] for number in sorted(simulation.algorithm.unmet_invariants))
         display.warning(
-            f"{config.algorithm} does not keep what this package promises elsewhere: "
-            f"invariants {sorted(simulation.algorithm.unmet_invariants)}"
+            f"{config.algorithm} with these settings does not keep what this package promises "
+            f"elsewhere: {told}"
         )
     for note in experiment.problem.notes:
         display.message(note)

@@ -12,10 +12,12 @@ A round keeps, on every device:
   weights of those that take others' places; of frozen tensors only its own masked ones, and the
   matrices that adapters are merged into, with those' gradients (none, where dense layers take
   adapters as they are);
+- where clients keep residuals (``upload.error_feedback``), a copy of the trained kernels of sites,
+  float32, for every client of the population, and another for every client of the cohort;
 - the rows of the clients: all of them where they live on the device, otherwise those of two calls,
   the one that runs and the next.
 
-So memory grows with the chunk, not with the number of clients a round.
+So memory grows with the chunk, not with the number of clients a round; but for residuals.
 """
 
 import contextlib
@@ -80,6 +82,7 @@ def client_bytes(
     batch: Batch,
     *,
     trained: Selection = None,
+    proximal: float = 0.0,
 ) -> int:
     """Bytes that one more client of a chunk takes while it trains.
 
@@ -90,13 +93,15 @@ def client_bytes(
       params: The parameters, or their shapes.
       batch: One minibatch, or its shapes.
       trained: The tensors that are trained; copies of frozen ones are not counted.
+      proximal: The weight of a proximal term, which needs the parameters of the start.
     """
     some = keep(params, trained)
     state = jax.eval_shape(lambda params: optimizer(jnp.int32(1)).init(params), some)
     activations = saved_activations(apply_fn, task, params, batch, trained)
-    # Effective weights, gradient, optimizer state; the batch; what is saved, and one cotangent of
-    # about the same size in the worst case.
-    return 2 * tree_bytes(some) + tree_bytes(state) + tree_bytes(batch) + 2 * activations
+    # Effective weights, gradient, perhaps the weights of the start; optimizer state; the batch;
+    # what is saved, and one cotangent of about the same size in the worst case.
+    copies = 3 if proximal else 2
+    return copies * tree_bytes(some) + tree_bytes(state) + tree_bytes(batch) + 2 * activations
 
 
 class OutOfMemoryError(ConfigError):

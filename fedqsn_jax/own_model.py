@@ -13,6 +13,7 @@ from flax import linen, nnx
 from fedqsn_jax.config import ClientConfig, Config, ConfigError, resolve
 from fedqsn_jax.costs import expected_costs, tensor_rows
 from fedqsn_jax.data.federated import FederatedData, from_clients, join_clients
+from fedqsn_jax.data.held_out import HeldOut, hold_out
 from fedqsn_jax.data.streamed import HostData, place
 from fedqsn_jax.heads import find_heads
 from fedqsn_jax.masking import leaves_by_path
@@ -94,7 +95,7 @@ def federate(
       on_progress: Called with the number of finished rounds, and what was newly evaluated.
       **settings: Fields of `config.Config`, sections as dictionaries. ``cohort.size`` and
         ``evaluation.attackers`` are by default at most the number of clients. Of ``data`` there
-        is ``resident`` only.
+        are ``resident``, ``held_out_share`` and ``held_out_clients`` only.
 
     Raises:
       ConfigError: A setting is unknown, out of range, or does not fit the model.
@@ -104,9 +105,13 @@ def federate(
         arrays = [{name: np.asarray(a) for name, a in rows.items()} for rows in clients]
         clients = HostData(*join_clients(arrays))
     config = _resolve(settings, clients.clients)
-    data = place(clients, config.data.resident)
-    held_out = _checked(test, data, "test")
-    example = {name: array[:1] for name, array in held_out.items()}
+    population, client_tests = hold_out(
+        clients, config.data, np.random.default_rng([config.seed, _STREAM])
+    )
+    data = place(population, config.data.resident)
+    rows = _checked(test, data, "test")
+    held_out = HeldOut(rows, client_tests)
+    example = {name: array[:1] for name, array in rows.items()}
     apply_fn, own_params = _as_function(model, config, example, inputs)
     start = own_params if params is None else jax.tree.map(jnp.asarray, params)
     task = task or classification()
@@ -162,10 +167,18 @@ def _with_heads(client: ClientConfig, heads: Sequence[str]) -> ClientConfig:
     return dataclasses.replace(client, trained=tuple(itertools.chain(*named)))
 
 
+_DATA_FIELDS = {"resident", "held_out_share", "held_out_clients"}
+_STREAM = 0x68656C64
+"""Keeps the draws of held-out rows apart from others with the same seed."""
+
+
 def _resolve(settings: Mapping[str, Any], population: int) -> Config:
     data = dict(settings.get("data", {}))
+    held_out = data.get("held_out_clients", 0)
+    if isinstance(held_out, int) and held_out < population:
+        population -= held_out
     for section in ("data", "model", "checkpoint"):
-        if section in settings and (section != "data" or set(data) - {"resident"}):
+        if section in settings and (section != "data" or set(data) - _DATA_FIELDS):
             raise ConfigError(f"{section}: of no use here, the model and the arrays are your own")
     cohort = {"size": min(Config().cohort.size, population), **settings.get("cohort", {})}
     attackers = tuple(sorted({min(n, population) for n in Config().evaluation.attackers}))

@@ -181,15 +181,25 @@ def dequantize_proxy(proxy: Proxy) -> Proxy:
     Masking a dequantized proxy gives exactly the values of masking first and dequantizing then, so
     a simulation dequantizes once a round and not once a client.
     """
-    sites = {site.path: site for site in proxy.sites}
+    params = dequantize_params(proxy.params, proxy.sites)
+    leaves = jax.tree.leaves(proxy.params, is_leaf=is_quantized)
+    values = dataclasses.replace(proxy, params=params)
+    if any(is_quantized(leaf) and leaf.quantizer.mixes_columns for leaf in leaves):
+        # There a code of zero has a value, also in a hidden column.
+        return _hide(values, proxy.visible)
+    return values
+
+
+def dequantize_params(params: Params, sites: Sites) -> Params:
+    """Replaces the quantized kernels of a tree by the values that they stand for, float32."""
+    by_path = {site.path: site for site in sites}
 
     def visit(key_path: Any, leaf: Array | Quantized) -> Array:
         if not isinstance(leaf, Quantized):
             return leaf
-        return sites[path_of(key_path)].from_matrices(quantization.dequantize(leaf))
+        return by_path[path_of(key_path)].from_matrices(quantization.dequantize(leaf))
 
-    params = jax.tree_util.tree_map_with_path(visit, proxy.params, is_leaf=is_quantized)
-    return dataclasses.replace(proxy, params=params)
+    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_quantized)
 
 
 def select_columns(prepared: Proxy, visible: Columns, scale: dict[str, Array]) -> Proxy:
@@ -248,9 +258,10 @@ def _hide(proxy: Proxy, visible: Columns) -> Proxy:
         seen = visible[site.mask_path]
         if isinstance(leaf, Quantized):
             seen = seen[:, None, :]
-            return dataclasses.replace(
-                leaf, codes=_zero(leaf.codes, seen), scales=_zero(leaf.scales, seen)
-            )
+            codes = _zero(leaf.codes, seen)
+            if leaf.quantizer.mixes_columns:
+                return dataclasses.replace(leaf, codes=codes)
+            return dataclasses.replace(leaf, codes=codes, scales=_zero(leaf.scales, seen))
         return _zero(leaf, site.to_kernel(seen) if path in sites else site.to_bias(seen))
 
     params = jax.tree_util.tree_map_with_path(visit, proxy.params, is_leaf=is_quantized)

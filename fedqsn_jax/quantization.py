@@ -3,6 +3,10 @@
 Matrices are ``[layers, inputs, columns]``. Blocks run along the inputs of one column of one layer
 (the last one of a column may be shorter) and share one absolute-maximum scale. So nothing about a
 column shows in another column's codes or scales, and quantization commutes with hiding columns.
+
+The released code of FedQSN lets blocks run along the rows of a whole matrix, so that each mixes
+columns (``blocks_along="row"``). Then scales, and through them visible columns' codes, tell of
+hidden columns.
 """
 
 import dataclasses
@@ -19,6 +23,7 @@ from fedqsn_jax.types import Array
 NORMAL_FLOAT_OFFSET = 0.9677083
 """Probability of the outermost NormalFloat level, as in QLoRA (arXiv 2305.14314)."""
 
+BLOCK_DIRECTIONS = ("column", "row")
 SCALE_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -27,19 +32,28 @@ class Quantizer:
     """A codebook with the size of its blocks; static and hashable. Use a subclass.
 
     Attributes:
-      bits: Width of a code, 1 to 8.
-      block_size: Number of entries of a column that share a scale.
+      bits: Width of a code, 1 to 8 (`SymmetricNormalFloat`: one bit less).
+      block_size: Number of entries that share a scale.
       scale_dtype: The scales' dtype in memory and on the wire. Scales are rounded to it before
         codes are chosen, so that rounding them costs no accuracy twice.
+      blocks_along: ``column``: a block lies in one column; ``row``: blocks run through a layer's
+        matrix row by row, and mix columns.
     """
 
     bits: int = 4
     block_size: int = 64
     scale_dtype: str = "bfloat16"
+    # Not in the text that payloads' fingerprints are made of; those of version 1 had none.
+    blocks_along: str = dataclasses.field(default="column", repr=False)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"bits = {self.bits!r}: allowed are 1 to 8")
+        if not 1 <= self.bits <= 8 or self.code_bits > 8:
+            most = 8 - (self.code_bits - self.bits)
+            raise ValueError(f"bits = {self.bits!r}: allowed are 1 to {most}")
+        if self.blocks_along not in BLOCK_DIRECTIONS:
+            raise ValueError(
+                f"blocks_along = {self.blocks_along!r}: allowed are {', '.join(BLOCK_DIRECTIONS)}"
+            )
         if self.block_size < 1:
             raise ValueError(f"block_size = {self.block_size!r}: allowed is 1 or more")
         if self.scale_dtype not in SCALE_DTYPES:
@@ -52,8 +66,18 @@ class Quantizer:
         """The codebook, ascending, in [-1, 1]; code i stands for ``levels[i]`` times the scale."""
         raise TypeError("a Quantizer has no codebook of its own; use NormalFloat or Uniform")
 
+    @property
+    def code_bits(self) -> int:
+        """Bits that a code takes when packed."""
+        return self.bits
+
+    @property
+    def mixes_columns(self) -> bool:
+        """Whether columns share scales, so that hidden ones show in them."""
+        return self.blocks_along == "row"
+
     def blocks(self, inputs: int) -> int:
-        """Number of blocks (so of scales) in a column of ``inputs`` entries."""
+        """Number of blocks (so of scales) in ``inputs`` entries one after the other."""
         return -(-inputs // self.block_size)
 
 
@@ -69,6 +93,25 @@ class NormalFloat(Quantizer):
     def levels(self) -> tuple[float, ...]:
         """The codebook, ascending, in [-1, 1]."""
         return _normal_float_levels(self.bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class SymmetricNormalFloat(Quantizer):
+    """`NormalFloat` with as many negative levels as positive ones, as in FedQSN's released code.
+
+    These are ``2**bits + 1`` levels, so a code takes ``bits + 1`` bits.
+    """
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The codebook, ascending, in [-1, 1]."""
+        positive = _normal_float_levels(self.bits)[-(2 ** (self.bits - 1)) :]
+        return (*(-level for level in reversed(positive)), 0.0, *positive)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits that a code takes when packed."""
+        return self.bits + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +141,15 @@ def _normal_float_levels(bits: int) -> tuple[float, ...]:
 class Quantized:
     """A quantized kernel in matrix form.
 
-    Invariants: ``codes`` below ``2**quantizer.bits``; ``scales`` non-negative; both zero in hidden
-    columns. The value of an entry is ``levels[code] * scale`` of its block.
+    Invariants: ``codes`` below ``2**quantizer.code_bits``; ``scales`` non-negative; both zero in
+    hidden columns. The value of an entry is ``levels[code] * scale`` of its block. Where blocks mix
+    columns, scales belong to no column: they are never zeroed, and code zero of a hidden column may
+    stand for any value.
 
     Attributes:
       codes: uint8 ``[layers, inputs, columns]``.
-      scales: ``quantizer.scale_dtype`` ``[layers, blocks, columns]``.
+      scales: ``quantizer.scale_dtype`` ``[layers, blocks, columns]``; where blocks mix columns
+        ``[layers, blocks, 1]``.
       quantizer: The codebook and block size (static).
     """
 
@@ -117,6 +163,9 @@ def quantize(quantizer: Quantizer, matrices: Array) -> Quantized:
 
     A block of zeros has scale 0.
     """
+    if quantizer.mixes_columns and matrices.shape[2] != 1:
+        flat = quantize(quantizer, _as_one_column(matrices))
+        return dataclasses.replace(flat, codes=flat.codes.reshape(matrices.shape))
     blocked = _to_blocks(quantizer, matrices.astype(jnp.float32))
     scales = _round_to(jnp.max(jnp.abs(blocked), axis=2), quantizer.scale_dtype)
     divisor = scales.astype(jnp.float32)[:, :, None, :]
@@ -132,13 +181,20 @@ def quantize(quantizer: Quantizer, matrices: Array) -> Quantized:
 
 def dequantize(quantized: Quantized) -> Array:
     """Returns the float32 values ``[layers, inputs, columns]`` that codes and scales stand for."""
-    quantizer = quantized.quantizer
+    quantizer, codes = quantized.quantizer, quantized.codes
+    if quantizer.mixes_columns and codes.shape[2] != 1:
+        flat = dataclasses.replace(quantized, codes=_as_one_column(codes))
+        return dequantize(flat).reshape(codes.shape)
     levels = jnp.asarray(quantizer.levels, jnp.float32)
     inputs = quantized.codes.shape[1]
     block_size = min(quantizer.block_size, inputs)
     scales = jnp.repeat(quantized.scales.astype(jnp.float32), block_size, axis=1)
     # A scale of zero gives plain zeros, whatever the level's sign.
     return jnp.where(scales[:, :inputs] == 0, 0, levels[quantized.codes] * scales[:, :inputs])
+
+
+def _as_one_column(matrices: Array) -> Array:
+    return matrices.reshape(matrices.shape[0], -1, 1)
 
 
 def _round_to(values: Array, dtype: str) -> Array:

@@ -12,14 +12,18 @@ from flax import struct
 
 from fedqsn_jax.aggregation import Aggregator
 from fedqsn_jax.client import ClientUpdate, Training
+from fedqsn_jax.client_metrics import ClientEvaluator
 from fedqsn_jax.cohort import ClientAxis, ClientWork, sample_cohort, sum_over_clients
 from fedqsn_jax.data.federated import ClientData
+from fedqsn_jax.data.held_out import HeldOut
 from fedqsn_jax.masking import Sites
 from fedqsn_jax.metrics import Evaluator
+from fedqsn_jax.participation import EVERYONE, Participation, draw_attendance
 from fedqsn_jax.proxy import Proxy, ProxyTransform, dequantize_proxy, select_columns, whole_proxy
 from fedqsn_jax.randomness import client_round_key, fold_in_name
 from fedqsn_jax.trainable import Selection, drop, fill, keep
 from fedqsn_jax.types import Array, Batch, Columns, Key, Params
+from fedqsn_jax.upload import Residuals, Upload, whole_upload
 from fedqsn_jax.views import (
     Attacker,
     evaluate_views,
@@ -38,6 +42,7 @@ class ServerState:
       optimizer_state: The server optimizer's.
       transform_state: What the proxy transform drew once: the server mask.
       attackers: The copies that colluding clients hold, by name.
+      residuals: What each client keeps of its deltas; in truth the clients have it.
       round: Number of finished rounds, int32 scalar.
       secret_key: Key of the masks.
       public_key: Key of cohorts and of the clients' batches.
@@ -47,6 +52,7 @@ class ServerState:
     optimizer_state: optax.OptState
     transform_state: Any
     attackers: dict[str, Attacker]
+    residuals: Residuals
     round: Array
     secret_key: Key
     public_key: Key
@@ -64,6 +70,8 @@ class _Context:
       visible: The columns that each client sees, bool ``[cohort, layers, columns]`` a site.
       scale: Each client's factors, float32 ``[cohort]`` a site.
       weights: The clients' weights in the mean, float32 ``[cohort]``.
+      broken: Whose update is NaN, bool ``[cohort]``.
+      residuals: What each client of the population keeps.
       training_key: The round's key of batches and dropout; a client's id is folded in.
     """
 
@@ -74,6 +82,8 @@ class _Context:
     visible: Columns
     scale: dict[str, Array]
     weights: Array
+    broken: Array
+    residuals: Residuals
     training_key: Key
 
 
@@ -82,13 +92,15 @@ class Federation(NamedTuple):
 
     Attributes:
       init: ``(key, params) -> ServerState``.
-      round: ``(state, data) -> (state, facts)``: one round. Facts are float32 ``train/loss`` and,
-        for each site that has masks, uint32 ``visible/PATH``: visible columns, summed over the
-        cohort.
+      round: ``(state, data) -> (state, facts)``: one round. Facts are float32 ``train/loss``, and
+        uint32 counts: ``clients/returned`` and ``clients/rejected``; for each site that has masks
+        ``visible/PATH``, visible columns summed over the cohort, and ``returned/PATH``, summed over
+        the clients that returned an update.
       prepare: ``state -> Proxy``: the proxy before client masks, dequantized.
       cohort: ``state -> ids``, int32 ``[cohort]``: who takes part in the state's next round.
       proxy_keys: ``state -> keys`` of the client masks that the proxy view averages over.
-      evaluate: ``(state, rows) -> metrics`` of all views, named ``view/metric``.
+      evaluate: ``(state, rows) -> metrics`` of all views, named ``view/metric``. Rows are held-out
+        ones, or `HeldOut` with clients' too; metrics of those are named ``group/view/metric``.
     """
 
     init: Callable[[Key, Params], ServerState]
@@ -96,7 +108,7 @@ class Federation(NamedTuple):
     prepare: Callable[[ServerState], Proxy]
     cohort: Callable[[ServerState], Array]
     proxy_keys: Callable[[ServerState], Key]
-    evaluate: Callable[[ServerState, Batch], dict[str, Array]]
+    evaluate: Callable[[ServerState, Batch | HeldOut], dict[str, Array]]
 
 
 def make_federation(
@@ -113,6 +125,9 @@ def make_federation(
     attackers: tuple[int, ...],
     score: str,
     sent: Selection = None,
+    participation: Participation = EVERYONE,
+    upload: Upload | None = None,
+    client_evaluator: ClientEvaluator | None = None,
 ) -> Federation:
     """Composes a federated method; every argument is static.
 
@@ -129,7 +144,11 @@ def make_federation(
       attackers: Numbers of colluding clients; ``attacker_N`` names each in the metrics.
       score: The metric whose spread over client masks is reported.
       sent: The tensors that proxies are made of; the others are public, and frozen.
+      participation: How clients fail.
+      upload: The way back; None: updates travel as they are.
+      client_evaluator: Evaluates one set of parameters on clients' held-out rows, if there are any.
     """
+    upload = upload or whole_upload()
 
     def public(params: Params) -> Params:
         return drop(params, sent)
@@ -147,6 +166,7 @@ def make_federation(
                 )
                 for count in attackers
             },
+            residuals=upload.init(params, population),
             round=jnp.int32(0),
             secret_key=secret_key,
             public_key=public_key,
@@ -173,13 +193,28 @@ def make_federation(
         key = jax.random.fold_in(context.training_key, client_id)
         return update.step(key, context.data, client_id, index, training, context.shared)
 
-    def finish(context: _Context, client: Array, training: Training) -> dict[str, Any]:
+    def finish(
+        context: _Context, client: Array, training: Training
+    ) -> tuple[dict[str, Any], Residuals]:
         rows = context.data.rows(context.ids[client])
-        result = update.finish(proxy_of(context, client), rows, training)
-        return {
-            "delta": aggregator.contribute(result.delta, context.weights[client]),
-            "loss": result.loss * result.examples,
+        proxy = proxy_of(context, client)
+        result = update.finish(proxy, rows, training)
+        residuals = {path: each[context.ids[client]] for path, each in context.residuals.items()}
+        delta, kept = upload.send(result.delta, residuals, proxy.visible)
+        if participation.nan:
+            broken = context.broken[client]
+            delta = jax.tree.map(lambda leaf: jnp.where(broken, jnp.nan, leaf), delta)
+        part = aggregator.contribute(delta, context.weights[client], proxy.visible)
+        accepted = part.weight > 0
+        contribution = {
+            "update": part,
+            "loss": jnp.where(accepted, result.loss * result.examples, 0),
+            "examples": jnp.where(accepted, result.examples, 0).astype(jnp.float32),
         }
+        # What was rejected never arrived: the client keeps what it had.
+        return contribution, jax.tree.map(
+            lambda new, old: jnp.where(accepted, new, old), kept, residuals
+        )
 
     def run_round(state: ServerState, data: ClientData) -> tuple[ServerState, dict[str, Array]]:
         prepared, ids = prepare(state), cohort_of(state)
@@ -195,16 +230,26 @@ def make_federation(
         training_key = jax.random.fold_in(state.public_key, state.round)
         computed_with = fill(prepared.params, public(state.params))
         shared = update.shared(dataclasses.replace(prepared, params=computed_with, visible=visible))
-        context = _Context(prepared, shared, data, ids, visible, scale, weights, training_key)
-        total = sum_over_clients(
-            ClientWork(start, step, finish), context, update.step_count(rows), client_axis
+        attendance = draw_attendance(training_key, ids, update.step_count(rows), participation)
+        context = _Context(
+            prepared,
+            shared,
+            data,
+            ids,
+            visible,
+            scale,
+            weights,
+            attendance.broken,
+            state.residuals,
+            training_key,
+        )
+        total, kept = sum_over_clients(
+            ClientWork(start, step, finish), context, attendance.steps, client_axis
         )
         params, optimizer_state = aggregator.finish(
             state.params,
             state.optimizer_state,
-            total["delta"],
-            weights,
-            visible,
+            total["update"],
             prepared.visible,
             prepared.params,
         )
@@ -214,14 +259,21 @@ def make_federation(
             )
             for name, attacker in state.attackers.items()
         }
-        examples = rows.astype(jnp.float32).sum()
-        facts = {"train/loss": total["loss"] / jnp.maximum(examples, 1)}
-        facts |= {f"visible/{path}": seen.sum(dtype=jnp.uint32) for path, seen in visible.items()}
+        facts = {
+            "train/loss": total["loss"] / jnp.maximum(total["examples"], 1),
+            "clients/returned": attendance.returns.sum(dtype=jnp.uint32),
+            "clients/rejected": total["update"].rejected,
+        }
+        for path, seen in visible.items():
+            facts[f"visible/{path}"] = seen.sum(dtype=jnp.uint32)
+            returned = seen & attendance.returns[:, None, None]
+            facts[f"returned/{path}"] = returned.sum(dtype=jnp.uint32)
         state = dataclasses.replace(
             state,
             params=params,
             optimizer_state=optimizer_state,
             attackers=attackers,
+            residuals=_replaced(state.residuals, kept, ids, attendance.returns),
             round=state.round + 1,
         )
         return state, facts
@@ -230,22 +282,43 @@ def make_federation(
         key = fold_in_name(jax.random.fold_in(state.secret_key, state.round), "proxy_view")
         return jax.random.split(key, proxy_samples)
 
-    def evaluate(state: ServerState, rows: Batch) -> dict[str, Array]:
-        def evaluate_whole(params: Params, rows: Batch) -> dict[str, Array]:
-            return evaluator(fill(params, public(state.params)), rows)
+    def evaluate(state: ServerState, rows: Batch | HeldOut) -> dict[str, Array]:
+        def views_on(evaluator: Callable[[Params, Any], dict[str, Array]], rows: Any) -> Any:
+            def evaluate_whole(params: Params, rows: Any) -> dict[str, Array]:
+                return evaluator(fill(params, public(state.params)), rows)
 
-        return evaluate_views(
-            evaluate_whole,
-            rows,
-            state.params,
-            prepare(state),
-            lambda key, prepared: transform.apply(key, state.transform_state, prepared),
-            proxy_keys(state),
-            state.attackers,
-            score,
-        )
+            return evaluate_views(
+                evaluate_whole,
+                rows,
+                state.params,
+                prepare(state),
+                lambda key, prepared: transform.apply(key, state.transform_state, prepared),
+                proxy_keys(state),
+                state.attackers,
+                score,
+            )
+
+        if not isinstance(rows, HeldOut):
+            return views_on(evaluator, rows)
+        metrics = views_on(evaluator, rows.test)
+        if client_evaluator is not None:
+            for group, data in rows.clients.items():
+                of_group = views_on(client_evaluator, data)
+                metrics |= {f"{group}/{name}": value for name, value in of_group.items()}
+        return metrics
 
     return Federation(init, run_round, prepare, cohort_of, proxy_keys, evaluate)
+
+
+def _replaced(residuals: Residuals, kept: Residuals, ids: Array, returns: Array) -> Residuals:
+    """The population's residuals, with those of the clients that returned."""
+
+    def replace(all: Array, new: Array) -> Array:
+        # Beyond the population: dropped.
+        places = jnp.where(returns, ids, len(all) + jnp.arange(len(ids)))
+        return all.at[places].set(new, mode="drop", unique_indices=True)
+
+    return jax.tree.map(replace, residuals, kept)
 
 
 def draw_cohorts(federation: Federation, state: ServerState, rounds: int) -> np.ndarray:
@@ -293,7 +366,9 @@ class CallResult(NamedTuple):
 
 def make_rounds(
     federation: Federation, *, rounds_per_call: int, evaluate_every: int
-) -> Callable[[ServerState, ClientData, Batch, Array, Array], tuple[ServerState, CallResult]]:
+) -> Callable[
+    [ServerState, ClientData, Batch | HeldOut, Array, Array], tuple[ServerState, CallResult]
+]:
     """Makes the compiled call that runs several rounds without the host.
 
     Args:
@@ -308,7 +383,7 @@ def make_rounds(
     """
 
     def run(
-        state: ServerState, data: ClientData, rows: Batch, stop: Array, last: Array
+        state: ServerState, data: ClientData, rows: Batch | HeldOut, stop: Array, last: Array
     ) -> tuple[ServerState, CallResult]:
         _, fact_shapes = jax.eval_shape(federation.round, state, data)
         metric_shapes = jax.eval_shape(federation.evaluate, state, rows)

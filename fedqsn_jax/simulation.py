@@ -18,10 +18,12 @@ import optax
 from fedqsn_jax.aggregation import Aggregator, make_aggregator
 from fedqsn_jax.algorithms import Algorithm, make_algorithm
 from fedqsn_jax.client import ClientUpdate, make_client_update
+from fedqsn_jax.client_metrics import make_client_evaluator
 from fedqsn_jax.client_optimizer import ADAMW_EPSILON, ClientOptimizer, scheduled
 from fedqsn_jax.cohort import ClientAxis
 from fedqsn_jax.config import Config, ConfigError, ServerConfig, TrainingConfig, with_fields
 from fedqsn_jax.data.federated import ClientData, FederatedData, single_client
+from fedqsn_jax.data.held_out import HeldOut
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
 from fedqsn_jax.lora import Lora, configured_adapters
 from fedqsn_jax.low_rank import adapt
@@ -30,9 +32,10 @@ from fedqsn_jax.memory import client_bytes, device_bytes, tree_bytes
 from fedqsn_jax.metrics import make_evaluator
 from fedqsn_jax.models.adapters import in_compute_dtype
 from fedqsn_jax.parallelism import Choice, Workload, choose_client_axis
+from fedqsn_jax.participation import Participation
 from fedqsn_jax.placement import Tree, replicate
 from fedqsn_jax.proxy import whole_proxy
-from fedqsn_jax.quantization import NormalFloat, Quantizer, Uniform
+from fedqsn_jax.quantization import NormalFloat, Quantizer, SymmetricNormalFloat, Uniform
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.rounds import (
     CallResult,
@@ -46,6 +49,7 @@ from fedqsn_jax.tasks import Task
 from fedqsn_jax.traffic import Traffic, measure_traffic
 from fedqsn_jax.trainable import Selection, drop, keep, select_trained
 from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
+from fedqsn_jax.upload import Upload, quantized_upload
 
 TRACEABLE = (
     "p1",
@@ -170,11 +174,19 @@ def make_simulation(
             steps=config.client.steps,
             epochs=config.client.epochs,
             trained=trained,
+            proximal=config.client.proximal,
         )
 
     def traffic_of(config: Config) -> Traffic:
-        transform = algorithm_of(config).transform
-        return measure_traffic(transform, params, sites, sent=sent, trained=trained, plain=plain)
+        return measure_traffic(
+            algorithm_of(config).transform,
+            params,
+            sites,
+            sent=sent,
+            trained=trained,
+            plain=plain,
+            upload=_upload_quantizer(config),
+        )
 
     def compose(config: Config, choice: Choice, memory: dict[str, int]) -> Simulation:
         algorithm = algorithm_of(config)
@@ -185,6 +197,7 @@ def make_simulation(
             normalize=config.server.normalize,  # type: ignore[arg-type]
             rule=config.server.rule,  # type: ignore[arg-type]
             trained=trained,
+            clip_norm=config.server.clip_norm,
         )
         federation = make_federation(
             algorithm.transform,
@@ -199,6 +212,9 @@ def make_simulation(
             attackers=config.evaluation.attackers,
             score=task.score,
             sent=sent,
+            participation=Participation(**dataclasses.asdict(config.participation)),
+            upload=_upload(config, sites, trained),
+            client_evaluator=make_client_evaluator(apply_fn, task, config.evaluation.batch_size),
         )
         if lora is not None:
             federation = _with_adapters(federation, lora)
@@ -226,7 +242,13 @@ def make_simulation(
 
     one_by_one = compose(config, Choice(ClientAxis(), ""), {})
     a_client = client_bytes(
-        local_apply, task, local_optimizer(config.client), params, batch, trained=trained
+        local_apply,
+        task,
+        local_optimizer(config.client),
+        params,
+        batch,
+        trained=trained,
+        proximal=config.client.proximal,
     )
     frozen = _own_frozen_bytes(params, sites, trained, one_by_one.traffic)
     # Twice, as was measured: the compiler does not overwrite them in place. And a merged matrix
@@ -241,7 +263,7 @@ def make_simulation(
     steps = update_of(config).step_count(data.rows(_some_clients(population)))
     workload = Workload(
         steps=np.asarray(steps),
-        equal_steps=config.client.steps,
+        equal_steps=0 if config.participation.stragglers else config.client.steps,
         client_bytes=a_client,
         fixed_bytes=sum(fixed.values()),
         device_bytes=device_bytes(),
@@ -293,8 +315,20 @@ def _fixed_memory(
     """What a device holds during a round whatever the chunk, bytes by purpose."""
     state = jax.eval_shape(federation.init, jax.random.key(0), params)
     columns = sum(site.layers * site.columns for site in sites if site.draws)
+    residuals = tree_bytes(state.residuals)
+    own = {}
+    if residuals:
+        own = {"residuals of all clients": residuals}
+        own["residuals of the cohort"] = residuals // data.clients * config.cohort.size
+    if sum(own.values()) > device_bytes():
+        raise ConfigError(
+            f"upload.error_feedback = True: residuals of {data.clients} clients take "
+            f"{sum(own.values()) / 2**30:.1f} GiB, a device has {device_bytes() / 2**30:.1f} GiB; "
+            f"allowed is False, or fewer clients"
+        )
     return {
-        "server's state with attackers' copies": tree_bytes(state),
+        "server's state with attackers' copies": tree_bytes(state) - residuals,
+        **own,
         "client masks": config.cohort.size * columns,
         **_rows_memory(federation, params, config, data),
     }
@@ -347,8 +381,35 @@ def algorithm_of(config: Config) -> Algorithm:
 
 def make_quantizer(config: Config) -> Quantizer:
     """Returns the quantizer that a configuration names."""
-    kind = {"normal_float": NormalFloat, "uniform": Uniform}[config.codebook]
-    return kind(config.bits, config.block_size)
+    kind = _CODEBOOKS[config.codebook]
+    return kind(config.bits, config.block_size, blocks_along=config.blocks)
+
+
+def _upload_quantizer(config: Config) -> Quantizer | None:
+    settings = config.upload
+    if not settings.bits:
+        return None
+    return _CODEBOOKS[settings.codebook](settings.bits, settings.block_size)
+
+
+def _upload(config: Config, sites: Sites, trained: Selection) -> Upload | None:
+    quantizer = _upload_quantizer(config)
+    if quantizer is None:
+        return None
+    if not any(site.quantized and (trained is None or site.path in trained) for site in sites):
+        raise ConfigError(
+            f"upload.bits = {config.upload.bits}: no kernel of a site is trained, or they are "
+            f"adapters that are not quantized; allowed is 0, or lora.quantize = True"
+        )
+    feedback = config.upload.error_feedback
+    return quantized_upload(quantizer, sites, feedback=feedback, trained=trained)
+
+
+_CODEBOOKS: dict[str, type[Quantizer]] = {
+    "normal_float": NormalFloat,
+    "symmetric_normal_float": SymmetricNormalFloat,
+    "uniform": Uniform,
+}
 
 
 def pretrain(
@@ -418,7 +479,7 @@ def federation_key(config: Config) -> Array:
     return fold_in_name(root_key(config), "federation")
 
 
-def first_entry(simulation: Simulation, state: ServerState, test: Batch) -> Entry:
+def first_entry(simulation: Simulation, state: ServerState, test: Batch | HeldOut) -> Entry:
     """Evaluates the state before the first round: an entry without training facts."""
     test = place(simulation, test)
     metrics = jax.device_get(jax.jit(simulation.federation.evaluate)(state, test))
@@ -429,7 +490,7 @@ def run_rounds(
     simulation: Simulation,
     state: ServerState,
     data: ClientData,
-    test: Batch,
+    test: Batch | HeldOut,
     *,
     seconds: float = 0.0,
 ) -> Iterator[tuple[int, ServerState, list[Entry]]]:
@@ -444,7 +505,7 @@ def run_rounds(
       state: The state to start from, in its place (see `place`); it is donated.
       data: The clients' rows. Those of `HostData` are streamed: while the device works on a call,
         the rows of the next are gathered and sent.
-      test: Held-out rows.
+      test: Held-out rows, also of clients.
       seconds: What earlier parts of the run took; entries count on from there.
 
     Yields:
@@ -474,23 +535,30 @@ def run_rounds(
 
 
 def entry_of(simulation: Simulation, result: CallResult, index: int) -> Entry:
-    """Returns what one evaluated round of a call tells: metrics, loss and bytes.
+    """Returns what one evaluated round of a call tells.
+
+    That is metrics, the training loss, how many clients returned an update and whose were rejected,
+    and bytes, means over the sampled clients.
 
     Args:
       simulation: The method, whose payloads are counted.
       result: What the call brought to the host.
       index: The round's place in it.
     """
-    visible = {
-        name.removeprefix("visible/"): int(values[index]) / simulation.config.cohort.size
-        for name, values in result.facts.items()
-        if name.startswith("visible/")
-    }
+    cohort, traffic = simulation.config.cohort.size, simulation.traffic
+    facts = {name: values[index] for name, values in result.facts.items()}
+
+    def columns(kind: str) -> dict[str, float]:
+        of_kind = (name for name in facts if name.startswith(f"{kind}/"))
+        return {name.partition("/")[2]: int(facts[name]) / cohort for name in of_kind}
+
+    counts = {name: int(facts[f"clients/{name}"]) for name in ("returned", "rejected")}
     return {
         **_ordered({name: values[index] for name, values in result.metrics.items()}),
-        "train/loss": float(result.facts["train/loss"][index]),
-        "bytes/down_per_client": simulation.traffic.down.of(visible),
-        "bytes/up_per_client": simulation.traffic.up.of(visible),
+        "train/loss": float(facts["train/loss"]),
+        **{f"clients/{name}": count for name, count in counts.items()},
+        "bytes/down_per_client": traffic.down.of(columns("visible")),
+        "bytes/up_per_client": traffic.up.of(columns("returned"), counts["returned"] / cohort),
     }
 
 
@@ -514,10 +582,10 @@ def _ordered(metrics: dict[str, Any]) -> dict[str, float]:
     views = ["global", "server", "proxy"]
     rank = {view: position for position, view in enumerate(views)}
 
-    def place(name: str) -> tuple[int, int, str]:
-        view, _, metric = name.partition("/")
+    def place(name: str) -> tuple[str, int, int, str]:
+        *group, view, metric = name.rsplit("/", 2)
         digits = "".join(filter(str.isdigit, view))
-        return rank.get(view, len(views)), int(digits or 0), metric
+        return "/".join(group), rank.get(view, len(views)), int(digits or 0), metric
 
     return {name: float(metrics[name]) for name in sorted(metrics, key=place)}
 

@@ -11,6 +11,7 @@ import jax
 from fedqsn_jax import wire
 from fedqsn_jax.masking import Sites
 from fedqsn_jax.proxy import Proxy, ProxyTransform, whole_proxy
+from fedqsn_jax.quantization import Quantizer
 from fedqsn_jax.trainable import Selection, keep
 from fedqsn_jax.types import Params
 
@@ -39,6 +40,7 @@ def measure_traffic(
     sent: Selection = None,
     trained: Selection = None,
     plain: Params | None = None,
+    upload: Quantizer | None = None,
 ) -> Traffic:
     """Derives a run's `Traffic` from shapes alone.
 
@@ -49,6 +51,7 @@ def measure_traffic(
       sent: The tensors that travel down.
       trained: Those of them whose updates travel up.
       plain: The parameters that FedAvg would send, or their shapes; by default ``params``.
+      upload: How kernels of sites travel up; None: as float32.
     """
 
     def make_proxy(key: jax.Array, params: Params) -> Proxy:
@@ -59,7 +62,7 @@ def measure_traffic(
     proxy = jax.eval_shape(make_proxy, jax.random.key(0), params)
     plain = params if plain is None else plain
     whole = wire.Layout.of(jax.eval_shape(lambda params: whole_proxy(params, ()), plain))
-    layout = wire.Layout.of(proxy, trained=trained)
+    layout = wire.Layout.of(proxy, trained=trained, upload=upload)
     return Traffic(
         down=wire.proxy_cost(layout),
         up=wire.update_cost(layout),

@@ -6,16 +6,16 @@ buys.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from fedqsn_jax.masking import Sites, hide, spread
-from fedqsn_jax.metrics import Evaluator
 from fedqsn_jax.proxy import Proxy, effective_params, scale_sites
 from fedqsn_jax.randomness import keyed_permutation
-from fedqsn_jax.types import Array, Batch, Columns, Key, Params
+from fedqsn_jax.types import Array, Columns, Key, Params
 
 
 @struct.dataclass
@@ -117,8 +117,8 @@ def server_params(params: Params, prepared: Proxy) -> Params:
 
 
 def evaluate_views(
-    evaluate: Evaluator,
-    rows: Batch,
+    evaluate: Callable[[Params, Any], dict[str, Array]],
+    rows: Any,
     params: Params,
     prepared: Proxy,
     apply: Callable[[Key, Proxy], Proxy],
@@ -129,8 +129,9 @@ def evaluate_views(
     """Evaluates all views.
 
     Args:
-      evaluate: Evaluates parameters on rows.
-      rows: Held-out rows.
+      evaluate: Evaluates parameters on rows: `metrics.Evaluator` or
+        `client_metrics.ClientEvaluator`.
+      rows: Held-out rows, as it wants them.
       params: The hidden model.
       prepared: The round's proxy before client masks, dequantized.
       apply: Makes a client's proxy from it.

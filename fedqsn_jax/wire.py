@@ -8,8 +8,9 @@ numbers are little-endian::
   bitmaps  for each masked site one bit a column, layer by layer, lowest bit first, padded to bytes
   factors  for each scaled site 1/kappa, float32 (proxies only)
   tensors  in the order of their paths: the visible columns of kernels and biases, other tensors
-           whole. A quantized column is its packed codes, padded to bytes; then come the scales.
-           Tensors that clients have already, and updates of frozen ones, are left out.
+           whole. A quantized column is its packed codes, padded to bytes; then come the scales,
+           those of visible columns, or all of them where blocks mix columns. Tensors that clients
+           have already, and updates of frozen ones, are left out.
 
 So a payload's length is linear in the number of visible columns of each site, and is known once
 the bitmaps are read, before anything is allocated. Anything wrong with a payload is a ValueError.
@@ -62,6 +63,11 @@ class TensorLayout:
     quantizer: Quantizer | None = None
 
     @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of a kernel's codes: ``[layers, inputs, columns]``."""
+        return () if self.site is None else (self.site.layers, self.site.fan_in, self.site.columns)
+
+    @property
     def column_bytes(self) -> int:
         """Bytes of one column on the wire (of the whole tensor, where it belongs to no site)."""
         item = jnp.dtype(self.dtype).itemsize
@@ -71,8 +77,17 @@ class TensorLayout:
             return item
         if self.quantizer is None:
             return self.site.fan_in * item
-        scales = self.quantizer.blocks(self.site.fan_in) * item
-        return packed_size(self.site.fan_in, self.quantizer.bits) + scales
+        packed = packed_size(self.site.fan_in, self.quantizer.code_bits)
+        if self.quantizer.mixes_columns:
+            return packed
+        return packed + self.quantizer.blocks(self.site.fan_in) * item
+
+    @property
+    def shared_scales(self) -> int:
+        """Number of scales that belong to no column, of one layer."""
+        if self.site is None or self.quantizer is None or not self.quantizer.mixes_columns:
+            return 0
+        return self.quantizer.blocks(self.site.fan_in * self.site.columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +101,7 @@ class Layout:
       sites: All mask sites.
       structure: The parameters' tree structure, with gaps where nothing travels.
       trained: The tensors whose updates travel back; None is all of them.
+      upload: How kernels of sites travel in updates; None: as float32.
     """
 
     tensors: tuple[TensorLayout, ...]
@@ -94,14 +110,18 @@ class Layout:
     sites: Sites
     structure: Any
     trained: Selection = None
+    upload: Quantizer | None = None
 
     @classmethod
-    def of(cls, proxy: Proxy, *, trained: Selection = None) -> "Layout":
+    def of(
+        cls, proxy: Proxy, *, trained: Selection = None, upload: Quantizer | None = None
+    ) -> "Layout":
         """Reads the layout off a proxy, or off the shapes of one (``jax.eval_shape``).
 
         Args:
           proxy: The proxy.
           trained: The tensors that clients train; None is all of them.
+          upload: How kernels of sites travel in updates.
         """
         kernels = {site.path: site for site in proxy.sites}
         biases = {site.bias_path: site for site in proxy.sites if site.bias_path}
@@ -122,6 +142,7 @@ class Layout:
             proxy.sites,
             jax.tree.structure(proxy.params, is_leaf=is_quantized),
             trained=trained,
+            upload=upload,
         )
 
     @property
@@ -131,23 +152,34 @@ class Layout:
 
     @property
     def update_fingerprint(self) -> bytes:
-        """Of updates: it differs between sets of trained tensors too."""
+        """Of updates: it differs between sets of trained tensors and quantizers of updates too."""
         # Added only where there is any, as below.
-        trained = "" if self.trained is None else repr(sorted(self.trained))
-        return hashlib.blake2b((self._text + trained).encode(), digest_size=16).digest()
+        text = self._text + ("" if self.trained is None else repr(sorted(self.trained)))
+        text += f"upload {self.upload}" if self.upload is not None else ""
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
     @property
     def _text(self) -> str:
         text = repr((self.tensors, self.masked, self.scaled, self.sites))
         # Added only where there is any, so that other payloads are those of version 1.
         followers = [(site.path, site.follows) for site in self.sites if site.follows]
-        return text + (repr(followers) if followers else "")
+        text += repr(followers) if followers else ""
+        mixing = [tensor.path for tensor in self.tensors if tensor.shared_scales]
+        return text + (f"mixing {mixing}" if mixing else "")
 
     @property
     def update_tensors(self) -> tuple[TensorLayout, ...]:
-        """How the tensors of an update travel: float32, nothing quantized, no frozen ones."""
+        """How the tensors of an update travel: float32, or as ``upload`` says; no frozen ones."""
+
+        def of_update(tensor: TensorLayout) -> TensorLayout:
+            site = tensor.site
+            if self.upload is None or site is None or not site.quantized or tensor.is_bias:
+                return dataclasses.replace(tensor, dtype="float32", quantizer=None)
+            dtype = self.upload.scale_dtype
+            return dataclasses.replace(tensor, dtype=dtype, quantizer=self.upload)
+
         return tuple(
-            dataclasses.replace(tensor, dtype="float32", quantizer=None)
+            of_update(tensor)
             for tensor in self.tensors
             if self.trained is None or tensor.path in self.trained
         )
@@ -192,23 +224,30 @@ def decode_proxy(payload: bytes, layout: Layout) -> Proxy:
 
 
 def encode_update(delta: Params, visible: Columns, layout: Layout) -> bytes:
-    """Encodes a client's update: float32 values of visible columns, other tensors whole.
+    """Encodes a client's update: visible columns of sites, other tensors whole.
 
     Args:
       delta: Arrays in the structure of the parameters, with gaps for frozen ones; they travel as
-        float32.
+        float32. Where the layout has a quantizer of uploads, kernels of sites are `Quantized` by it
+        (see `upload.quantize_delta`).
       visible: The visible columns of the proxy that the client received.
       layout: The structure of that proxy.
 
     Raises:
       ValueError: Names or shapes do not fit the layout.
     """
-    leaves = leaves_by_path(delta)
+    leaves = leaves_by_path(delta, is_leaf=is_quantized)
     masks = {path: np.asarray(mask) for path, mask in visible.items()}
     if tuple(sorted(masks)) != layout.masked:
         raise ValueError(f"update: masks of {sorted(masks)}, expected {list(layout.masked)}")
-    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    expected = {tensor.path: tensor.shape for tensor in layout.update_tensors}
+    found = {
+        path: (leaf.quantizer, leaf.codes.shape) if is_quantized(leaf) else tuple(leaf.shape)
+        for path, leaf in leaves.items()
+    }
+    expected = {
+        tensor.path: (tensor.quantizer, tensor.matrix_shape) if tensor.quantizer else tensor.shape
+        for tensor in layout.update_tensors
+    }
     for path in sorted(name for name, _ in found.items() ^ expected.items()):
         shapes = [shape.get(path, "absent") for shape in (found, expected)]
         raise ValueError(f"update: shape of {path!r} is {shapes[0]}, expected {shapes[1]}")
@@ -220,7 +259,8 @@ def encode_update(delta: Params, visible: Columns, layout: Layout) -> bytes:
 def decode_update(payload: bytes, layout: Layout) -> tuple[Params, Columns]:
     """Inverts `encode_update`; returns ``(delta, visible)``, the delta zero on hidden columns.
 
-    Of the masks there are those that a trained tensor has.
+    Of the masks there are those that a trained tensor has. Kernels that travel quantized are
+    `Quantized`; `proxy.dequantize_params` gives their values.
 
     Raises:
       ValueError: The payload is damaged, or of another version, kind or structure. Values that
@@ -243,9 +283,15 @@ class Cost(NamedTuple):
     fixed: int
     per_column: dict[str, int]
 
-    def of(self, visible: Mapping[str, float]) -> float:
-        """The length with so many visible columns a site; an integer if the counts are."""
-        return self.fixed + sum(size * visible[path] for path, size in self.per_column.items())
+    def of(self, visible: Mapping[str, float], payloads: float = 1) -> float:
+        """The length with so many visible columns a site; an integer if the counts are.
+
+        Args:
+          visible: Visible columns of each masked site, of all payloads together.
+          payloads: Number of payloads.
+        """
+        columns = sum(size * visible[path] for path, size in self.per_column.items())
+        return self.fixed * payloads + columns
 
 
 def proxy_cost(layout: Layout) -> Cost:
@@ -266,7 +312,9 @@ def _cost(layout: Layout, tensors: tuple[TensorLayout, ...]) -> Cost:
     for tensor in tensors:
         if tensor.site is None:
             fixed += tensor.column_bytes
-        elif tensor.site.mask_path in per_column:
+            continue
+        fixed += tensor.shared_scales * tensor.site.layers * jnp.dtype(tensor.dtype).itemsize
+        if tensor.site.mask_path in per_column:
             per_column[tensor.site.mask_path] += tensor.column_bytes
         else:
             fixed += tensor.column_bytes * tensor.site.layers * tensor.site.columns
@@ -296,9 +344,10 @@ def _encode_tensor(tensor: TensorLayout, leaf: Any, visible: Mapping[str, np.nda
         return np.asarray(leaf).astype(jnp.dtype(tensor.dtype)).tobytes()
     seen = visible.get(site.mask_path, np.ones((site.layers, site.columns), bool))
     if tensor.quantizer is not None:
-        codes, scales = (_columns(np.asarray(x), seen) for x in (leaf.codes, leaf.scales))
+        codes, scales = _columns(np.asarray(leaf.codes), seen), np.asarray(leaf.scales)
+        scales = scales if tensor.shared_scales else _columns(scales, seen)
         _require_scales(f"a scale of {tensor.path!r}", scales)
-        packed = [pack(codes[rows], tensor.quantizer.bits) for rows in _slices(codes.shape)]
+        packed = [pack(codes[rows], tensor.quantizer.code_bits) for rows in _slices(codes.shape)]
         return b"".join(part.tobytes() for part in [*packed, scales])
     values: Any = np.asarray(leaf).astype(jnp.dtype(tensor.dtype))
     if tensor.is_bias:
@@ -350,13 +399,20 @@ def _decode_tensor(tensor: TensorLayout, reader: _Reader) -> Any:
 
     if tensor.quantizer is not None:
         quantizer = tensor.quantizer
-        packed = read(packed_size(site.fan_in, quantizer.bits), np.dtype(np.uint8))
-        scales = read(quantizer.blocks(site.fan_in), dtype)
+        packed = read(packed_size(site.fan_in, quantizer.code_bits), np.dtype(np.uint8))
+        if tensor.shared_scales:
+            shape = (site.layers, tensor.shared_scales, 1)
+            data = reader.take(math.prod(shape) * dtype.itemsize)
+            scales: Any = np.frombuffer(data, dtype).reshape(shape)
+        else:
+            scales = read(quantizer.blocks(site.fan_in), dtype)
         _require_scales(f"payload: a scale of {tensor.path!r}", scales)
         codes = np.zeros((count, site.fan_in), np.uint8)
         for rows in _slices(codes.shape):
-            codes[rows] = unpack(packed[rows], quantizer.bits, site.fan_in)
-        return Quantized(_matrices(codes, seen), _matrices(scales, seen), quantizer)
+            codes[rows] = unpack(packed[rows], quantizer.code_bits, site.fan_in)
+        if not tensor.shared_scales:
+            scales = _matrices(scales, seen)
+        return Quantized(_matrices(codes, seen), scales, quantizer)
     if tensor.is_bias:
         return site.to_bias(_matrices(read(1, dtype), seen)[:, 0])
     return site.from_matrices(_matrices(read(site.fan_in, dtype), seen))

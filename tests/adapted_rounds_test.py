@@ -21,22 +21,32 @@ from rounds_cases import (
     octets,
 )
 
-from fedqsn_jax.aggregation import make_aggregator
+from fedqsn_jax.aggregation import Contribution, make_aggregator
 from fedqsn_jax.algorithms import fedlpp
 from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.config import ServerConfig
 from fedqsn_jax.lora import find_adapters
-from fedqsn_jax.masking import leaves_by_path
-from fedqsn_jax.proxy import whole_proxy
+from fedqsn_jax.masking import hide, leaves_by_path
+from fedqsn_jax.participation import Participation
+from fedqsn_jax.proxy import dequantize_params, whole_proxy
 from fedqsn_jax.quantization import NormalFloat
 from fedqsn_jax.simulation import server_optimizer
 from fedqsn_jax.traffic import measure_traffic
 from fedqsn_jax.trainable import drop, keep, select_trained
+from fedqsn_jax.upload import quantize_delta, quantized_upload
 from fedqsn_jax.views import attacker_params
-from fedqsn_jax.wire import Layout, decode_proxy, encode_proxy
+from fedqsn_jax.wire import Layout, decode_proxy, decode_update, encode_proxy, encode_update
 
 RANK = 3
 NAMES = ("hidden_0", "hidden_1")
+NF2 = NormalFloat(2, 4)
+EVERYTHING = {
+    "proximal": 0.3,
+    "normalize": "coverage",
+    "rule": "interpolate",
+    "clip_norm": 0.05,
+    "participation": Participation(dropout=0.3, stragglers=0.5, nan=0.3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +67,18 @@ def trained(adapted):
     return select_trained(adapted[1], ("lora",))
 
 
-def test_a_run_with_adapters_does_not_depend_on_hidden_values(adapted, trained, data, set_hidden):
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "every option"])
+def test_a_run_with_adapters_does_not_depend_on_hidden_values(
+    adapted, trained, data, set_hidden, options
+):
     """Change them, in W and B, even to NaN: they stay, and nothing else changes a byte."""
     apply_fn, params, make_sites = adapted
     model = Model(apply_fn, params, make_sites(quantize=True, public=False))
     server = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
-    federation = federate(model, FEDQSN, trained=trained, server=server, attackers=(4,))
+    if options:
+        upload = quantized_upload(NF2, model.sites, feedback=True, trained=trained)
+        options = {**options, "upload": upload}
+    federation = federate(model, FEDQSN, trained=trained, server=server, attackers=(4,), **options)
     init, run = map(fast, (federation.init, federation.round))
     visible = TRANSFORM.prepare(
         init(KEY, params).transform_state, whole_proxy(params, model.sites)
@@ -91,6 +107,14 @@ def test_a_run_with_adapters_does_not_depend_on_hidden_values(adapted, trained, 
         results.append(octets((state, facts)))
     assert results[0] == results[1]
 
+    # Clients keep what was lost of A, and of the columns of B that they may see.
+    assert set(state.residuals) == (trained if options else set())
+    for path, kept in state.residuals.items():
+        assert np.asarray(kept).any()
+        if path.endswith("_b"):
+            seen = np.asarray(visible[path.removesuffix("_lora_b")])[0]
+            assert not np.asarray(kept)[..., ~seen].any()
+
     # Colluders have those columns of B that they have of W.
     attacker = state.attackers["attacker_4"]
     assert set(attacker.known) == set(visible)
@@ -103,6 +127,48 @@ def test_a_run_with_adapters_does_not_depend_on_hidden_values(adapted, trained, 
         scaled = attacker_params(attacker, model.sites)[name]["kernel_lora_b"]
         expected = np.asarray(copy["kernel_lora_b"]) * known.size / known.sum()
         np.testing.assert_allclose(scaled, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_what_returns_of_adapters_is_what_is_simulated(adapted, trained, quantize):
+    """Quantized where they are on the way down; and only updates say how updates travel."""
+    _, params, make_sites = adapted
+    sites, quantizer = make_sites(quantize=quantize, public=False), NormalFloat(3, 4)
+
+    @fast
+    def receive(params):
+        whole = whole_proxy(params, sites)
+        state = TRANSFORM.init(KEY, whole)
+        return TRANSFORM.apply(KEY, state, TRANSFORM.prepare(state, whole))
+
+    proxy = receive(params)
+    delta = keep(hide(params, sites, proxy.visible), trained)
+    upload = quantized_upload(quantizer, sites, feedback=True, trained=trained)
+    residuals = {path: each[0] for path, each in upload.init(params, 2).items()}
+    assert set(residuals) == (trained if quantize else set())
+    sent, kept = fast(upload.send)(delta, residuals, proxy.visible)
+    for path, leaf in leaves_by_path(sent).items():
+        lost = np.asarray(leaves_by_path(delta)[path]) - np.asarray(leaf)
+        assert lost.any() == quantize
+        if quantize:
+            np.testing.assert_allclose(kept[path][0], lost, atol=1e-6)
+
+    layout = Layout.of(proxy, trained=trained, upload=quantizer)
+    payload = encode_update(quantize_delta(sent, quantizer, sites), proxy.visible, layout)
+    returned, visible = decode_update(payload, layout)
+    assert octets(visible) == octets(proxy.visible)
+    assert octets(dequantize_params(returned, sites)) == octets(sent)
+    counts = {path: int(np.asarray(seen).sum()) for path, seen in proxy.visible.items()}
+    both = [
+        measure_traffic(TRANSFORM, params, sites, trained=trained, upload=each)
+        for each in (None, quantizer)
+    ]
+    assert len(payload) == both[1].up.of(counts)
+    assert (both[1].up.of(counts) < both[0].up.of(counts)) == quantize
+    assert both[1].down == both[0].down
+    assert octets(decode_proxy(encode_proxy(proxy), layout)) == octets(proxy)
+    with pytest.raises(ValueError, match="another model structure"):
+        decode_update(payload, Layout.of(proxy, trained=trained))
 
 
 @pytest.mark.parametrize("quantize", [False, True])
@@ -129,8 +195,6 @@ def test_what_is_sent_of_adapters_is_what_is_simulated(adapted, quantize, set_hi
 
 
 # FedLPP.
-
-NF2 = NormalFloat(2, 4)
 
 
 def numpy_normal_float(values, quantizer):
@@ -201,7 +265,7 @@ def test_fedlpp_is_numpys(adapted, trained, data, numpy_loss_and_gradient, tmp_p
     assert set(leaves_by_path(state.attackers[f"attacker_{POPULATION}"].copy)) == trained
     ids = cohort_of(state)
     after, facts = fast(federation.round)(state, data)
-    assert set(facts) == {"train/loss"}
+    assert set(facts) == {"train/loss", "clients/returned", "clients/rejected"}
     expected, sent = numpy_fedlpp(numpy_loss_and_gradient, params, data, ids, 0.2, 2, 0.5)
     for path, leaf in leaves_by_path(after.params).items():
         if path in trained:
@@ -240,7 +304,7 @@ def test_rules_by_hand(rule, model):
     """Where the server moves to, with hidden columns and ones that nobody saw left as they are."""
     aggregator = make_aggregator(model.sites, optax.sgd(0.5), rule=rule)
     rng = np.random.default_rng(5)
-    sent, total = (
+    sent, deltas = (
         jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), tree)
         for tree in (model.params, model.params)
     )
@@ -248,10 +312,11 @@ def test_rules_by_hand(rule, model):
     seen = jnp.stack([jnp.arange(10)[None] > 4, jnp.arange(10)[None] > 5])
     visible = {"hidden_0/kernel": seen & server["hidden_0/kernel"][None]}
     finish = fast(aggregator.finish)
-    state, weights = aggregator.init(model.params), jnp.array([1.0, 3.0])
-    params, _ = finish(model.params, state, total, weights, visible, server, sent)
+    coverage = {path: each[0] + 3.0 * each[1] for path, each in visible.items()}
+    total = Contribution(deltas, jnp.float32(4), coverage, jnp.uint32(0))
+    params, _ = finish(model.params, aggregator.init(model.params), total, server, sent)
     for path, leaf in leaves_by_path(params).items():
-        before, q, d = (leaves_by_path(tree)[path] for tree in (model.params, sent, total))
+        before, q, d = (leaves_by_path(tree)[path] for tree in (model.params, sent, deltas))
         expected = {
             "delta": before + 0.5 * d / 4,
             "from_sent": q + 0.5 * d / 4,

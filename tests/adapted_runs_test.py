@@ -36,16 +36,16 @@ def test_a_run_trains_adapters_on_what_the_server_trained_before(tmp_path, capsy
     assert (3 * returned) % 1 == pytest.approx(0, abs=1e-9)
 
     first, last = load(directory, round=0), load(directory)
-    experiment = prepare(last.config)
-    assert jax.tree.structure(first.params) == jax.tree.structure(experiment.params)
-    for before, after in zip(*map(jax.tree.leaves, (experiment.params, first.params)), strict=True):
+    problem = prepare(last.config).problem
+    assert jax.tree.structure(first.params) == jax.tree.structure(problem.params)
+    for before, after in zip(*map(jax.tree.leaves, (problem.params, first.params)), strict=True):
         assert (np.asarray(before) != np.asarray(after)).any()
     jax.tree.map(np.testing.assert_array_equal, last.params["head"], first.params["head"])
     kernels = [run.params["hidden_0"]["kernel"] for run in (last, first)]
     assert singular_values(*kernels)[2] < 1e-5 < singular_values(*kernels)[1]
-    model = make_model(last.config.model, experiment.splits.num_classes, dropout=0.0)
-    logits = linen_apply(model)(last.params, experiment.splits.test, None)
-    accuracy = (np.argmax(logits, axis=-1) == experiment.splits.test["label"]).mean()
+    model = make_model(last.config.model, problem.splits.num_classes, dropout=0.0)
+    logits = linen_apply(model)(last.params, problem.splits.test, None)
+    accuracy = (np.argmax(logits, axis=-1) == problem.splits.test["label"]).mean()
     assert accuracy == pytest.approx(history[-1]["global/accuracy"], abs=1e-6)
 
 

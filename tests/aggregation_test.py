@@ -55,9 +55,9 @@ def compiled(aggregator):
     def run(params, state, stacked, server_visible):
         deltas, visible, examples = stacked
         weights = aggregator.weigh(examples)
-        parts = jax.vmap(aggregator.contribute)(deltas, weights)
-        total = jax.tree.map(lambda leaf: leaf.sum(axis=0), parts)
-        return aggregator.finish(params, state, total, weights, visible, server_visible)
+        parts = jax.vmap(aggregator.contribute)(deltas, weights, visible)
+        total = jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=leaf.dtype), parts)
+        return aggregator.finish(params, state, total, server_visible)
 
     program = jax.jit(run, compiler_options=FAST)
     return lambda params, state, clients, server_visible: program(
@@ -152,7 +152,8 @@ def test_a_client_without_weight_adds_nothing(model):
     for weighting in ("data", "uniform"):
         aggregator = make_aggregator(model.sites, optax.sgd(1.0), weighting=weighting)
         delta = jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), model.params)
-        part = aggregator.contribute(delta, aggregator.weigh(np.int32(0)))
+        visible = {site.path: np.ones((1, site.columns), bool) for site in model.sites}
+        part = aggregator.contribute(delta, aggregator.weigh(np.int32(0)), visible)
         for leaf in jax.tree.leaves(part):
             np.testing.assert_array_equal(leaf, 0)
 

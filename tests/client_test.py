@@ -140,8 +140,11 @@ def numpy_factors(proxy):
     return factors
 
 
-def numpy_client(loss_and_gradient, proxy, data, batches, rate):
-    """Masked SGD on theta, whose loss sees theta * scale; the delta and the losses."""
+def numpy_client(loss_and_gradient, proxy, data, batches, rate, proximal=0.0):
+    """Masked SGD on theta, whose loss sees theta * scale; the delta and the losses.
+
+    The proximal term is FedProx's, of theta.
+    """
     x, labels = np.asarray(data.examples["x"], np.float64), np.asarray(data.examples["label"])
     factors = numpy_factors(proxy)
     start = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), proxy.params)
@@ -149,7 +152,13 @@ def numpy_client(loss_and_gradient, proxy, data, batches, rate):
     for batch in batches:
         effective = jax.tree.map(np.multiply, theta, factors)
         loss, gradient = loss_and_gradient(effective, x[batch], labels[batch])
-        theta = jax.tree.map(lambda t, g, f: t - rate * f * g, theta, gradient, factors)
+        theta = jax.tree.map(
+            lambda t, g, f, s: t - rate * (f * g + proximal * (t - s)),
+            theta,
+            gradient,
+            factors,
+            start,
+        )
         losses.append(loss)
     return jax.tree.map(np.subtract, theta, start), losses
 
@@ -162,16 +171,22 @@ def assert_close(tree, expected, tolerance=1e-5):
     )
 
 
-def test_sgd_is_the_numpy_loop(model, masked, data, numpy_loss_and_gradient):
+@pytest.mark.parametrize("proximal", [0.0, 0.7])
+def test_sgd_is_the_numpy_loop(model, masked, data, numpy_loss_and_gradient, proximal):
     rate, batch_size, epochs = 0.2, 5, 3
     optimizer = optax.sgd(rate)
     update = make_client_update(
-        model.apply_fn, classification(), unscheduled(optimizer), 5, epochs=epochs
+        model.apply_fn,
+        classification(),
+        unscheduled(optimizer),
+        5,
+        epochs=epochs,
+        proximal=proximal,
     )
     for client_id in (2, 0, 5, 6):
         result = train(update, masked, data, client_id)
         batches = recorded_batches(data, client_id, batch_size, epochs=epochs)
-        delta, losses = numpy_client(numpy_loss_and_gradient, masked, data, batches, rate)
+        delta, losses = numpy_client(numpy_loss_and_gradient, masked, data, batches, rate, proximal)
         assert_close(result.delta, delta)
         np.testing.assert_allclose(result.loss, np.mean(losses), rtol=1e-5)
         assert int(result.examples) == batches.any(axis=0).sum()

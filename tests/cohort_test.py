@@ -13,9 +13,11 @@ from fedqsn_jax.client_optimizer import unscheduled
 from fedqsn_jax.cohort import ClientAxis, ClientWork, sample_cohort, sum_over_clients
 from fedqsn_jax.masking import leaves_by_path
 from fedqsn_jax.metrics import make_evaluator
+from fedqsn_jax.participation import Participation
 from fedqsn_jax.quantization import NormalFloat
 from fedqsn_jax.rounds import make_federation
 from fedqsn_jax.tasks import classification
+from fedqsn_jax.upload import quantized_upload
 
 FAST = {"xla_backend_optimization_level": 0}
 """Most of these tests' time is compilation."""
@@ -32,7 +34,7 @@ def octets(tree):
 
 
 def test_strategies_differ_by_rounding_only(model, data):
-    """Invariant 5, with keys that matter in training, as with dropout; empty clients take part."""
+    """Invariant 5, with keys that matter in training, as with dropout; some clients fail."""
 
     def apply_fn(params, batch, key):
         outputs = model.apply_fn(params, batch, None)
@@ -56,6 +58,8 @@ def test_strategies_differ_by_rounding_only(model, data):
             proxy_samples=3,
             attackers=(1, 4),
             score=task.score,
+            participation=Participation(dropout=0.2, stragglers=0.5, nan=0.4),
+            upload=quantized_upload(NormalFloat(3, 4), model.sites, feedback=True),
         )
         state = state or fast(federation.init)(KEY, model.params)
         after, facts = fast(federation.round)(state, data)
@@ -64,8 +68,14 @@ def test_strategies_differ_by_rounding_only(model, data):
             after.params,
             state.params,
         )
-        results[axis] = leaves_by_path(delta), facts, after.attackers
+        results[axis] = (
+            leaves_by_path({"delta": delta, "kept": after.residuals}),
+            facts,
+            after.attackers,
+        )
     expected, expected_facts, expected_attackers = results.pop(ClientAxis(1))
+    # Client 1 has no rows, others have dropped out; some of the rest are broken.
+    assert 0 < expected_facts["clients/rejected"] < expected_facts["clients/returned"] < 7
     for delta, facts, attackers in results.values():
         for path, leaf in delta.items():
             distance = np.linalg.norm(leaf - expected[path]) / np.linalg.norm(expected[path])
@@ -99,11 +109,12 @@ def counting_work(ids):
         }
 
     def finish(context, client, carry):
-        return {
+        contribution = {
             "seen": carry["started"] * one_hot(client),
             "steps": carry["steps"] * one_hot(client),
             "sum": carry["sum"],
         }
+        return contribution, {"id": ids[client], "steps": carry["steps"]}
 
     return ClientWork(start, step, finish)
 
@@ -120,11 +131,13 @@ def test_each_client_is_counted_once_with_its_own_steps(axis, steps):
     ids = jnp.int32([4, 9, 2, 7, 0, 5, 1])
     run = fast(lambda steps: sum_over_clients(work, jnp.float32(100), steps, axis))
     work = counting_work(ids)
-    total = run(jnp.int32(steps))
+    total, kept = run(jnp.int32(steps))
     expected = np.zeros(10, int)
     expected[np.asarray(ids)] = steps
     np.testing.assert_array_equal(total["steps"], expected)
     np.testing.assert_array_equal(total["seen"], expected > 0)
+    np.testing.assert_array_equal(kept["steps"], steps)
+    np.testing.assert_array_equal(kept["id"], np.where(np.array(steps) > 0, ids, 0))
     assert float(total["sum"]) == 100 * np.count_nonzero(steps) + sum(steps)
 
 
@@ -133,11 +146,12 @@ def test_equal_steps_may_be_said_beforehand(chunk):
     """The same sums, also with clients without rows."""
     ids, steps = jnp.int32([4, 9, 2, 7, 0, 5, 1]), jnp.int32([4, 4, 0, 4, 4, 0, 4])
     axis = ClientAxis(chunk, steps=4)
-    total = fast(lambda: sum_over_clients(counting_work(ids), jnp.float32(9), steps, axis))()
+    total, kept = fast(lambda: sum_over_clients(counting_work(ids), jnp.float32(9), steps, axis))()
     expected = np.zeros(10, int)
     expected[np.asarray(ids)] = steps
     np.testing.assert_array_equal(total["steps"], expected)
     assert float(total["sum"]) == 9 * 5 + 4 * 5
+    np.testing.assert_array_equal(kept["steps"], steps)
 
 
 def test_a_place_that_is_free_does_not_wait_for_the_longest():
@@ -148,7 +162,7 @@ def test_a_place_that_is_free_does_not_wait_for_the_longest():
         jax.debug.callback(lambda: turns.append(1))
         return carry
 
-    work = ClientWork(lambda context, client: 0.0, step, lambda context, client, carry: carry)
+    work = ClientWork(lambda context, client: 0.0, step, lambda context, client, carry: (carry, ()))
     jax.block_until_ready(fast(lambda: sum_over_clients(work, None, steps, ClientAxis(2)))())
     jax.effects_barrier()
     assert len(turns) == 7

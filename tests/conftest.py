@@ -7,9 +7,8 @@ import compilation_effort  # noqa: F401, first of all, as JAX reads what it sets
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from rounds_cases import FEDQSN, fast, federate
+from rounds_cases import fast, shared_federation
 
 from fedqsn_jax.data.federated import FederatedData, from_clients
 from fedqsn_jax.masking import Sites, find_sites
@@ -140,7 +139,5 @@ def numpy_loss_and_gradient() -> Callable[[Any, np.ndarray, np.ndarray], tuple[f
 @pytest.fixture(scope="session")
 def shared(model: Model) -> tuple[Any, ...]:
     """One federation for several tests, with its functions compiled: Adam on both sides."""
-    server = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
-    client = optax.adamw(0.01, weight_decay=0.1)
-    federation = federate(model, FEDQSN, server=server, client=client)
+    federation = shared_federation(model)
     return federation, fast(federation.init), fast(federation.round), fast(federation.evaluate)

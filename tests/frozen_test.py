@@ -7,7 +7,7 @@ import optax
 import pytest
 from rounds_cases import KEY, TRANSFORM, fast, octets
 
-from fedqsn_jax.aggregation import make_aggregator
+from fedqsn_jax.aggregation import Contribution, make_aggregator
 from fedqsn_jax.client import make_client_update
 from fedqsn_jax.client_optimizer import unscheduled
 from fedqsn_jax.masking import hide, leaves_by_path
@@ -68,8 +68,9 @@ def proxy(model):
     return make(model.params)
 
 
+@pytest.mark.parametrize("proximal", [0.0, 0.7])
 def test_a_client_trains_as_with_an_optimizer_that_leaves_frozen_tensors_alone(
-    model, data, trained, labels, proxy
+    model, data, trained, labels, proxy, proximal
 ):
     results = []
     adam = optax.adamw(0.05, weight_decay=0.1)
@@ -84,6 +85,7 @@ def test_a_client_trains_as_with_an_optimizer_that_leaves_frozen_tensors_alone(
             4,
             steps=3,
             trained=selection,
+            proximal=proximal,
         )
         results.append(fast(update.train)(KEY, proxy, data, jnp.int32(2)))
     ours, theirs = results
@@ -99,7 +101,7 @@ def test_the_server_leaves_frozen_tensors_alone_bit_for_bit(model, trained, labe
     server = optax.chain(
         optax.clip_by_global_norm(0.5), optax.add_decayed_weights(0.1), optax.sgd(0.5, 0.9)
     )
-    weights, delta = jnp.array([2.0, 3.0]), jax.tree.map(lambda leaf: leaf + 1, model.params)
+    delta = jax.tree.map(lambda leaf: leaf + 1, model.params)
     results = []
     for selection, optimizer in (
         (trained, server),
@@ -108,8 +110,9 @@ def test_the_server_leaves_frozen_tensors_alone_bit_for_bit(model, trained, labe
         aggregator = make_aggregator(model.sites, optimizer, trained=selection)
         finish = fast(aggregator.finish)
         params, state = model.params, aggregator.init(model.params)
+        total = Contribution(keep(delta, selection), jnp.float32(5), {}, jnp.uint32(0))
         for _ in range(2):
-            params, state = finish(params, state, keep(delta, selection), weights, {}, {})
+            params, state = finish(params, state, total, {})
         results.append((params, state))
     (ours, state), (theirs, _) = results
     for path, leaf in leaves_by_path(ours).items():
@@ -125,7 +128,7 @@ def test_the_server_leaves_frozen_tensors_alone_bit_for_bit(model, trained, labe
 
 def test_a_clients_state_holds_trained_tensors_and_its_masked_frozen_ones(model, trained):
     task, adam = classification(), unscheduled(optax.adam(0.1))
-    update = make_client_update(model.apply_fn, task, adam, 4, trained=trained)
+    update = make_client_update(model.apply_fn, task, adam, 4, trained=trained, proximal=0.1)
 
     def make(params):
         whole = whole_proxy(params, model.sites)
@@ -136,7 +139,8 @@ def test_a_clients_state_holds_trained_tensors_and_its_masked_frozen_ones(model,
 
     training, shared, delta = jax.eval_shape(make, model.params)
     kernels = {"hidden_0/kernel", "hidden_1/kernel"}
-    assert set(leaves_by_path(training.params)) == set(leaves_by_path(delta)) == trained
+    for tree in (training.params, training.anchor, delta):
+        assert set(leaves_by_path(tree)) == trained
     assert set(leaves_by_path(training.frozen)) == kernels
     assert not jax.tree.leaves(shared)
     whole = jax.eval_shape(lambda params: update.shared(whole_proxy(params, ())), model.params)
@@ -146,11 +150,21 @@ def test_a_clients_state_holds_trained_tensors_and_its_masked_frozen_ones(model,
     assert sum(leaf.size for leaf in jax.tree.leaves(training.optimizer_state)) == moments
     batch = {"x": jnp.zeros((4, 6)), "label": jnp.zeros(4, jnp.int32)}
     needs = [
-        client_bytes(model.apply_fn, task, adam, model.params, batch, trained=selection)
-        for selection in (None, trained)
+        client_bytes(
+            model.apply_fn,
+            task,
+            adam,
+            model.params,
+            batch,
+            trained=selection,
+            proximal=proximal,
+        )
+        for selection, proximal in ((None, 0.1), (trained, 0.1), (trained, 0.0))
     ]
-    # Of the frozen kernels neither effective weights nor gradient nor moments.
-    assert needs[0] - needs[1] >= 4 * 4 * (60 + 80)
+    # Of the frozen kernels neither effective weights, nor those of the start, nor gradient nor
+    # moments.
+    assert needs[0] - needs[1] >= 4 * 5 * (60 + 80)
+    assert needs[1] - needs[2] == 4 * (10 + 8 + 3 + 24)
 
 
 def test_what_returns_is_what_was_trained(model, trained, proxy):

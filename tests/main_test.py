@@ -185,6 +185,7 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys):
     wanted = {f"{view}/{metric}" for view in views for metric in ("accuracy", "loss")}
     wanted |= {"round", "proxy/accuracy_std", "train/loss", "seconds"}
     wanted |= {"bytes/down_per_client", "bytes/up_per_client"}
+    wanted |= {"clients/returned", "clients/rejected"}
     assert set(history[-1]) == wanted
 
     assert main(arguments) == 0

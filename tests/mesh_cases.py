@@ -57,6 +57,8 @@ def make(parallelism, devices, chunk):
                 "chunk_size": chunk,
             },
             "client": {"batch_size": 4, "learning_rate": 0.3},
+            "participation": {"dropout": 0.2, "stragglers": 0.5, "nan": 0.2},
+            "upload": {"bits": 3, "block_size": 4, "error_feedback": True},
             "evaluation": {"proxy_samples": 2, "attackers": (2,)},
             "data": {"clients": len(SIZES)},
         }

@@ -16,6 +16,7 @@ from fedqsn_jax.quantization import (
     NormalFloat,
     Quantized,
     Quantizer,
+    SymmetricNormalFloat,
     Uniform,
     dequantize,
     pack,
@@ -47,6 +48,35 @@ NF4 = [
 
 def test_four_bits_are_the_nf4_of_qlora():
     np.testing.assert_allclose(NormalFloat(4).levels, NF4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_symmetric_levels(bits):
+    """NormalFloat's positive levels, zero, and the same again below it."""
+    quantizer = SymmetricNormalFloat(bits)
+    levels = np.array(quantizer.levels)
+    assert len(levels) == 2**bits + 1 <= 2**quantizer.code_bits
+    np.testing.assert_array_equal(levels, -levels[::-1])
+    np.testing.assert_array_equal(
+        levels[levels > 0], [x for x in NormalFloat(bits).levels if x > 0]
+    )
+    with pytest.raises(ValueError, match=r"^bits = 8: allowed are 1 to 7$"):
+        SymmetricNormalFloat(8)
+
+
+def test_blocks_along_rows_by_hand():
+    """Two layers of 3 x 2, blocks of four entries row by row: the second of each has two."""
+    matrices = np.array([[[1, -8], [2, 3], [4, 0.5]], [[0, 0], [0, 0], [-2, 1]]], np.float32)
+    quantizer = Uniform(2, 4, "float32", "row")
+    quantized = quantize(quantizer, jnp.asarray(matrices))
+    np.testing.assert_array_equal(quantized.scales[..., 0], [[8, 4], [0, 2]])
+    third = 1 / 3
+    # Of eighths: 1 is nearest to a third, 2 and 3 too; of fourths 0.5 is.
+    relative = [[[third, -1], [third, third], [1, third]], [[0, 0], [0, 0], [-1, third]]]
+    scale = np.array([[[8], [8], [4]], [[0], [0], [2]]])
+    np.testing.assert_allclose(dequantize(quantized), relative * scale, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"^blocks_along = 'diagonal': allowed are column, row$"):
+        Uniform(blocks_along="diagonal")
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -13,6 +13,7 @@ from fedqsn_jax.client import make_client_update
 from fedqsn_jax.client_optimizer import unscheduled
 from fedqsn_jax.cohort import ClientAxis, sample_cohort
 from fedqsn_jax.metrics import make_evaluator
+from fedqsn_jax.participation import EVERYONE
 from fedqsn_jax.proxy import dequantize_proxy, whole_proxy
 from fedqsn_jax.quantization import NormalFloat
 from fedqsn_jax.randomness import client_round_key, fold_in_name
@@ -40,7 +41,10 @@ def federate(
     epochs=2,
     trained=None,
     sent=None,
-    rule="delta",
+    proximal=0.0,
+    participation=EVERYONE,
+    upload=None,
+    **aggregation,
 ):
     task = classification()
     update = make_client_update(
@@ -50,11 +54,12 @@ def federate(
         batch_size,
         epochs=epochs,
         trained=trained,
+        proximal=proximal,
     )
     return make_federation(
         algorithm.transform,
         update,
-        make_aggregator(model.sites, server or optax.sgd(1.0), rule=rule, trained=trained),
+        make_aggregator(model.sites, server or optax.sgd(1.0), trained=trained, **aggregation),
         make_evaluator(model.apply_fn, task, 16),
         model.sites,
         population=POPULATION,
@@ -64,7 +69,16 @@ def federate(
         attackers=attackers,
         score=task.score,
         sent=sent,
+        participation=participation,
+        upload=upload,
     )
+
+
+def shared_federation(model, participation=EVERYONE):
+    """That of the fixture ``shared``: Adam on both sides."""
+    server = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
+    client = optax.adamw(0.01, weight_decay=0.1)
+    return federate(model, FEDQSN, server=server, client=client, participation=participation)
 
 
 def octets(tree):

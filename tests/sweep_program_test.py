@@ -71,6 +71,34 @@ def test_a_point_is_the_same_side_by_side_in_turn_and_alone(tmp_path):
     )
 
 
+def test_seeds_that_hold_out_other_numbers_of_rows_are_side_by_side():
+    """And the clients fail, and return quantized updates, as they do in a run alone."""
+    options = {
+        "data.held_out_share": 0.3,
+        "data.held_out_clients": 2,
+        "participation.dropout": 0.3,
+        "participation.nan": 0.7,
+        "client.proximal": 0.1,
+        "upload.bits": 3,
+        "upload.error_feedback": True,
+        "rounds": 2,
+    }
+    configs = [with_fields(BASE, {**options, "p1": 0.2, "p2": 0.2, "seed": n}) for n in (0, 1)]
+    experiments = [prepare(config) for config in configs]
+    rows = {one.held_out.clients["own"].examples["label"].shape for one in experiments}
+    assert len(rows) == 2
+    program = Program(experiments[0])
+    starts = [program.start(experiment) for experiment in experiments]
+    for _, _, entries in program.run_all(configs, starts):
+        side_by_side = entries
+    for config, start, found in zip(configs, starts, side_by_side, strict=True):
+        for _, _, entry in program.run_one(config, start):
+            expected = entry
+        assert {"own/global/accuracy", "new/proxy/accuracy_std"} <= set(expected)
+        assert_same_metrics(found, expected)
+    assert sum(entry["clients/rejected"] for entry in side_by_side) > 0
+
+
 @pytest.mark.parametrize("sampling", ["bernoulli", "fixed_count"])
 def test_a_traced_probability_of_zero_hides_nothing(model, sampling):
     """Bit for bit what the chain gives from which the zeros are elided."""

@@ -102,6 +102,25 @@ def test_what_an_algorithm_does_not_use_is_not_swept_over():
     assert (config.algorithm, config.p1, config.p2) == ("fedsn", 0.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("fixed", "without", "used"),
+    [
+        ({"algorithm": ["fedq", "fedsn"]}, "blocks", [("fedq", "column"), ("fedq", "row")]),
+        ({"upload.bits": [4, 0]}, "upload.block_size", [(4, 16), (4, 32)]),
+        (
+            {"participation.stragglers": [0.5, 0.0]},
+            "participation.straggler_share",
+            [(0.5, 0.1), (0.5, 0.2)],
+        ),
+    ],
+)
+def test_settings_of_what_is_left_out_are_not_swept_over(fixed, without, used):
+    values = {"blocks": ["column", "row"], "upload.block_size": [16, 32]}
+    plan = make_plan(Config(), [{**fixed, without: values.get(without, [0.1, 0.2])}])
+    by_name = [(p.settings[next(iter(fixed))], p.settings[without]) for p in plan.points]
+    assert sorted(by_name, key=str) == sorted([*used, (fixed.popitem()[1][1], None)], key=str)
+
+
 class FakeProgram:
     """In place of a compiled program, which `sweep_program_test` and `notebook_test` run."""
 

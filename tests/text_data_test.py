@@ -244,6 +244,24 @@ def test_natural_clients(tmp_path):
     assert "does not say whose its rows are" in refusal(load, tmp_path, other, data=natural)
 
 
+def test_rows_of_clients_are_held_out(tmp_path):
+    source = write_sst2(tmp_path, client_id=lambda n: f"hospital {n % 4}")
+    held = {"partition": "natural", "private_rows": 0, "held_out_share": 0.4, "held_out_clients": 1}
+    splits = load(tmp_path, source, test=source, length=5, data=held).splits
+    assert splits.clients.offsets.tolist() == [0, 3, 6, 9]
+    own, new = splits.client_tests["own"], splits.client_tests["new"]
+    assert (own.offsets.tolist(), new.offsets.tolist()) == ([0, 2, 4, 6], [0, 5])
+    for part in (splits.clients, own, new):
+        assert set(part.examples) == set(splits.test) == {"tokens", "mask", "label"}
+    # Each hospital has one label, so a client's rows have that of its others.
+    for client in range(3):
+        of_client = [
+            np.asarray(part.examples["label"])[part.offsets[client] : part.offsets[client + 1]]
+            for part in (splits.clients, own)
+        ]
+        assert len(set(np.concatenate(of_client).tolist())) == 1
+
+
 def write_e2e(tmp_path):
     file = tmp_path / "rows.txt"
     names = ("Blue", "Spice", "pub", "food", "area")

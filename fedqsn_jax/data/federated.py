@@ -73,12 +73,14 @@ class Splits(NamedTuple):
       private: The server's rows, named arrays ``[rows, ...]``; possibly no rows.
       test: Held-out rows, named arrays ``[rows, ...]``.
       num_classes: Number of labels.
+      client_tests: Rows of clients that are held out, by group; see `held_out.hold_out`.
     """
 
     clients: ClientData
     private: Batch
     test: Batch
     num_classes: int
+    client_tests: dict[str, FederatedData] = {}  # noqa: RUF012
 
 
 def join_clients(
@@ -124,7 +126,11 @@ def from_clients(clients: Sequence[dict[str, np.ndarray]]) -> FederatedData:
     Raises:
       ValueError: There is no client, or names, shapes or numbers of rows do not agree.
     """
-    examples, offsets = join_clients(clients)
+    return from_host(*join_clients(clients))
+
+
+def from_host(examples: dict[str, np.ndarray], offsets: np.ndarray) -> FederatedData:
+    """Returns the joined rows of clients on the device; see `join_clients`."""
     on_device = {name: jnp.asarray(array) for name, array in examples.items()}
     return FederatedData(on_device, jnp.asarray(offsets, jnp.int32))
 

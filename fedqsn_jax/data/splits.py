@@ -6,6 +6,7 @@ import numpy as np
 from fedqsn_jax.config import ConfigError, DataConfig
 from fedqsn_jax.data import partition
 from fedqsn_jax.data.federated import Splits
+from fedqsn_jax.data.held_out import hold_out
 from fedqsn_jax.data.streamed import HostData, place
 from fedqsn_jax.types import Batch
 
@@ -58,8 +59,10 @@ def make_splits(
     # One gather for all clients: copies a client would hold a large data set twice.
     examples = take(train, rest[np.concatenate(parts)])
     examples.pop(CLIENT_COLUMN, None)
-    clients = place(HostData(examples, offsets), config.resident)
-    return Splits(clients, _on_device(take(train, private)), _on_device(test), classes)
+    population, client_tests = hold_out(HostData(examples, offsets), config, generator)
+    clients = place(population, config.resident)
+    private_rows = _on_device(take(train, private))
+    return Splits(clients, private_rows, _on_device(test), classes, client_tests)
 
 
 def _on_device(rows: Rows) -> Batch:

@@ -220,14 +220,20 @@ class Encoder(nn.Module):
         mask: Array | None = None,
         token_types: Array | None = None,
         train: bool = False,
+        prompts: Array | None = None,
     ) -> Array:
         """Returns float32 logits ``[rows, classes]``, or ``[rows, width]`` without classes.
+
+        The tokens' last hidden states, float32 ``[rows, length, width]``, are sown as ``last`` in
+        the collection ``hidden``.
 
         Args:
           tokens: int32 ``[rows, length]``.
           mask: bool or integer, the same shape: which tokens are real; None: all are.
           token_types: int32, the same shape; None: zeros.
           train: Whether dropout acts.
+          prompts: Soft prompts ``[count, width]``, which every row's tokens attend to: they go
+            before the tokens in place of embeddings, and have no position and no type.
 
         Raises:
           ValueError: The sequences are longer than the model's positions.
@@ -245,12 +251,20 @@ class Encoder(nn.Module):
         hidden += embed(config.positions, "position_embed")(positions)
         types = jnp.zeros_like(tokens) if token_types is None else token_types
         hidden += embed(config.token_types, "type_embed")(types)
+        count = 0 if prompts is None else len(prompts)
+        if prompts is not None:
+            before = jnp.broadcast_to(prompts.astype(hidden.dtype), (len(tokens), *prompts.shape))
+            hidden = jnp.concatenate([before, hidden], axis=1)
+            if seen is not None:
+                seen = jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (count, 0)), constant_values=True)
         hidden = nn.LayerNorm(config.norm_epsilon, dtype, name="embed_norm")(hidden)
         hidden = Dropout(config.hidden_dropout, train)(hidden)
         layers = stack(_Layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
         hidden, _ = layers(hidden, None, seen)
-        return self._classify(hidden.astype(jnp.float32), mask, train)
+        hidden = hidden[:, count:].astype(jnp.float32)
+        self.sow("hidden", "last", hidden)
+        return self._classify(hidden, mask, train)
 
     def _classify(self, hidden: Array, mask: Array, train: bool) -> Array:
         config = self.config

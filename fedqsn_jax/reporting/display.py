@@ -131,6 +131,7 @@ class Display:
                 table.add_row(Text("  +- std" if self._plain else "  ± std"), start, best, "", end)
         self._print_table(table)
         self.message("")
+        self._print_clients(summary)
         self._print_gaps(summary)
         self._print_texts(summary.get("texts", {}))
         self._print_bytes(
@@ -161,6 +162,19 @@ class Display:
             table.add_row(Text(view, "bold"), *("-" if v is None else f"{v:.2f}" for v in values))
         self._print_table(table)
         self.message("")
+
+    def _print_clients(self, summary: Mapping[str, Any]) -> None:
+        titles = {"own": "clients' own held-out rows", "new": "clients that never took part"}
+        for group, views in summary["clients"].items():
+            table = self._table()
+            table.add_column(f"{titles[group]}, {summary['score']} at the end")
+            for head in ("mean", "worst tenth", "spread"):
+                table.add_column(head, justify="right", no_wrap=True)
+            for view, facts in views.items():
+                values = (_decimal(facts[name]) for name in ("mean", "worst_decile", "spread"))
+                table.add_row(Text(view, "bold"), *values)
+            self._print_table(table)
+            self.message("")
 
     def _print_gaps(self, summary: Mapping[str, Any]) -> None:
         gaps = summary["gaps"]

@@ -3,8 +3,12 @@
 A *history* is a list of dictionaries, one for each evaluated round, in order. Keys: ``round``;
 ``VIEW/METRIC`` for the views (``global``, ``server``, ``proxy``, ``attacker_N``), with
 ``proxy/SCORE_std`` for the spread over client masks; ``train/loss``; ``bytes/down_per_client`` and
-``bytes/up_per_client``; ``seconds`` since the run began. Only ``round`` must be there: any other
-key may be missing or None (round 0, before any training, has no training loss and no bytes).
+``bytes/up_per_client``, means over the sampled clients; ``clients/returned`` and
+``clients/rejected``, numbers of updates; where rows of clients are held out, ``GROUP/VIEW/METRIC``,
+means over the clients of the groups ``own`` and ``new``, with ``SCORE_worst_decile`` and
+``SCORE_spread``; ``seconds`` since the run began. Only ``round`` must be
+there: any other key may be missing or None (round 0, before any training, has no training loss and
+no bytes).
 """
 
 import dataclasses
@@ -17,6 +21,8 @@ Metrics = Mapping[str, Any]
 
 _FIRST_VIEWS = ("global", "server", "proxy")
 _ATTACKER = "attacker_"
+_GROUPS = ("own", "new")
+"""Groups of clients with held-out rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +123,8 @@ def summarize(
       * ``views``: for each view ``start``, ``best`` and ``end``, each with its ``round`` and every
         metric of the view at that round. Best is by score, the earliest of equals; rounds whose
         score is not a finite number do not count, unless there is no other;
+      * ``clients``: for each group of clients with held-out rows, and each view, the score's
+        ``mean``, ``worst_decile`` and ``spread`` over clients at the end;
       * ``gaps`` in score at the end: ``attack``, by attacker, is global minus attacker, what the
         method buys; ``forgetting``, global minus proxy, is what a client that forgets loses;
       * ``bytes``: for ``down`` and ``up``, a client's in one round: ``per_client`` (mean over the
@@ -140,6 +148,7 @@ def summarize(
         "rounds": rounds,
         "hides": costs.hides,
         "views": views,
+        "clients": _summarize_clients(history[-1], list(views), score),
         "gaps": {
             "attack": {
                 view: _difference(end.get("global"), end[view])
@@ -170,6 +179,22 @@ def _summarize_view(history: Sequence[Metrics], view: str, score: str) -> dict[s
     finite = [entry for entry in entries if math.isfinite(entry[score])]
     best = max(finite or entries, key=lambda entry: entry[score])
     return {"start": entries[0], "best": best, "end": entries[-1]}
+
+
+def _summarize_clients(end: Metrics, views: list[str], score: str) -> dict[str, Any]:
+    names = {"mean": "", "worst_decile": "_worst_decile", "spread": "_spread"}
+    return {
+        group: {
+            view: {
+                name: float(end[f"{group}/{view}/{score}{suffix}"])
+                for name, suffix in names.items()
+            }
+            for view in views
+            if end.get(f"{group}/{view}/{score}") is not None
+        }
+        for group in _GROUPS
+        if any(name.startswith(f"{group}/") for name in end)
+    }
 
 
 def _summarize_bytes(

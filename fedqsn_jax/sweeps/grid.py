@@ -32,7 +32,9 @@ _WITHOUT_MASKS = {"fedavg": "fedsn", "fedq": "fedqsn"}
 """Algorithms that are another one with both probabilities zero, and so share its program."""
 
 _MASKED = ("sampling",)
-_QUANTIZED = ("bits", "block_size", "codebook")
+_QUANTIZED = ("bits", "block_size", "codebook", "blocks")
+_UPLOAD = ("upload.block_size", "upload.codebook")
+_STRAGGLERS = ("participation.straggler_share",)
 
 
 class Point(NamedTuple):
@@ -191,9 +193,13 @@ def _as_run(config: Config) -> Config:
 
 def _unused(config: Config) -> tuple[str, ...]:
     algorithm = algorithm_of(config)
-    return (() if algorithm.p1 or algorithm.p2 else _MASKED) + (
-        () if algorithm.quantizer else _QUANTIZED
+    needs = (
+        (_MASKED, algorithm.p1 or algorithm.p2),
+        (_QUANTIZED, algorithm.quantizer),
+        (_UPLOAD, config.upload.bits),
+        (_STRAGGLERS, config.participation.stragglers),
     )
+    return tuple(name for names, by in needs if not by for name in names)
 
 
 def described(settings: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ as long to compile, and are all lost together in an interruption. Elsewhere as m
 side as fill the device and fit; that has not been measured.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedqsn_jax.config import Config, with_fields
-from fedqsn_jax.data.federated import ClientData
+from fedqsn_jax.data.federated import ClientData, FederatedData
+from fedqsn_jax.data.held_out import HeldOut
 from fedqsn_jax.data.streamed import HostData
 from fedqsn_jax.experiment import Experiment
 from fedqsn_jax.memory import device_bytes
@@ -49,14 +51,14 @@ class Start(NamedTuple):
       key: Of the federation.
       params: The parameters after the server's own training.
       data: The clients' rows.
-      test: Held-out rows.
+      test: Held-out rows, also of clients.
       score: The global score before the first round.
     """
 
     key: Key
     params: Params
     data: ClientData
-    test: Batch
+    test: HeldOut
     score: float
 
 
@@ -88,7 +90,7 @@ class Program:
         params = self._pretrain(config.seed, experiment.problem.params, splits.private)
         key = federation_key(config)
         score = float(self._score(key, params, splits.test))
-        return Start(key, params, splits.clients, splits.test, score)
+        return Start(key, params, splits.clients, experiment.held_out, score)
 
     def run_one(self, config: Config, start: Start) -> Iterator[tuple[int, ServerState, Entry]]:
         """Runs one point, call by call.
@@ -120,7 +122,7 @@ class Program:
         arguments = stack(*map(_arrays, configs))
         keys = jnp.stack([start.key for start in starts])
         params, data, test = (
-            stack(*(getattr(start, name) for start in starts))
+            stack(*_of_one_length([getattr(start, name) for start in starts]))
             for name in ("params", "data", "test")
         )
         simulations = [self.simulation.recompose(config) for config in configs]
@@ -148,7 +150,7 @@ class Program:
         arguments: Arguments,
         state: ServerState,
         data: ClientData,
-        test: Batch,
+        test: HeldOut,
         stop: Array,
         last: Array,
     ) -> tuple[ServerState, CallResult]:
@@ -161,9 +163,31 @@ class Program:
         return metrics[f"global/{self.simulation.task.score}"]
 
 
+def _of_one_length(trees: Sequence[Any]) -> list[Any]:
+    """Adds rows that belong to no client, so that the clients' rows of all seeds can be stacked.
+
+    How many rows are held out of a client's is rounded, so their sum differs between seeds.
+    """
+
+    def is_rows(node: Any) -> bool:
+        return isinstance(node, FederatedData)
+
+    def pad(first: Any, *others: Any) -> Any:
+        if not is_rows(first):
+            return first
+        length = max(array.shape[0] for one in (first, *others) for array in one.examples.values())
+
+        def longer(array: Array) -> Array:
+            return jnp.pad(array, [(0, length - array.shape[0]), *[(0, 0)] * (array.ndim - 1)])
+
+        return dataclasses.replace(first, examples=jax.tree.map(longer, first.examples))
+
+    return [jax.tree.map(pad, tree, *trees, is_leaf=is_rows) for tree in trees]
+
+
 def _state_axes(axis: int) -> Any:
     """Where the points' axis is in a stacked state; the number of the round is common to all."""
-    axes: list[Any] = [axis, axis, axis, axis, None, axis, axis]
+    axes: list[Any] = [axis, axis, axis, axis, axis, None, axis, axis]
     return ServerState(*axes)
 
 
