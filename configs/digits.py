@@ -12,19 +12,13 @@ with the figures' spread.
 dealt to 20 clients by Dirichlet(0.5) label skew.
 """
 
-from fedqsn_jax.config import default_config
+from fedqsn_jax.config import as_released, default_config
 
 
 def get_config(algorithm: str = "fedqsn"):
     """Returns the configuration."""
     config = default_config()
     config.algorithm = "fedqsn" if algorithm == "released" else algorithm
-    if algorithm == "released":
-        config.sampling = "fixed_count"
-        config.codebook = config.upload.codebook = "symmetric_normal_float"
-        config.blocks = "row"
-        config.upload.bits = 4
-        config.server.rule = "from_sent"
     config.rounds = 60
     config.data.name = "digits"
     config.data.clients = 20
@@ -47,4 +41,6 @@ def get_config(algorithm: str = "fedqsn"):
     if algorithm == "fedlpp":
         config.lora.rank = 8
     config.block_size = 64
+    if algorithm == "released":
+        as_released(config)
     return config

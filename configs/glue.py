@@ -5,17 +5,17 @@
 
 After the file's name stand the task (rte, sst2, mrpc, qqp, qnli, mnli), the model (roberta-base,
 roberta-large; any other name on the Hugging Face hub) and, if it is not FedQSN, the algorithm:
-``glue.py:rte,roberta-large,fedavg``. A model that is already on disk:
-``--config.model.pretrained=DIR``. The rows are TFDS's, prepared once in an environment with
-TensorFlow (``tfds build glue/sst2 --file_format=array_record``), or the user's own files:
-``--config.data.train=tsv:train.tsv --config.data.test=tsv:dev.tsv``.
+``glue.py:rte,roberta-large,fedavg``, or ``released``: FedQSN with the choices of the authors' code.
+A model that is already on disk: ``--config.model.pretrained=DIR``. The rows are TFDS's, prepared
+once in an environment with TensorFlow (``tfds build glue/sst2 --file_format=array_record``), or the
+user's own files: ``--config.data.train=tsv:train.tsv --config.data.test=tsv:dev.tsv``.
 
 Numbers of clients, rounds and epochs are all that the authors' code shows; rate and batch are those
 usual for RoBERTa on GLUE. A GPU is wanted. Neither the accuracy nor the time of a whole run has
 been measured; the time of one of RoBERTa-base's steps is in the README.
 """
 
-from fedqsn_jax.config import ALGORITHMS, default_config
+from fedqsn_jax.config import ALGORITHMS, as_released, default_config
 
 TASKS = ("rte", "sst2", "mrpc", "qqp", "qnli", "mnli")
 HUB_NAMES = {"roberta-base": "FacebookAI/roberta-base", "roberta-large": "FacebookAI/roberta-large"}
@@ -33,7 +33,7 @@ def get_config(variant: str = "sst2,roberta-base"):
             config.data.task = choice
         elif choice in ALGORITHMS:
             config.algorithm = choice
-        else:
+        elif choice != "released":
             config.model.pretrained = HUB_NAMES.get(choice, choice)
     config.data.train = f"tfds:glue/{config.data.task}"
     config.data.private_rows = 500
@@ -62,4 +62,6 @@ def get_config(variant: str = "sst2,roberta-base"):
     config.bits = 4
     config.block_size = 64
     config.sites = "residual"
+    if "released" in variant.split(","):
+        as_released(config)
     return config

@@ -5,7 +5,8 @@
 
 After the file's name stand the task (e2e, dart, viggo, dialogsum), the model (gpt2, gpt2-medium,
 gpt2-large, gpt2-xl, llama-3.2-1b, t5-base; any other name on the Hugging Face hub) and, if it is
-not FedQSN, the algorithm: ``nlg.py:dart,gpt2-xl,fedavg``. A model that is already on disk:
+not FedQSN, the algorithm: ``nlg.py:dart,gpt2-xl,fedavg``, or ``released``: FedQSN with the choices
+of the authors' code. A model that is already on disk:
 ``--config.model.pretrained=DIR``. E2E and DART are TFDS's, prepared once in an environment with
 TensorFlow (``tfds build e2e_cleaned --file_format=array_record``); ViGGO and DialogSum are files
 that the user names: ``--config.data.train=jsonl:train.jsonl --config.data.test=jsonl:test.jsonl``.
@@ -17,7 +18,7 @@ Neither scores nor the time of a whole run have been measured; memory and speed 
 XL and a LLaMA of a billion parameters are in the README.
 """
 
-from fedqsn_jax.config import ALGORITHMS, default_config
+from fedqsn_jax.config import ALGORITHMS, as_released, default_config
 
 SOURCES = {"e2e": "tfds:e2e_cleaned", "dart": "tfds:dart", "viggo": "", "dialogsum": ""}
 HUB_NAMES = {
@@ -39,7 +40,7 @@ def get_config(variant: str = "e2e,gpt2-medium"):
             config.data.task = choice
         elif choice in ALGORITHMS:
             config.algorithm = choice
-        else:
+        elif choice != "released":
             config.model.pretrained = HUB_NAMES.get(choice, choice)
     config.data.train = SOURCES[config.data.task]
     config.data.private_rows = 500
@@ -70,4 +71,6 @@ def get_config(variant: str = "e2e,gpt2-medium"):
     config.bits = 4
     config.block_size = 64
     config.sites = "residual"
+    if "released" in variant.split(","):
+        as_released(config)
     return config

@@ -263,6 +263,22 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(to_dict(Config()))
 
 
+def as_released(config: ml_collections.ConfigDict) -> None:
+    """Sets the choices in which the code that the paper's authors released differs from ours.
+
+    Masks of a fixed count, a codebook of ``2 ** bits + 1`` levels, blocks that mix columns (they
+    let hidden values show), sites on the residual stream where the model has one, 4-bit updates,
+    and aggregation onto what was sent.
+    """
+    config.sampling = "fixed_count"
+    config.codebook = config.upload.codebook = "symmetric_normal_float"
+    config.blocks = "row"
+    config.upload.bits = 4
+    config.server.rule = "from_sent"
+    if config.model.name == LANGUAGE:
+        config.sites = "residual"
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns a configuration as nested dictionaries, tuples kept."""
     return {

@@ -183,6 +183,7 @@ def test_a_decoder_has_no_classes(gpt2, bert, tmp_path, capsys):
 CONFIGS = {
     "glue.py:mrpc,elsewhere,fedavg": ("mrpc", "tfds:glue/mrpc", "elsewhere", "fedavg"),
     "nlg.py:dart,gpt2-xl": ("dart", "tfds:dart", "openai-community/gpt2-xl", "fedqsn"),
+    "nlg.py:e2e,gpt2,released": ("e2e", "tfds:e2e_cleaned", "openai-community/gpt2", "fedqsn"),
     "e2e_smollm2.py:fedq": ("e2e", "e2e:e2e/valid.txt", "smollm2-135m", "fedq"),
 }
 
