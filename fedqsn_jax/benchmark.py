@@ -37,7 +37,8 @@ from fedqsn_jax.config import ConfigError
 from fedqsn_jax.data.federated import ClientData
 from fedqsn_jax.proxy import dequantize_proxy, whole_proxy
 from fedqsn_jax.randomness import client_round_key
-from fedqsn_jax.simulation import Simulation, initial_state
+from fedqsn_jax.running import initial_state
+from fedqsn_jax.simulation import Simulation
 from fedqsn_jax.types import Batch, Params
 from fedqsn_jax.workloads import (
     MODELS,

@@ -17,26 +17,19 @@ from jax.experimental.compilation_cache import compilation_cache
 from fedqsn_jax import processes
 from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.config import LANGUAGE, Config
+from fedqsn_jax.configured import root_key
 from fedqsn_jax.costs import expected_costs, tensor_rows
 from fedqsn_jax.data.held_out import HeldOut
 from fedqsn_jax.image_problem import load_image_problem
 from fedqsn_jax.memory import answer_out_of_memory
+from fedqsn_jax.pretraining import pretrain
 from fedqsn_jax.problem import Problem
 from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.summary import Costs, summarize
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
 from fedqsn_jax.rounds import ServerState
-from fedqsn_jax.simulation import (
-    Entry,
-    Simulation,
-    first_entry,
-    initial_state,
-    make_simulation,
-    place,
-    pretrain,
-    root_key,
-    run_rounds,
-)
+from fedqsn_jax.running import Entry, first_entry, initial_state, place, run_rounds
+from fedqsn_jax.simulation import Simulation, make_simulation
 from fedqsn_jax.workdir import WorkDirectory
 from fedqsn_jax.written_texts import passes, write_texts
 

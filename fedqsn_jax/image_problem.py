@@ -1,12 +1,12 @@
 """Images and an untrained model that classifies them, as a configuration names them."""
 
 from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.configured import root_key
 from fedqsn_jax.data import registry
 from fedqsn_jax.models.adapters import linen_apply, linen_init
 from fedqsn_jax.models.registry import make_model
 from fedqsn_jax.problem import Problem
 from fedqsn_jax.randomness import fold_in_name
-from fedqsn_jax.simulation import root_key
 from fedqsn_jax.tasks import classification
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.configured import root_key
 from fedqsn_jax.data import registry, text
 from fedqsn_jax.data.prompts import Prompts
 from fedqsn_jax.data.text import TextSettings, text_format
@@ -22,7 +23,6 @@ from fedqsn_jax.models.t5 import T5Config
 from fedqsn_jax.models.transformer import Execution
 from fedqsn_jax.problem import Problem, Texts
 from fedqsn_jax.randomness import fold_in_name
-from fedqsn_jax.simulation import root_key
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.text_evaluation import make_text_evaluator
 

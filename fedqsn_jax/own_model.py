@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen, nnx
 
 from fedqsn_jax.config import ClientConfig, Config, ConfigError, resolve
+from fedqsn_jax.configured import root_key
 from fedqsn_jax.costs import expected_costs, tensor_rows
 from fedqsn_jax.data.federated import FederatedData, from_clients, join_clients
 from fedqsn_jax.data.held_out import HeldOut, hold_out
@@ -19,19 +20,12 @@ from fedqsn_jax.heads import find_heads
 from fedqsn_jax.masking import leaves_by_path
 from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.models.adapters import linen_apply, linen_init, nnx_split
+from fedqsn_jax.pretraining import pretrain
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 from fedqsn_jax.rounds import ServerState
-from fedqsn_jax.simulation import (
-    Entry,
-    Simulation,
-    first_entry,
-    initial_state,
-    make_simulation,
-    pretrain,
-    root_key,
-    run_rounds,
-)
+from fedqsn_jax.running import Entry, first_entry, initial_state, run_rounds
+from fedqsn_jax.simulation import Simulation, make_simulation
 from fedqsn_jax.tasks import Task, classification
 from fedqsn_jax.types import ApplyFn, Array, Params
 

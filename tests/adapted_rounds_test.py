@@ -25,12 +25,12 @@ from fedqsn_jax.aggregation import Contribution, make_aggregator
 from fedqsn_jax.algorithms import fedlpp
 from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.config import ServerConfig
+from fedqsn_jax.configured import server_optimizer
 from fedqsn_jax.lora import find_adapters
 from fedqsn_jax.masking import hide, leaves_by_path
 from fedqsn_jax.participation import Participation
 from fedqsn_jax.proxy import dequantize_params, whole_proxy
 from fedqsn_jax.quantization import NormalFloat
-from fedqsn_jax.simulation import server_optimizer
 from fedqsn_jax.traffic import measure_traffic
 from fedqsn_jax.trainable import drop, keep, select_trained
 from fedqsn_jax.upload import quantize_delta, quantized_upload

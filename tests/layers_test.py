@@ -20,8 +20,10 @@ FLOORS = (
     ("client", "aggregation", "upload", "views", "wire", "parallelism"),
     ("rounds", "traffic", "text_views", "fedsp"),
     ("algorithms",),
+    ("configured",),
+    ("pretraining", "round_memory"),
     ("simulation",),
-    ("costs", "workloads", "problem"),
+    ("running", "costs", "workloads", "problem"),
     ("image_problem", "language_problem", "written_texts"),
     ("experiment", "own_model", "benchmark", "export", "trained"),
     ("sweeps",),
@@ -38,7 +40,9 @@ SERVER_STATE = (
     "views",
     "text_views",
     "algorithms",
+    "round_memory",
     "simulation",
+    "running",
     "experiment",
 )
 

@@ -12,7 +12,7 @@ from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.experiment import prepare
 from fedqsn_jax.main import main
 from fedqsn_jax.models.registry import make_model
-from fedqsn_jax.simulation import initial_state
+from fedqsn_jax.running import initial_state
 from fedqsn_jax.workdir import WorkDirectory
 
 SMALL = [

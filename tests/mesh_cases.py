@@ -12,7 +12,8 @@ import numpy as np
 
 from fedqsn_jax.config import resolve
 from fedqsn_jax.data.federated import from_clients
-from fedqsn_jax.simulation import initial_state, make_simulation, place
+from fedqsn_jax.running import initial_state, place
+from fedqsn_jax.simulation import make_simulation
 from fedqsn_jax.tasks import classification
 
 SIZES = (7, 0, 12, 3, 9, 1, 20, 4, 5)

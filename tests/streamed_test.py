@@ -13,7 +13,8 @@ from fedqsn_jax.data import streamed
 from fedqsn_jax.data.federated import FederatedData
 from fedqsn_jax.data.streamed import Capacity, HostData, capacity_for, place, stream
 from fedqsn_jax.rounds import draw_cohorts
-from fedqsn_jax.simulation import initial_state, make_simulation, run_rounds
+from fedqsn_jax.running import initial_state, run_rounds
+from fedqsn_jax.simulation import make_simulation
 from fedqsn_jax.tasks import classification
 
 SETTINGS = {
@@ -98,7 +99,7 @@ def test_streamed_runs_are_resident_runs_bit_for_bit(data, model, simulations, m
         sent.append(stream(*arguments))
         return sent[-1]
 
-    monkeypatch.setattr("fedqsn_jax.simulation.stream", recorded)
+    monkeypatch.setattr("fedqsn_jax.running.stream", recorded)
     for name, rows in {"device": data, "host": host}.items():
         simulation = simulations[name]
         calls = run_rounds(simulation, initial_state(simulation, model.params), rows, data.examples)
@@ -129,7 +130,7 @@ def test_the_next_rows_are_sent_while_the_device_works(data, model, simulations,
         events.append("send")
         return stream(*arguments)
 
-    monkeypatch.setattr("fedqsn_jax.simulation.stream", recorded)
+    monkeypatch.setattr("fedqsn_jax.running.stream", recorded)
     watched = simulation._replace(run=run)
     for after, _, _ in run_rounds(
         watched, initial_state(simulation, model.params), host, data.examples
@@ -182,7 +183,7 @@ def test_where_rows_live(data, monkeypatch):
 
 
 def test_calls_that_do_not_fit_are_refused(data, simulate, monkeypatch):
-    monkeypatch.setattr("fedqsn_jax.simulation.device_bytes", lambda: 100)
+    monkeypatch.setattr("fedqsn_jax.round_memory.device_bytes", lambda: 100)
     with pytest.raises(ConfigError, match=r"rounds_per_call = 2: .*smaller cohort\.size"):
         simulate(on_host(data))
 

@@ -11,11 +11,11 @@ from sweep_cases import CONFIG, sweep_file
 from fedqsn_jax import load, main, sweep
 from fedqsn_jax.command_line import read_config
 from fedqsn_jax.config import OPTIMIZERS, SERVER_OPTIMIZERS, with_fields
+from fedqsn_jax.configured import local_optimizer, server_optimizer
 from fedqsn_jax.data.streamed import HostData
 from fedqsn_jax.experiment import prepare
 from fedqsn_jax.masking import find_sites
 from fedqsn_jax.proxy import chain, client_mask, effective_params, server_mask, whole_proxy
-from fedqsn_jax.simulation import local_optimizer, server_optimizer
 from fedqsn_jax.sweeps.grid import program_of
 from fedqsn_jax.sweeps.program import Program, settings_at_once
 from fedqsn_jax.sweeps.results import SweepDirectory

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from rounds_cases import FEDQSN, KEY, POPULATION, TRANSFORM, fast, federate, simulated_proxies
 
-from fedqsn_jax import simulation
+from fedqsn_jax import round_memory
 from fedqsn_jax.config import ConfigError, resolve, with_fields
 from fedqsn_jax.participation import Participation
 from fedqsn_jax.proxy import dequantize_params, whole_proxy
 from fedqsn_jax.quantization import NormalFloat, Uniform
+from fedqsn_jax.simulation import make_simulation
 from fedqsn_jax.tasks import classification
 from fedqsn_jax.traffic import measure_traffic
 from fedqsn_jax.upload import quantize_delta, quantized_upload
@@ -131,23 +132,21 @@ def test_feedback_that_cannot_be_is_refused(model, data, monkeypatch):
             "evaluation": {"attackers": (1,)},
         }
     )
-    made = simulation.make_simulation(config, model.apply_fn, classification(), model.params, data)
+    made = make_simulation(config, model.apply_fn, classification(), model.params, data)
     kernels = 4 * (6 * 10 + 10 * 8)
     assert made.memory["residuals of all clients"] == POPULATION * kernels
     assert made.memory["residuals of the cohort"] == 4 * kernels
     # Of adapters of rank 2, of which both tensors are quantized; or none is.
     adapted = with_fields(config, {"lora.rank": 2, "lora.quantize": True})
-    made = simulation.make_simulation(adapted, model.apply_fn, classification(), model.params, data)
+    made = make_simulation(adapted, model.apply_fn, classification(), model.params, data)
     kernels = 4 * 2 * (6 + 10 + 10 + 8)
     assert made.memory["residuals of all clients"] == POPULATION * kernels
     for values in ({"lora.quantize": False}, {"client.trained": ("head",)}):
         useless = with_fields(adapted, values)
         with pytest.raises(ConfigError, match=r"^upload\.bits = 4: no kernel of a site is trained"):
-            simulation.make_simulation(
-                useless, model.apply_fn, classification(), model.params, data
-            )
-    monkeypatch.setattr(simulation, "device_bytes", lambda: 6000)
+            make_simulation(useless, model.apply_fn, classification(), model.params, data)
+    monkeypatch.setattr(round_memory, "device_bytes", lambda: 6000)
     with pytest.raises(
         ConfigError, match=r"^upload\.error_feedback = True: residuals of 8 clients"
     ):
-        simulation.make_simulation(config, model.apply_fn, classification(), model.params, data)
+        make_simulation(config, model.apply_fn, classification(), model.params, data)

@@ -31,7 +31,7 @@ _NO_CLIENT = np.iinfo(np.int32).max
 class HostData:
     """The examples of every client, in the host's memory or in files that are mapped into it.
 
-    A run streams them (`simulation.run_rounds`). It has the names of `ClientData` for whoever asks
+    A run streams them (`running.run_rounds`). It has the names of `ClientData` for whoever asks
     for sizes and shapes, but it is no pytree and does not enter ``jit``.
 
     Attributes:

@@ -19,7 +19,8 @@ from fedqsn_jax.config import (
     unknown_field,
     with_fields,
 )
-from fedqsn_jax.simulation import TRACEABLE, algorithm_of
+from fedqsn_jax.configured import algorithm_of
+from fedqsn_jax.simulation import TRACEABLE
 
 Grid = dict[str, list[Any]]
 """Dotted fields, and the values that each takes."""

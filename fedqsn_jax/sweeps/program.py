@@ -20,23 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedqsn_jax.config import Config, with_fields
+from fedqsn_jax.configured import calls_of, federation_key
 from fedqsn_jax.data.federated import ClientData, FederatedData
 from fedqsn_jax.data.held_out import HeldOut
 from fedqsn_jax.data.streamed import HostData
 from fedqsn_jax.experiment import Experiment
 from fedqsn_jax.memory import device_bytes
 from fedqsn_jax.parallelism import STEP_BYTES
+from fedqsn_jax.pretraining import make_pretraining
 from fedqsn_jax.rounds import CallResult, ServerState
-from fedqsn_jax.simulation import (
-    Entry,
-    Simulation,
-    calls_of,
-    entry_of,
-    federation_key,
-    make_pretraining,
-    place,
-    run_rounds,
-)
+from fedqsn_jax.running import Entry, entry_of, place, run_rounds
+from fedqsn_jax.simulation import Simulation
 from fedqsn_jax.sweeps.grid import arguments_of
 from fedqsn_jax.types import Array, Batch, Key, Params
 

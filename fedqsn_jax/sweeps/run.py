@@ -9,7 +9,7 @@ from fedqsn_jax.config import Config, ConfigError
 from fedqsn_jax.experiment import Experiment, prepare
 from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.reporting.sweep_display import SweepDisplay
-from fedqsn_jax.simulation import Entry
+from fedqsn_jax.running import Entry
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point, described, program_of
 from fedqsn_jax.sweeps.program import Program, Start, may_be_side_by_side, settings_at_once
 from fedqsn_jax.sweeps.results import Record, SweepDirectory, identity, over_seeds, record_of

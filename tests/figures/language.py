@@ -30,7 +30,8 @@ from fedqsn_jax.models.llama import LlamaConfig
 from fedqsn_jax.models.transformer import Execution
 from fedqsn_jax.proxy import dequantize_proxy, whole_proxy
 from fedqsn_jax.quantization import NormalFloat
-from fedqsn_jax.simulation import initial_state, make_simulation, run_rounds
+from fedqsn_jax.running import initial_state, run_rounds
+from fedqsn_jax.simulation import make_simulation
 
 ROBERTA = EncoderConfig(
     "roberta", 50265, 768, 12, 12, 3072, positions=514, token_types=1, pad_token_id=1

@@ -21,7 +21,8 @@ from scipy import stats
 from fedqsn_jax.command_line import read_config
 from fedqsn_jax.config import Config
 from fedqsn_jax.experiment import prepare
-from fedqsn_jax.simulation import first_entry, initial_state, pretrain, run_rounds
+from fedqsn_jax.pretraining import pretrain
+from fedqsn_jax.running import first_entry, initial_state, run_rounds
 
 DIGITS = {
     "fedavg": ["fedavg"],

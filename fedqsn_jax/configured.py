@@ -1,0 +1,124 @@
+"""The parts that a configuration names: algorithm, quantizers, optimizers, keys and calls."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from fedqsn_jax.algorithms import Algorithm, make_algorithm
+from fedqsn_jax.client_optimizer import ADAMW_EPSILON, ClientOptimizer, scheduled
+from fedqsn_jax.config import Config, ConfigError, ServerConfig, TrainingConfig
+from fedqsn_jax.masking import Sites
+from fedqsn_jax.quantization import NormalFloat, Quantizer, SymmetricNormalFloat, Uniform
+from fedqsn_jax.randomness import fold_in_name
+from fedqsn_jax.trainable import Selection
+from fedqsn_jax.types import Key
+from fedqsn_jax.upload import Upload, quantized_upload
+
+_CODEBOOKS: dict[str, type[Quantizer]] = {
+    "normal_float": NormalFloat,
+    "symmetric_normal_float": SymmetricNormalFloat,
+    "uniform": Uniform,
+}
+
+
+def algorithm_of(config: Config) -> Algorithm:
+    """Returns the algorithm that a configuration names, with the settings that it uses."""
+    return make_algorithm(
+        config.algorithm,
+        make_quantizer(config),
+        config.p1,
+        config.p2,
+        config.sampling,  # type: ignore[arg-type]
+    )
+
+
+def make_quantizer(config: Config) -> Quantizer:
+    """Returns the quantizer that a configuration names."""
+    kind = _CODEBOOKS[config.codebook]
+    return kind(config.bits, config.block_size, blocks_along=config.blocks)
+
+
+def upload_quantizer(config: Config) -> Quantizer | None:
+    """Returns the quantizer of updates that a configuration names, or None."""
+    settings = config.upload
+    if not settings.bits:
+        return None
+    return _CODEBOOKS[settings.codebook](settings.bits, settings.block_size)
+
+
+def make_upload(config: Config, sites: Sites, trained: Selection) -> Upload | None:
+    """Returns the way back of updates that a configuration names; None: they travel as they are.
+
+    Args:
+      config: The settings.
+      sites: The mask sites.
+      trained: The tensors that are trained.
+
+    Raises:
+      ConfigError: There is nothing to quantize.
+    """
+    quantizer = upload_quantizer(config)
+    if quantizer is None:
+        return None
+    if not any(site.quantized and (trained is None or site.path in trained) for site in sites):
+        raise ConfigError(
+            f"upload.bits = {config.upload.bits}: no kernel of a site is trained, or they are "
+            f"adapters that are not quantized; allowed is 0, or lora.quantize = True"
+        )
+    feedback = config.upload.error_feedback
+    return quantized_upload(quantizer, sites, feedback=feedback, trained=trained)
+
+
+def local_optimizer(settings: TrainingConfig) -> ClientOptimizer:
+    """Returns the optimizer of a client's round, or of the server's own training."""
+    makers = {
+        "sgd": lambda rate: optax.sgd(rate, settings.momentum or None),
+        "adam": optax.adam,
+        "adamw": lambda rate: optax.adamw(
+            rate, eps=ADAMW_EPSILON, weight_decay=settings.weight_decay
+        ),
+    }
+    return scheduled(
+        makers[settings.optimizer],
+        settings.learning_rate,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        accumulate=settings.accumulate,
+        clip_norm=settings.clip_norm,
+    )
+
+
+def server_optimizer(settings: ServerConfig, rounds: int) -> optax.GradientTransformation:
+    """Returns the optimizer of the server; ``rounds`` is how many there are in all."""
+    rate: Any = settings.learning_rate
+    if settings.decay == "linear":
+        rate = optax.linear_schedule(settings.learning_rate, 0.0, max(rounds, 1))
+    makers = {
+        "sgd": lambda: optax.sgd(rate, settings.momentum or None),
+        "adagrad": lambda: optax.adagrad(rate),
+        "adam": lambda: optax.adam(rate),
+        "yogi": lambda: optax.yogi(rate),
+        "lamb": lambda: optax.lamb(rate),
+        "adafactor": lambda: optax.adafactor(rate),
+    }
+    return makers[settings.optimizer]()
+
+
+def root_key(config: Config) -> Key:
+    """Returns the key from which everything in a run is drawn."""
+    return jax.random.key(np.uint32(config.seed))
+
+
+def federation_key(config: Config) -> Key:
+    """Returns the key that `rounds.Federation.init` gets."""
+    return fold_in_name(root_key(config), "federation")
+
+
+def calls_of(finished: int, config: Config) -> list[tuple[int, int]]:
+    """The calls that are left: numbers of rounds that are finished before and after each."""
+    per_call = config.rounds_per_call
+    boundaries = range((finished // per_call + 1) * per_call, config.rounds, per_call)
+    ends = [*boundaries, config.rounds]
+    return list(zip([finished, *ends], ends, strict=False)) if finished < config.rounds else []
