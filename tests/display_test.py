@@ -96,7 +96,7 @@ def test_final_table_in_a_pipe(history):
     assert "proxy 0.4000 0.7000 5 0.6875 2.2000 1.0000 0.5000" in lines
     assert "+- std 0.0100 0.0600 0.2100" in lines
     assert "attacker_10 0.1000 0.8125 20 0.8125 2.4000 0.5000 0.5000" in lines
-    assert "clients' own held-out rows, accuracy at the end mean worst tenth spread" in lines
+    assert "clients' own held-out rows, accuracy mean at end worst tenth spread" in lines
     assert "global 0.2500 0.2500 0.2500" in lines
     assert "never took part" not in text
     assert "down 300 1,000 30.0%" in lines

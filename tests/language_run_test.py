@@ -1,6 +1,7 @@
 """Whole runs of tiny language models on texts, by the command line."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -135,8 +136,12 @@ def test_a_classifier_learns_and_is_exported(bert, tmp_path, capsys):
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_decoder_writes_texts_for_every_view(gpt2, tmp_path, capsys):
     run = tmp_path / "run"
-    assert main([*write(gpt2), f"--workdir={run}"]) == 0
-    assert "texts after the last round" in capsys.readouterr().out
+    options = ["--config.data.held_out_share=0.3", "--config.upload.bits=4"]
+    assert main([*write(gpt2), *options, f"--workdir={run}"]) == 0
+    output = capsys.readouterr().out
+    assert "texts after the last round" in output
+    heads = r"clients' own held-out rows, token_accuracy +mean at end +worst tenth +spread\n"
+    assert re.search(heads, output)
     stored = json.loads((run / "texts.json").read_text())
     views = {"global", "server", "proxy", "attacker_2"}
     assert stored["round"] == 2
@@ -148,9 +153,12 @@ def test_a_decoder_writes_texts_for_every_view(gpt2, tmp_path, capsys):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["texts"] == stored["metrics"]
     assert summary["score"] == "token_accuracy"
+    assert set(summary["clients"]["own"]) == views
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["own/global/perplexity"] > 1
     # They are not written again as long as the round is the same.
     before = (run / "texts.json").stat().st_mtime_ns
-    assert main([*write(gpt2), f"--workdir={run}"]) == 0
+    assert main([*write(gpt2), *options, f"--workdir={run}"]) == 0
     assert (run / "texts.json").stat().st_mtime_ns == before
 
 

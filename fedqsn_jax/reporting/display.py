@@ -167,8 +167,8 @@ class Display:
         titles = {"own": "clients' own held-out rows", "new": "clients that never took part"}
         for group, views in summary["clients"].items():
             table = self._table()
-            table.add_column(f"{titles[group]}, {summary['score']} at the end")
-            for head in ("mean", "worst tenth", "spread"):
+            table.add_column(f"{titles[group]}, {summary['score']}")
+            for head in ("mean at end", "worst tenth", "spread"):
                 table.add_column(head, justify="right", no_wrap=True)
             for view, facts in views.items():
                 values = (_decimal(facts[name]) for name in ("mean", "worst_decile", "spread"))
