@@ -27,6 +27,7 @@ COMMAND = [
     "--config.evaluation.attackers=(2,)",
     "--config.checkpoint.every=4",
     "--config.pretraining.steps=20",
+    "--config.client.steps=5",
     "--config.model.hidden=(32,)",
 ]
 
