@@ -53,7 +53,7 @@ from fedqsn_jax.types import Array, Batch, Key, Params
 
 OWN = [
     "--config.data.length=40",
-    "--config.rounds=8",
+    "--config.rounds=6",
     "--config.client.steps=12",
     "--config.evaluation.every=2",
 ]
@@ -193,7 +193,7 @@ def measure(setting: Setting, seed: int) -> dict[str, float]:
 
     none = float(jax.jit(plain)(full, test)["accuracy"])
     print(f"seed {seed}: full model without prompts {none:.3f}; distillation's loss {loss:.3f}")
-    start = show(evaluate(state, test), test, "  untrained prompts")
+    start = end = show(evaluate(state, test), test, "  untrained prompts")
     show(evaluate(state, some), some)
     while (left := config.rounds - int(state.round)) > 0:
         count = min(left, config.evaluation.every)
@@ -237,7 +237,7 @@ def main() -> None:
     )
     parser.add_argument("--distillation-steps", type=int, default=100)
     parser.add_argument("--distillation-rate", type=float, default=5e-4)
-    parser.add_argument("--prompt-rate", type=float, default=0.003)
+    parser.add_argument("--prompt-rate", type=float, default=0.01)
     parser.add_argument("--auxiliary-rate", type=float, default=1e-4)
     parser.add_argument(
         "--auxiliary-share", type=float, default=0.5, help="of a client's steps; the rest: prompts"
