@@ -273,8 +273,8 @@ def make_fedsp(
       batch_size: Rows a step.
       steps: Local steps; 0 means ``epochs``.
       epochs: Passes over the client's rows, where ``steps`` is 0.
-      trained: The tensors that clients train, ``prompts`` among them; None: all. Without the
-        auxiliary model's embeddings a step is about half as dear.
+      trained: The tensors that clients train, ``prompts`` among them; None: all. The others have
+        no gradients and no optimizer's state, which for embeddings are large.
       client_axis: How the cohort is run; by default one client after the other.
       evaluation_batch_size: Rows at a time in evaluation.
     """
