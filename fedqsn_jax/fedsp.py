@@ -31,6 +31,7 @@ from fedqsn_jax.models.transformer import Execution
 from fedqsn_jax.proxy import whole_proxy
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.tasks import Task
+from fedqsn_jax.trainable import Selection
 from fedqsn_jax.types import Array, Batch, Key, Params
 
 PromptedApply = Callable[[Params, Array | None, Batch, Key | None], tuple[Array, Array]]
@@ -255,6 +256,7 @@ def make_fedsp(
     batch_size: int,
     steps: int = 0,
     epochs: int = 1,
+    trained: Selection = None,
     client_axis: ClientAxis | None = None,
     evaluation_batch_size: int = 512,
 ) -> FedSP:
@@ -271,6 +273,8 @@ def make_fedsp(
       batch_size: Rows a step.
       steps: Local steps; 0 means ``epochs``.
       epochs: Passes over the client's rows, where ``steps`` is 0.
+      trained: The tensors that clients train, ``prompts`` among them; None: all. The others have
+        no gradients and no optimizer's state, which for embeddings are large.
       client_axis: How the cohort is run; by default one client after the other.
       evaluation_batch_size: Rows at a time in evaluation.
     """
@@ -282,7 +286,7 @@ def make_fedsp(
         return full_apply(params[_MODEL], params[_PROMPTS], batch, key)[0]
 
     update = make_client_update(
-        local_apply, task, optimizer, batch_size, steps=steps, epochs=epochs
+        local_apply, task, optimizer, batch_size, steps=steps, epochs=epochs, trained=trained
     )
     views = {
         "global": make_evaluator(global_apply, task, evaluation_batch_size),

@@ -180,3 +180,28 @@ def test_the_server_averages_prompts_that_clients_trained(full, auxiliary, promp
     assert set(metrics) == {f"{v}/{m}" for v in ("global", "proxy") for m in ("accuracy", "loss")}
     with pytest.raises(ValueError, match=r"^auxiliary_share = 2: allowed is 0 to 1$"):
         alternating(optax.sgd(0.1), optax.sgd(0.1), 2)
+
+
+def test_frozen_tensors_change_the_cost_and_not_the_prompts(full, auxiliary, prompts):
+    """With no step for the auxiliary model it is the same whether it could be trained."""
+    config, small = auxiliary
+    data = from_clients([rows(6, 10), rows(4, 11)])
+
+    def after(trained):
+        method = make_fedsp(
+            prompted_encoder(CONFIG),
+            prompted_encoder(config),
+            sequence_classification(),
+            alternating(optax.adam(0.1), optax.adam(0.1), auxiliary_share=0),
+            make_aggregator((), optax.sgd(1.0)),
+            population=2,
+            cohort=2,
+            batch_size=4,
+            steps=3,
+            trained=trained,
+        )
+        return jit(method.round)(method.init(KEY, full, small, prompts), data)[0].prompts
+
+    free, frozen = after(None), after(frozenset({"prompts"}))
+    np.testing.assert_allclose(frozen, free, rtol=1e-4, atol=1e-6)
+    assert np.abs(frozen - prompts).max() > 0.01
