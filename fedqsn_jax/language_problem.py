@@ -110,6 +110,11 @@ def _check_fit(config: Config, model: LanguageConfig, kind: TextFormat) -> None:
             f"data.task = {task!r} is classification; model.pretrained = {source!r} is a "
             f"{model.family}, which has no classifier; allowed are bert, roberta"
         )
+    if config.client.label_smoothing and not kind.generates:
+        raise ConfigError(
+            f"client.label_smoothing = {config.client.label_smoothing}: data.task = {task!r} is "
+            f"classification, only completions are smoothed; allowed is 0"
+        )
     if config.generation.prompts and not kind.generates:
         raise ConfigError(
             f"generation.prompts = {config.generation.prompts}: data.task = {task!r} is "

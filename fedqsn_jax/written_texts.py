@@ -46,7 +46,7 @@ def write_texts(
     federation, transform = simulation.federation, simulation.algorithm.transform
     views = view_params(
         state.params,
-        federation.prepare(state),
+        jax.jit(federation.prepare)(state),
         lambda key, prepared: transform.apply(key, state.transform_state, prepared),
         federation.proxy_keys(state)[: simulation.config.generation.proxy_samples],
         state.attackers,

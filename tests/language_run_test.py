@@ -176,6 +176,10 @@ MISTAKES = {
         "is a bert, which cannot; allowed are gpt2",
     ),
     "classes are not written": (["--config.generation.prompts=3"], "generation.prompts = 3"),
+    "classes are not smoothed": (
+        ["--config.client.label_smoothing=0.1"],
+        "client.label_smoothing = 0.1: data.task = 'sst2' is classification",
+    ),
     "too many rows": (["--config.data.train_rows=41"], "data.train_rows = 41: allowed is at most"),
     "too long": (["--config.data.length=17"], "data.length = 17: allowed are 3 to 16"),
     "flag": (["--config.data.truncate=3"], "data.truncate"),

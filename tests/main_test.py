@@ -46,6 +46,10 @@ MISTAKES = {
     "data set": (["--config.data.name=imagenet"], "data.name = 'imagenet': allowed are digits"),
     "model": (["--config.model.name=gpt"], "model.name = 'gpt': allowed are mlp, cnn"),
     "misfit": (["--config.model.name=cnn"], "model.name = 'cnn' does not fit data.name = 'digits'"),
+    "smoothing": (
+        ["--config.client.label_smoothing=0.1"],
+        "client.label_smoothing = 0.1: only completions of texts are smoothed",
+    ),
     "type": (["--config.rounds=many"], "rounds = 'many': allowed is a value of type int"),
     "fraction": (["--config.rounds=1.5"], "rounds = 1.5: allowed is a value of type int"),
     "no value": (["--config.rounds"], "--config.rounds: a value is missing"),
