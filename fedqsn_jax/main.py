@@ -71,9 +71,20 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _run(
-    config: "Config", options: argparse.Namespace, leave: Callable[[], None] = lambda: None
+    config: "Config",
+    options: argparse.Namespace,
+    leave: Callable[[], None] = lambda: None,
+    suspect: Callable[[BaseException], None] = lambda error: None,
 ) -> int:
-    """Runs; ``leave`` is called at an end that all processes come to."""
+    """Runs.
+
+    Args:
+      config: The configuration.
+      options: The command line's other options.
+      leave: Is called at an end that all processes come to.
+      suspect: Is called with an error that a process that is gone may have caused, before it is
+        told.
+    """
     # Only now, so that mistakes are answered without waiting for JAX.
     from fedqsn_jax import experiment, processes
     from fedqsn_jax.checkpoint import CheckpointError
@@ -93,6 +104,8 @@ def _run(
         leave()
         return _refuse(error)
     except CheckpointError as error:
+        if error.__cause__ is not None:
+            suspect(error.__cause__)
         return _refuse(error)
     except KeyboardInterrupt:
         print("fedqsn_jax: interrupted; the same command goes on", file=sys.stderr)
@@ -118,15 +131,19 @@ def _run_among(several: "processes.Settings", config: "Config", options: argpars
         left = True
         processes.leave(lifeline)
 
+    def suspect(error: BaseException) -> None:
+        # Where a process is gone, a collective operation of the others fails, in a round or while
+        # a checkpoint is written. Of that the lifeline tells, and ends this process meanwhile.
+        if not isinstance(error, OSError):
+            time.sleep(SILENCE_SECONDS + 5)
+
     try:
-        code = _run(config, options, leave)
+        code = _run(config, options, leave, suspect)
     except Exception as error:
         import jax
 
         if isinstance(error, jax.errors.JaxRuntimeError):
-            # So a collective operation fails where a process is gone. Of that the lifeline tells,
-            # and ends this process meanwhile.
-            time.sleep(SILENCE_SECONDS + 5)
+            suspect(error)
         traceback.print_exc()
         code = 1
     if not left:

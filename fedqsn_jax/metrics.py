@@ -34,4 +34,5 @@ def make_evaluator(apply_fn: ApplyFn, task: Task, batch_size: int) -> Evaluator:
         sums = jax.lax.map(statistics, positions)
         return task.summarize({name: each.sum(axis=0) for name, each in sums.items()})
 
-    return evaluate
+    # Inlined: several views are evaluated, and the model is traced once.
+    return jax.jit(evaluate, inline=True)

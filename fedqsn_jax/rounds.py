@@ -382,11 +382,15 @@ def make_rounds(
       ``rounds_per_call`` ahead); ``last`` is the number of the run's last round.
     """
 
+    # Inlined, so that they are traced once for their shapes and for the program.
+    run_round = jax.jit(federation.round, inline=True)
+    evaluate = jax.jit(federation.evaluate, inline=True)
+
     def run(
         state: ServerState, data: ClientData, rows: Batch | HeldOut, stop: Array, last: Array
     ) -> tuple[ServerState, CallResult]:
-        _, fact_shapes = jax.eval_shape(federation.round, state, data)
-        metric_shapes = jax.eval_shape(federation.evaluate, state, rows)
+        _, fact_shapes = jax.eval_shape(run_round, state, data)
+        metric_shapes = jax.eval_shape(evaluate, state, rows)
         no_metrics = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), metric_shapes)
 
         def buffer(shape: jax.ShapeDtypeStruct) -> Array:
@@ -400,11 +404,11 @@ def make_rounds(
 
         def body(index: Array, carry: tuple) -> tuple:
             state, result = carry
-            state, facts = federation.round(state, data)
+            state, facts = run_round(state, data)
             due = (state.round % evaluate_every == 0) | (state.round == last)
             metrics = jax.lax.cond(
                 due,
-                lambda: federation.evaluate(state, rows),
+                lambda: evaluate(state, rows),
                 lambda: no_metrics,
             )
             values = CallResult(facts, metrics, due)

@@ -14,6 +14,7 @@ import pytest
 
 from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.config import ConfigError
+from fedqsn_jax.main import main
 from fedqsn_jax.processes import Settings, read_settings
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def wait_until(happened, processes: list[subprocess.Popen]) -> None:
         time.sleep(0.05)
 
 
-def test_two_processes_are_one_run_that_another_number_of_devices_goes_on_with(tmp_path):
+def test_two_processes_are_one_run_that_another_number_of_devices_goes_on_with(tmp_path, capsys):
     """Also: one writer; a SIGTERM that one of them gets stops both at the same boundary."""
     one, two = tmp_path / "one", tmp_path / "two"
     processes = start_two(two, "--config.rounds=100000")
@@ -100,8 +101,7 @@ def test_two_processes_are_one_run_that_another_number_of_devices_goes_on_with(t
     stopped = ours[-1]["round"]
     assert (two / "checkpoints" / str(stopped)).is_dir()
 
-    ((code, _, error),) = ends([start(one, 8, "--config.rounds=4")])
-    assert code == 0, error
+    assert main([*RUN, f"--workdir={one}", "--config.rounds=4"]) == 0
     theirs = metrics(one)
     assert [entry["round"] for entry in theirs] == [0, 2, 4]
     for a, b in zip(ours, theirs, strict=False):
@@ -112,9 +112,9 @@ def test_two_processes_are_one_run_that_another_number_of_devices_goes_on_with(t
     # A run may only grow: what it was to be at first is put right before it goes on.
     file = two / "config.json"
     file.write_text(file.read_text().replace("100000", str(stopped)))
-    ((code, output, error),) = ends([start(two, 1, f"--config.rounds={stopped + 2}")])
-    assert code == 0, error
-    assert f"resumed after round {stopped}" in output
+    capsys.readouterr()
+    assert main([*RUN, f"--workdir={two}", f"--config.rounds={stopped + 2}"]) == 0
+    assert f"resumed after round {stopped}" in capsys.readouterr().out
     assert metrics(two)[:-1] == ours
     assert metrics(two)[-1]["round"] == stopped + 2
 

@@ -1,5 +1,6 @@
 """ResNet-18: its size, its layers against Flax's own, its mask sites."""
 
+import functools
 import math
 
 import jax
@@ -80,41 +81,35 @@ def test_size_is_the_known_one(classes, stem, size, count):
     assert sum(leaf.size for leaf in leaves) == count
 
 
-@pytest.mark.parametrize(("stem", "size"), [("cifar", (8, 8)), ("imagenet", (32, 27))])
-def test_network_equals_flaxs_own_layers_with_gradients(stem, size):
-    module = ResNet18(CLASSES, WIDTH, stem)
-    params = random_params(module)
-    images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
-    apply_fn = linen_apply(module)
+def outputs_and_gradient(function):
+    def loss(params, images):
+        outputs = function(params, images)
+        return (outputs**2).sum(), outputs
 
-    def outputs_and_gradient(function):
-        def loss(params):
-            outputs = function(params)
-            return (outputs**2).sum(), outputs
-
-        return jax.jit(jax.grad(loss, has_aux=True))(params)
-
-    close(
-        outputs_and_gradient(lambda params: apply_fn(params, {"image": images}, None)),
-        outputs_and_gradient(lambda params: native(params, images, stem)),
-        1e-4,
-    )
+    return jax.grad(loss, has_aux=True)
 
 
-def test_stacked_clients_equal_single_ones():
-    module = ResNet18(CLASSES, WIDTH, dropout=0.5)
-    params = random_params(module, 2)
-    images = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 2, 8, 8, 3)), jnp.float32)
-    keys = jax.random.split(jax.random.key(1), 2)
-    apply_fn = linen_apply(module)
+def own_and_native(stem):
+    apply_fn = linen_apply(ResNet18(CLASSES, WIDTH, stem))
+    native_stem = functools.partial(native, stem=stem)
+    own = outputs_and_gradient(lambda params, images: apply_fn(params, {"image": images}, None))
+    return own, jax.jit(outputs_and_gradient(native_stem))
 
-    def step(params, images, key):
-        return jax.grad(lambda p: (apply_fn(p, {"image": images}, key) ** 2).sum())(params)
 
-    one = jax.jit(step)
-    alone = [one(jax.tree.map(lambda a, k=k: a[k], params), images[k], keys[k]) for k in (0, 1)]
-    stacked = jax.jit(jax.vmap(step))(params, images, keys)
-    close(stacked, jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone), 1e-4)
+def test_network_equals_flaxs_own_layers_with_gradients():
+    params = random_params(ResNet18(CLASSES, WIDTH, "imagenet"))
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 27, 3), dtype=np.uint8)
+    own, expected = own_and_native("imagenet")
+    close(jax.jit(own)(params, images), expected(params, images), 1e-4)
+
+
+def test_stacked_clients_equal_flaxs_own_layers_on_each():
+    params = random_params(ResNet18(CLASSES, WIDTH), 2)
+    images = np.random.default_rng(0).integers(0, 256, (2, 2, 8, 8, 3), dtype=np.uint8)
+    own, expected = own_and_native("cifar")
+    each = [expected(jax.tree.map(lambda a, k=k: a[k], params), images[k]) for k in (0, 1)]
+    stacked = jax.jit(jax.vmap(own))(params, images)
+    close(stacked, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), 1e-4)
 
 
 def test_every_convolution_is_a_site_and_the_head_is_not():
