@@ -1,5 +1,7 @@
 """Cohorts, and the ways to run them: each client once, with its own number of steps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,14 @@ def counting_work(ids):
     return ClientWork(start, step, finish)
 
 
+IDS = jnp.int32([4, 9, 2, 7, 0, 5, 1])
+
+
+@functools.cache
+def counting_sum(axis):
+    return fast(lambda steps: sum_over_clients(counting_work(IDS), jnp.float32(100), steps, axis))
+
+
 @pytest.mark.parametrize(
     "axis",
     [ClientAxis(1), *(ClientAxis(chunk, refills) for chunk in (2, 3, 7) for refills in (0, 1))],
@@ -128,29 +138,25 @@ def counting_work(ids):
     "steps", [(3, 0, 8, 1, 8, 2, 0), (4,) * 7, (0,) * 7, (0, 0, 0, 9, 0, 0, 0)], ids=str
 )
 def test_each_client_is_counted_once_with_its_own_steps(axis, steps):
-    ids = jnp.int32([4, 9, 2, 7, 0, 5, 1])
-    run = fast(lambda steps: sum_over_clients(work, jnp.float32(100), steps, axis))
-    work = counting_work(ids)
-    total, kept = run(jnp.int32(steps))
+    total, kept = counting_sum(axis)(jnp.int32(steps))
     expected = np.zeros(10, int)
-    expected[np.asarray(ids)] = steps
+    expected[np.asarray(IDS)] = steps
     np.testing.assert_array_equal(total["steps"], expected)
     np.testing.assert_array_equal(total["seen"], expected > 0)
     np.testing.assert_array_equal(kept["steps"], steps)
-    np.testing.assert_array_equal(kept["id"], np.where(np.array(steps) > 0, ids, 0))
+    np.testing.assert_array_equal(kept["id"], np.where(np.array(steps) > 0, IDS, 0))
     assert float(total["sum"]) == 100 * np.count_nonzero(steps) + sum(steps)
 
 
 @pytest.mark.parametrize("chunk", [2, 5, 7])
 def test_equal_steps_may_be_said_beforehand(chunk):
     """The same sums, also with clients without rows."""
-    ids, steps = jnp.int32([4, 9, 2, 7, 0, 5, 1]), jnp.int32([4, 4, 0, 4, 4, 0, 4])
-    axis = ClientAxis(chunk, steps=4)
-    total, kept = fast(lambda: sum_over_clients(counting_work(ids), jnp.float32(9), steps, axis))()
+    steps = jnp.int32([4, 4, 0, 4, 4, 0, 4])
+    total, kept = counting_sum(ClientAxis(chunk, steps=4))(steps)
     expected = np.zeros(10, int)
-    expected[np.asarray(ids)] = steps
+    expected[np.asarray(IDS)] = steps
     np.testing.assert_array_equal(total["steps"], expected)
-    assert float(total["sum"]) == 9 * 5 + 4 * 5
+    assert float(total["sum"]) == 100 * 5 + 4 * 5
     np.testing.assert_array_equal(kept["steps"], steps)
 
 

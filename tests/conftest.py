@@ -37,15 +37,6 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-@pytest.fixture
-def full_optimization() -> Iterator[None]:
-    """For tests of last bits, which less effort may leave to chance: XLA optimizes as for users."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="session")
 def model() -> Model:
     """An MLP with two hidden layers (the sites) and a head (no site); pure functions only."""

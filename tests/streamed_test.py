@@ -90,7 +90,6 @@ def test_the_capacity_is_the_largest_calls(data):
     assert capacity_for(host, []) == Capacity(1, 1)
 
 
-@pytest.mark.usefixtures("full_optimization")
 def test_streamed_runs_are_resident_runs_bit_for_bit(data, model, simulations, monkeypatch):
     host, runs = on_host(data), {}
     sent = []
