@@ -152,13 +152,17 @@ def _is_finished(
     return int(restored[0].round) == config.rounds and processes.any_of(summarized)
 
 
-def prepare(config: Config) -> Experiment:
+def prepare(config: Config, problem: Problem | None = None) -> Experiment:
     """Loads the data, initializes the model and composes the method; writes nothing.
+
+    Args:
+      config: What to run.
+      problem: What `load_problem` returned for it, if that was called.
 
     Raises:
       ConfigError: The configuration is not possible.
     """
-    problem = _load_problem(config)
+    problem = problem or load_problem(config)
     simulation = make_simulation(
         config,
         problem.apply_fn,
@@ -175,7 +179,12 @@ def prepare(config: Config) -> Experiment:
     return Experiment(config, problem._replace(splits=splits), simulation)
 
 
-def _load_problem(config: Config) -> Problem:
+def load_problem(config: Config) -> Problem:
+    """Loads the data and initializes the model, or reads its pre-trained weights.
+
+    Raises:
+      ConfigError: One of them is absent or damaged, or they do not fit each other.
+    """
     if config.model.name != LANGUAGE:
         return load_image_problem(config)
     # Only here: images do without what texts need, which takes a second to import.

@@ -5,7 +5,7 @@
     --sweep=configs/sweeps/mnist_5000.py --workdir=runs/mnist_5000
 
 Every pair of p1 and p2 out of 0, .2, .4, with values sent as they are and in codes of 4 and 2 bits.
-Of the 4,000 rows for training the server has 500 and pre-trains on them; 20 clients have the rest,
+Of the 4,000 rows for training the server has 200 and pre-trains on them; 20 clients have the rest,
 by Dirichlet(0.5) label skew. The 1,000 others are for testing. What it gave is in the README.
 """
 
@@ -19,11 +19,14 @@ def get_sweep():
         "seed": [0, 1, 2],
         "rounds": [20],
         "evaluation.every": [20],
-        "data.private_rows": [500],
+        "data.private_rows": [200],
         "data.clients": [20],
         "model.channels": [(8, 16)],
         "model.dense": [64],
+        "pretraining.steps": [300],
         "client.steps": [10],
+        "client.batch_size": [20],
+        "evaluation.proxy_samples": [4],
     }
     hidden = [p for p in PROBABILITIES if p]
     masks = [
