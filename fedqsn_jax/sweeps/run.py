@@ -1,13 +1,15 @@
 """A sweep: its points, program by program, each kept as soon as it is finished."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from fedqsn_jax.config import Config, ConfigError
 from fedqsn_jax.experiment import Experiment
 from fedqsn_jax.memory import answer_out_of_memory
+from fedqsn_jax.reporting.estimates import Setting
 from fedqsn_jax.reporting.sweep_display import SweepDisplay
 from fedqsn_jax.running import Entry
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point, described, program_of
@@ -75,19 +77,25 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
         display.start(len(plan.points), len(missing), len(groups), plan.repeated, str(directory))
         total = sum(point.config.rounds for point in plan.points)
         done = total - sum(point.config.rounds for point in missing)
-        with display.sweep_progress(total, done, len(plan.points), len(records)) as progress:
-            for points in by_program(missing):
-                for batch, rounds, entries in _run_program(points, at_once, sources):
-                    if entries is None:
-                        progress.update(done + rounds)
-                        continue
-                    new = [record_of(*pair) for pair in zip(batch, entries, strict=True)]
-                    files.append(new)
-                    records += new
-                    done += rounds
-                    for record in new:
-                        progress.update(done, len(records), record)
-        _report(plan, files, records, display)
+        try:
+            with display.sweep_progress(total, done, len(plan.points), len(records)) as progress:
+                for points in by_program(missing):
+                    for batch, rounds, entries in _run_program(points, at_once, sources):
+                        if entries is None:
+                            progress.update(done + rounds)
+                            continue
+                        new = [record_of(*pair) for pair in zip(batch, entries, strict=True)]
+                        files.append(new)
+                        records += new
+                        done += rounds
+                        for record in new:
+                            progress.update(done, len(records), record)
+        finally:
+            # Also of what an interruption leaves.
+            settings = over_seeds(records, _order(plan))
+            if settings:
+                files.write_tables(records, settings)
+        _report(files, settings, display)
 
 
 def by_program(points: Sequence[Point]) -> list[list[Point]]:
@@ -109,9 +117,10 @@ def _run_program(
     """
     experiment = _prepare(points[0], sources)
     program = Program(experiment)
-    count = at_once or settings_at_once(
+    auto = settings_at_once(
         program.simulation, experiment.problem, len(points), jax.default_backend()
     )
+    count = min(at_once or auto, len(points))
     starts: dict[int, Start] = {}
     for first in range(0, len(points), count):
         batch = points[first : first + count]
@@ -152,15 +161,15 @@ def _run_batch(
     yield batch, configs[0].rounds * len(batch), metrics
 
 
-def _report(
-    plan: Plan, files: SweepDirectory, records: list[Record], display: SweepDisplay
-) -> None:
-    """Writes the tables and pictures, and shows the table."""
+def _order(plan: Plan) -> list[Mapping[str, Any]]:
+    """The settings, each once."""
+    return list({identity(point.settings, 0): point.settings for point in plan.points}.values())
+
+
+def _report(files: SweepDirectory, settings: Sequence[Setting], display: SweepDisplay) -> None:
+    """Draws the pictures, and shows the table."""
     from fedqsn_jax.reporting import trade_off  # Slow to import, and only needed at the end.
 
-    order = list({identity(point.settings, 0): point.settings for point in plan.points}.values())
-    settings = over_seeds(records, order)
-    files.write_tables(records, settings)
     display.table(settings)
     trade_off.draw(settings, files.attacker_picture, "attacker")
     trade_off.draw(settings, files.proxy_picture, "proxy")

@@ -107,20 +107,20 @@ class Sources:
 
 def _loaded_by(config: Config) -> Config:
     """The configuration with all that plays no part in data and model at defaults."""
-    defaults, client = Config(), config.client
-    own = {
-        "seed": config.seed,
-        "data": config.data,
-        "model": config.model,
-        "generation": config.generation,
-        "pretraining": PretrainingConfig(dropout=config.pretraining.dropout),
-        "client": ClientConfig(
+    client = config.client
+    return dataclasses.replace(
+        Config(),
+        seed=config.seed,
+        data=config.data,
+        model=config.model,
+        generation=config.generation,
+        pretraining=PretrainingConfig(dropout=config.pretraining.dropout),
+        client=ClientConfig(
             dropout=client.dropout,
             compute_dtype=client.compute_dtype,
             label_smoothing=client.label_smoothing,
         ),
-    }
-    return dataclasses.replace(defaults, **own)
+    )
 
 
 def _trained_by(config: Config) -> Config:
