@@ -172,6 +172,8 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on(at_once, tmp_path, ca
     before = files.records.read_text()
     kept = before.count("\n")
     assert kept == max(2, at_once)
+    with files.points.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == kept
     # As a process that was killed while it wrote would leave it.
     files.records.write_text(before + '{"settings": {"p1"')
 

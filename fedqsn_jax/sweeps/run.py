@@ -91,7 +91,8 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
                         for record in new:
                             progress.update(done, len(records), record)
         finally:
-            # Also of what an interruption leaves.
+            # Also of what an interruption leaves, wherever it came.
+            records = files.read()
             settings = over_seeds(records, _order(plan))
             if settings:
                 files.write_tables(records, settings)
