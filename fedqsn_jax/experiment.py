@@ -30,6 +30,7 @@ from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
 from fedqsn_jax.rounds import ServerState
 from fedqsn_jax.running import Entry, first_entry, initial_state, place, run_rounds
 from fedqsn_jax.simulation import Simulation, make_simulation
+from fedqsn_jax.unused import ignored_settings
 from fedqsn_jax.workdir import WorkDirectory
 from fedqsn_jax.written_texts import passes, write_texts
 
@@ -347,6 +348,8 @@ def _show(experiment: Experiment, display: Display) -> None:
             f"{config.algorithm} with these settings does not keep what this package promises "
             f"elsewhere: {told}"
         )
+    for line in ignored_settings(config):
+        display.warning(line)
     for note in experiment.problem.notes:
         display.message(note)
     display.overview(tensor_rows(simulation, experiment.problem.params), _costs(experiment))

@@ -146,8 +146,8 @@ class SweepDisplay(Display):
     def _say_repeated(self, repeated: int) -> None:
         if repeated:
             self.message(
-                f"{repeated} combinations left out: they differ from others only in what their "
-                f"algorithm does not use"
+                f"{repeated} combinations left out: they differ from others only in what they do "
+                f"not use"
             )
 
     def _estimate(self, value: Estimate | None, interval: bool) -> str:
