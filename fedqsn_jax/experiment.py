@@ -30,6 +30,7 @@ from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
 from fedqsn_jax.rounds import ServerState
 from fedqsn_jax.running import Entry, first_entry, initial_state, place, run_rounds
 from fedqsn_jax.simulation import Simulation, make_simulation
+from fedqsn_jax.unused import ignored_settings
 from fedqsn_jax.workdir import WorkDirectory
 from fedqsn_jax.written_texts import passes, write_texts
 
@@ -152,13 +153,17 @@ def _is_finished(
     return int(restored[0].round) == config.rounds and processes.any_of(summarized)
 
 
-def prepare(config: Config) -> Experiment:
+def prepare(config: Config, problem: Problem | None = None) -> Experiment:
     """Loads the data, initializes the model and composes the method; writes nothing.
+
+    Args:
+      config: What to run.
+      problem: What `load_problem` returned for it, if that was called.
 
     Raises:
       ConfigError: The configuration is not possible.
     """
-    problem = _load_problem(config)
+    problem = problem or load_problem(config)
     simulation = make_simulation(
         config,
         problem.apply_fn,
@@ -175,7 +180,12 @@ def prepare(config: Config) -> Experiment:
     return Experiment(config, problem._replace(splits=splits), simulation)
 
 
-def _load_problem(config: Config) -> Problem:
+def load_problem(config: Config) -> Problem:
+    """Loads the data and initializes the model, or reads its pre-trained weights.
+
+    Raises:
+      ConfigError: One of them is absent or damaged, or they do not fit each other.
+    """
     if config.model.name != LANGUAGE:
         return load_image_problem(config)
     # Only here: images do without what texts need, which takes a second to import.
@@ -338,6 +348,8 @@ def _show(experiment: Experiment, display: Display) -> None:
             f"{config.algorithm} with these settings does not keep what this package promises "
             f"elsewhere: {told}"
         )
+    for line in ignored_settings(config):
+        display.warning(line)
     for note in experiment.problem.notes:
         display.message(note)
     display.overview(tensor_rows(simulation, experiment.problem.params), _costs(experiment))

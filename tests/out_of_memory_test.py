@@ -17,6 +17,8 @@ def test_running_out_of_memory_names_the_setting():
         fail(32, outcome=lambda: "ok")
     with pytest.raises(OutOfMemoryError, match=r"client\.batch_size = 32.*'host'$"):
         fail(1)
+    with pytest.raises(OutOfMemoryError, match=r"^--at_once=6: .* try 3$"):
+        fail(32, points=6)
 
 
 def test_other_errors_pass():

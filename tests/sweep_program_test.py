@@ -19,6 +19,7 @@ from fedqsn_jax.proxy import chain, client_mask, effective_params, server_mask, 
 from fedqsn_jax.sweeps.grid import program_of
 from fedqsn_jax.sweeps.program import Program, settings_at_once
 from fedqsn_jax.sweeps.results import SweepDirectory
+from fedqsn_jax.sweeps.sources import Sources
 
 BASE = read_config(CONFIG[0].removeprefix("--config="), CONFIG[1:])
 VALUES = (
@@ -42,7 +43,8 @@ def test_a_point_is_the_same_side_by_side_in_turn_and_alone(tmp_path):
     assert len({program_of(config) for config in POINTS}) == 1
     experiments = [prepare(config) for config in POINTS]
     program = Program(experiments[0])
-    starts = [program.start(experiment) for experiment in experiments]
+    sources = Sources()
+    starts = [sources.start(experiment) for experiment in experiments]
     for _, state, entries in program.run_all(POINTS, starts):
         params, side_by_side = state.params, entries
 
@@ -88,7 +90,8 @@ def test_seeds_that_hold_out_other_numbers_of_rows_are_side_by_side():
     rows = {one.held_out.clients["own"].examples["label"].shape for one in experiments}
     assert len(rows) == 2
     program = Program(experiments[0])
-    starts = [program.start(experiment) for experiment in experiments]
+    sources = Sources()
+    starts = [sources.start(experiment) for experiment in experiments]
     for _, _, entries in program.run_all(configs, starts):
         side_by_side = entries
     for config, start, found in zip(configs, starts, side_by_side, strict=True):
@@ -154,12 +157,13 @@ def assert_same_step(make_optimizer):
 
 def test_how_many_points_are_side_by_side():
     ready = prepare(BASE)
-    simulation, data = ready.simulation, ready.problem.splits.clients
-    assert settings_at_once(simulation, data, 48, "cpu") == 1
-    assert settings_at_once(simulation, data, 48, "gpu") == 48
+    simulation, problem = ready.simulation, ready.problem
+    assert settings_at_once(simulation, problem, 48, "cpu") == 1
+    assert settings_at_once(simulation, problem, 48, "gpu") == 48
     large = simulation._replace(memory={"all": 2**62})
-    assert settings_at_once(large, data, 48, "gpu") == 1
+    assert settings_at_once(large, problem, 48, "gpu") == 1
     busy = simulation._replace(choice=dataclasses.replace(simulation.choice, step_bytes=2**30))
-    assert settings_at_once(busy, data, 48, "gpu") == 2
+    assert settings_at_once(busy, problem, 48, "gpu") == 2
     on_host = HostData({"label": np.zeros(3, np.int32)}, np.array([0, 1, 3]))
-    assert settings_at_once(simulation, on_host, 48, "gpu") == 1
+    splits = problem.splits._replace(clients=on_host)
+    assert settings_at_once(simulation, problem._replace(splits=splits), 48, "gpu") == 1

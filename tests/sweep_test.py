@@ -14,6 +14,7 @@ from fedqsn_jax.sweep import main
 from fedqsn_jax.sweeps import run
 from fedqsn_jax.sweeps.grid import make_plan, read_grids
 from fedqsn_jax.sweeps.results import SweepDirectory
+from fedqsn_jax.sweeps.sources import Sources
 
 GRID = {"algorithm": ["fedsn"], "p1": [0.0, 0.3], "p2": [0.2], "seed": [0, 1]}
 
@@ -127,9 +128,6 @@ class FakeProgram:
     def __init__(self, experiment):
         self.simulation = experiment.simulation
 
-    def start(self, experiment):
-        return SimpleNamespace(score=0.5)
-
     def run_one(self, config, start):
         for finished in (2, config.rounds):
             yield finished, None, fake_entry(config, finished)
@@ -137,6 +135,13 @@ class FakeProgram:
     def run_all(self, configs, starts):
         for finished in (2, configs[0].rounds):
             yield finished, None, [fake_entry(config, finished) for config in configs]
+
+
+class FakeSources(Sources):
+    """Without the server's own training."""
+
+    def start(self, experiment):
+        return SimpleNamespace(score=0.5)
 
 
 def fake_entry(config, finished):
@@ -148,6 +153,7 @@ def fake_entry(config, finished):
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_an_interrupted_sweep_keeps_its_points_and_goes_on(at_once, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "Program", FakeProgram)
+    monkeypatch.setattr(run, "Sources", FakeSources)
     directory = tmp_path / "sweep"
     arguments = [*CONFIG, sweep_file(tmp_path, GRID), f"--workdir={directory}"]
     arguments.append(f"--at_once={at_once}")
@@ -166,6 +172,8 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on(at_once, tmp_path, ca
     before = files.records.read_text()
     kept = before.count("\n")
     assert kept == max(2, at_once)
+    with files.points.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == kept
     # As a process that was killed while it wrote would leave it.
     files.records.write_text(before + '{"settings": {"p1"')
 

@@ -105,6 +105,16 @@ def test_the_table_fits_80_columns_and_is_plain_in_a_pipe():
     assert max(map(len, text.getvalue().splitlines()[3:-1])) <= 60
     assert "+-" not in text.getvalue()
 
+    # Fields that do not fit beside each other share a column.
+    text = io.StringIO()
+    SweepDisplay(Console(file=text, width=54)).table(some_settings())
+    table = text.getvalue().splitlines()[3:-1]
+    assert max(map(len, table)) <= 54
+    assert [line.split() for line in table[2:4]] == [
+        ["algorithm=fedavg", "0.970", "0.970", "0.970", "39.6"],
+        ["p1=0.0", "*"],
+    ]
+
 
 def test_progress_in_a_pipe_and_in_a_terminal():
     record = {

@@ -100,15 +100,25 @@ class SweepDisplay(Display):
         table = self._settings_table(settings, score, attacker, intervals=True)
         if self._natural_width(table) > self._console.width:
             table = self._settings_table(settings, score, attacker, intervals=False)
+        if self._natural_width(table) > self._console.width:
+            table = self._settings_table(settings, score, attacker, intervals=False, apart=False)
         self._print_table(table)
         self.message(f"* no other setting is better for global and worse for {attacker}")
 
     def _settings_table(
-        self, settings: Sequence[Setting], score: str, attacker: str, intervals: bool
+        self,
+        settings: Sequence[Setting],
+        score: str,
+        attacker: str,
+        intervals: bool,
+        apart: bool = True,
     ) -> Table:
+        """A row a setting; ``apart``: each field in a column of its own, or all fields in one."""
         views = ("global", "proxy", attacker)
         table = self._table()
-        for field in settings[0].settings:
+        if not apart:
+            table.add_column("setting", overflow="fold")
+        for field in settings[0].settings if apart else ():
             values = [each.settings[field] for each in settings]
             numbers = all(isinstance(value, int | float | None) for value in values)
             head = field.rpartition(".")[2]
@@ -117,7 +127,11 @@ class SweepDisplay(Display):
             table.add_column(view, justify="right", no_wrap=True)
         front = pareto_front([_pair(setting, attacker, score) for setting in settings])
         for index, setting in enumerate(settings):
-            cells = ["-" if value is None else str(value) for value in setting.settings.values()]
+            if apart:
+                own = setting.settings.values()
+                cells = ["-" if value is None else str(value) for value in own]
+            else:
+                cells = [_described(setting.settings)]
             estimates = [setting.metrics.get(f"{view}/{score}") for view in views]
             cells += [self._estimate(each, intervals) for each in estimates]
             cells.append(f"{setting.metrics['bytes/down_per_client'].mean / 1000:,.1f}")
@@ -132,8 +146,8 @@ class SweepDisplay(Display):
     def _say_repeated(self, repeated: int) -> None:
         if repeated:
             self.message(
-                f"{repeated} combinations left out: they differ from others only in what their "
-                f"algorithm does not use"
+                f"{repeated} combinations left out: they differ from others only in what they do "
+                f"not use"
             )
 
     def _estimate(self, value: Estimate | None, interval: bool) -> str:
@@ -152,7 +166,6 @@ def _pair(setting: Setting, rival: str, score: str) -> tuple[float, float]:
 def _facts(record: Record) -> str:
     """What is said of a finished point."""
     settings = {**record["settings"], "seed": record["seed"]}
-    words = [f"{k.rpartition('.')[2]}={v}" for k, v in settings.items() if v is not None]
     metrics = record["metrics"]
     score = next(name for name in metrics if name.startswith("start/")).removeprefix("start/")
     known = [name for name, value in metrics.items() if value is not None]
@@ -161,7 +174,13 @@ def _facts(record: Record) -> str:
         for view in main_views_of(known, score)
         if view != "server"
     ]
-    return f"{' '.join(words)}  {'  '.join(scores)}"
+    return f"{_described(settings)}  {'  '.join(scores)}"
+
+
+def _described(settings: Mapping[str, Any]) -> str:
+    """Fields by their last names, with their values; without those that are not used."""
+    words = [f"{k.rpartition('.')[2]}={v}" for k, v in settings.items() if v is not None]
+    return " ".join(words)
 
 
 class _PlainProgress:

@@ -21,6 +21,7 @@ from fedqsn_jax.config import (
 )
 from fedqsn_jax.configured import algorithm_of
 from fedqsn_jax.simulation import TRACEABLE
+from fedqsn_jax.unused import unused_fields
 
 Grid = dict[str, list[Any]]
 """Dotted fields, and the values that each takes."""
@@ -32,18 +33,13 @@ ARGUMENTS = (*TRACEABLE, SEED)
 _WITHOUT_MASKS = {"fedavg": "fedsn", "fedq": "fedqsn"}
 """Algorithms that are another one with both probabilities zero, and so share its program."""
 
-_MASKED = ("sampling",)
-_QUANTIZED = ("bits", "block_size", "codebook", "blocks")
-_UPLOAD = ("upload.block_size", "upload.codebook")
-_STRAGGLERS = ("participation.straggler_share",)
-
 
 class Point(NamedTuple):
     """One configuration of a sweep.
 
     Attributes:
       settings: The values of the fields that the sweep varies, in its order, without the seed; None
-        where the algorithm does not use the field.
+        where the point does not use the field.
       config: The configuration that is run: the one that the sweep means, or one that does the
         same in a program that more points share.
     """
@@ -159,7 +155,7 @@ def make_plan(base: Config, grids: list[Grid], overridden: Sequence[str] = ()) -
     ]
     points = []
     for config, fields in zip(different, flat, strict=True):
-        unused = _unused(config)
+        unused = unused_fields(config)
         settings = {name: None if name in unused else fields[name] for name in varied}
         points.append(Point(settings, _as_run(config)))
     return Plan(base, grids, points, len(configs) - len(points))
@@ -180,27 +176,16 @@ def _resolve_point(values: dict[str, Any], changes: dict[str, Any]) -> Config:
 
 
 def _as_used(config: Config) -> Config:
-    """The configuration with what its algorithm does not use at defaults: equal if it is equal."""
+    """The configuration with what it does not use at defaults: equal if it is equal."""
     algorithm, defaults = algorithm_of(config), flatten(Config())
     values = {"p1": algorithm.p1, "p2": algorithm.p2}
-    values |= {name: defaults[name] for name in _unused(config)}
+    values |= {name: defaults[name] for name in unused_fields(config)}
     return with_fields(config, values)
 
 
 def _as_run(config: Config) -> Config:
     algorithm = _WITHOUT_MASKS.get(config.algorithm, config.algorithm)
     return with_fields(config, {"algorithm": algorithm})
-
-
-def _unused(config: Config) -> tuple[str, ...]:
-    algorithm = algorithm_of(config)
-    needs = (
-        (_MASKED, algorithm.p1 or algorithm.p2),
-        (_QUANTIZED, algorithm.quantizer),
-        (_UPLOAD, config.upload.bits),
-        (_STRAGGLERS, config.participation.stragglers),
-    )
-    return tuple(name for names, by in needs if not by for name in names)
 
 
 def described(settings: Mapping[str, Any]) -> str:

@@ -1,27 +1,33 @@
 """A sweep: its points, program by program, each kept as soon as it is finished."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from fedqsn_jax.config import Config, ConfigError
-from fedqsn_jax.experiment import Experiment, prepare
+from fedqsn_jax.experiment import Experiment
 from fedqsn_jax.memory import answer_out_of_memory
+from fedqsn_jax.reporting.estimates import Setting
 from fedqsn_jax.reporting.sweep_display import SweepDisplay
 from fedqsn_jax.running import Entry
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point, described, program_of
-from fedqsn_jax.sweeps.program import Program, Start, may_be_side_by_side, settings_at_once
+from fedqsn_jax.sweeps.program import Program, may_be_side_by_side, settings_at_once
 from fedqsn_jax.sweeps.results import Record, SweepDirectory, identity, over_seeds, record_of
+from fedqsn_jax.sweeps.sources import Sources, Start
 
 
-def check(plan: Plan, directory: Path | None, at_once: int = 0) -> list[tuple[list[Point], str]]:
+def check(
+    plan: Plan, directory: Path | None, at_once: int = 0, sources: Sources | None = None
+) -> list[tuple[list[Point], str]]:
     """Makes sure that every point that is left can be run; trains and writes nothing.
 
     Args:
       plan: The sweep.
       directory: Where, if that is known.
       at_once: Points side by side; 0: what fits and pays.
+      sources: Where data and models come from.
 
     Returns:
       The points that are left, program by program, each with how its clients are run.
@@ -30,13 +36,14 @@ def check(plan: Plan, directory: Path | None, at_once: int = 0) -> list[tuple[li
       ConfigError: A point is not possible, or the directory does not serve this sweep.
     """
     records: list[Record] = []
+    sources = sources or Sources()
     if directory is not None:
         files = SweepDirectory(directory)
         files.check(plan)
         records = files.read()
     groups = []
     for points in by_program(_missing(plan, records)):
-        experiment = _prepare(points[0])
+        experiment = _prepare(points[0], sources)
         simulation = experiment.simulation
         if at_once > 1 and not may_be_side_by_side(simulation, experiment.problem.splits.clients):
             raise ConfigError(
@@ -61,7 +68,8 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
         another sweep.
       OutOfMemoryError: The device ran out of memory; finished points are kept.
     """
-    groups = check(plan, directory, at_once)
+    sources = Sources()
+    groups = check(plan, directory, at_once, sources)
     files = SweepDirectory(directory)
     with files.claim(plan):
         records = files.read()
@@ -69,19 +77,26 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
         display.start(len(plan.points), len(missing), len(groups), plan.repeated, str(directory))
         total = sum(point.config.rounds for point in plan.points)
         done = total - sum(point.config.rounds for point in missing)
-        with display.sweep_progress(total, done, len(plan.points), len(records)) as progress:
-            for points in by_program(missing):
-                for batch, rounds, entries in _run_program(points, at_once):
-                    if entries is None:
-                        progress.update(done + rounds)
-                        continue
-                    new = [record_of(*pair) for pair in zip(batch, entries, strict=True)]
-                    files.append(new)
-                    records += new
-                    done += rounds
-                    for record in new:
-                        progress.update(done, len(records), record)
-        _report(plan, files, records, display)
+        try:
+            with display.sweep_progress(total, done, len(plan.points), len(records)) as progress:
+                for points in by_program(missing):
+                    for batch, rounds, entries in _run_program(points, at_once, sources):
+                        if entries is None:
+                            progress.update(done + rounds)
+                            continue
+                        new = [record_of(*pair) for pair in zip(batch, entries, strict=True)]
+                        files.append(new)
+                        records += new
+                        done += rounds
+                        for record in new:
+                            progress.update(done, len(records), record)
+        finally:
+            # Also of what an interruption leaves, wherever it came.
+            records = files.read()
+            settings = over_seeds(records, _order(plan))
+            if settings:
+                files.write_tables(records, settings)
+        _report(files, settings, display)
 
 
 def by_program(points: Sequence[Point]) -> list[list[Point]]:
@@ -93,7 +108,7 @@ def by_program(points: Sequence[Point]) -> list[list[Point]]:
 
 
 def _run_program(
-    points: Sequence[Point], at_once: int
+    points: Sequence[Point], at_once: int, sources: Sources
 ) -> Iterator[tuple[Sequence[Point], int, list[Entry] | None]]:
     """Runs the points of one program.
 
@@ -101,23 +116,28 @@ def _run_program(
       The points that are running, their finished rounds taken together, and at their end their
       metrics.
     """
-    experiment = _prepare(points[0])
+    experiment = _prepare(points[0], sources)
     program = Program(experiment)
-    count = at_once or settings_at_once(
-        program.simulation, experiment.problem.splits.clients, len(points), jax.default_backend()
+    auto = settings_at_once(
+        program.simulation, experiment.problem, len(points), jax.default_backend()
     )
+    count = min(at_once or auto, len(points))
     starts: dict[int, Start] = {}
     for first in range(0, len(points), count):
         batch = points[first : first + count]
         seeds = {point.config.seed for point in batch}
         starts = {seed: start for seed, start in starts.items() if seed in seeds}
-        for point in batch:
-            if point.config.seed not in starts:
-                own = experiment if point is points[0] else _prepare(point)
-                starts[point.config.seed] = program.start(own)
         chunk = program.simulation.choice.axis.chunk_size
-        with answer_out_of_memory(batch[0].config, chunk):
+        with answer_out_of_memory(batch[0].config, chunk, _what_stands, count):
+            for point in batch:
+                if point.config.seed not in starts:
+                    own = experiment if point is points[0] else _prepare(point, sources)
+                    starts[point.config.seed] = sources.start(own)
             yield from _run_batch(program, batch, starts, count)
+
+
+def _what_stands() -> str:
+    return "finished points are kept, the same command goes on"
 
 
 def _run_batch(
@@ -142,15 +162,15 @@ def _run_batch(
     yield batch, configs[0].rounds * len(batch), metrics
 
 
-def _report(
-    plan: Plan, files: SweepDirectory, records: list[Record], display: SweepDisplay
-) -> None:
-    """Writes the tables and pictures, and shows the table."""
+def _order(plan: Plan) -> list[Mapping[str, Any]]:
+    """The settings, each once."""
+    return list({identity(point.settings, 0): point.settings for point in plan.points}.values())
+
+
+def _report(files: SweepDirectory, settings: Sequence[Setting], display: SweepDisplay) -> None:
+    """Draws the pictures, and shows the table."""
     from fedqsn_jax.reporting import trade_off  # Slow to import, and only needed at the end.
 
-    order = list({identity(point.settings, 0): point.settings for point in plan.points}.values())
-    settings = over_seeds(records, order)
-    files.write_tables(records, settings)
     display.table(settings)
     trade_off.draw(settings, files.attacker_picture, "attacker")
     trade_off.draw(settings, files.proxy_picture, "proxy")
@@ -166,9 +186,9 @@ def _missing(plan: Plan, records: Sequence[Record]) -> list[Point]:
     ]
 
 
-def _prepare(point: Point) -> Experiment:
+def _prepare(point: Point, sources: Sources) -> Experiment:
     try:
-        return prepare(point.config)
+        return sources.prepare(point.config)
     except ConfigError as error:
         where = described({**point.settings, SEED: point.config.seed})
         raise ConfigError(f"{error} (at the sweep's point {where})") from error
