@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedqsn_jax.models import winograd
 from fedqsn_jax.models.convolution_kernels import (
     LEAST_CHANNELS,
-    STOPPED,
     Geometry,
     correlate,
     halved,
@@ -62,7 +62,7 @@ def convolve(
       interpret: Run without a GPU, slowly.
     """
     geometry = _geometry(images, kernel, before, out_size)
-    outputs = correlate(geometry, precision, interpret, _flat(images), _taps(kernel.swapaxes(2, 3)))
+    outputs = correlate(geometry, precision, interpret, _flat(images), _transformed(kernel))
     return outputs.reshape(images.shape[0], *out_size, -1)
 
 
@@ -74,7 +74,7 @@ def _convolve_forward(images, kernel, before, out_size, precision, interpret):
 def _convolve_backward(before, out_size, precision, interpret, residuals, cotangent):
     images, kernel = residuals
     geometry = _geometry(images, kernel, before, out_size)
-    return _gradients(geometry, precision, interpret, images, kernel, _flat(cotangent), None)
+    return _gradients(geometry, precision, interpret, images, kernel, _flat(cotangent), None)[:2]
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -108,7 +108,7 @@ def convolve_relu_pool(
 def _convolve_relu_pool_forward(images, kernel, bias, before, out_size, precision, interpret):
     geometry = _geometry(images, kernel, before, out_size)
     pooled, which = correlate(
-        geometry, precision, interpret, _flat(images), _taps(kernel.swapaxes(2, 3)), bias=bias
+        geometry, precision, interpret, _flat(images), _transformed(kernel), bias=bias
     )
     shape = (images.shape[0], *halved(out_size), kernel.shape[-1])
     return pooled.reshape(shape), (images, kernel, bias, which)
@@ -117,10 +117,10 @@ def _convolve_relu_pool_forward(images, kernel, bias, before, out_size, precisio
 def _convolve_relu_pool_backward(before, out_size, precision, interpret, residuals, cotangent):
     images, kernel, bias, which = residuals
     geometry = _geometry(images, kernel, before, out_size)
-    cotangent = _flat(cotangent)
-    gradients = _gradients(geometry, precision, interpret, images, kernel, cotangent, which)
-    flowing = jnp.where(which == STOPPED, 0, cotangent.astype(jnp.float32))
-    return *gradients, flowing.sum(axis=0).astype(bias.dtype)
+    *gradients, to_bias = _gradients(
+        geometry, precision, interpret, images, kernel, _flat(cotangent), which
+    )
+    return *gradients, to_bias.astype(bias.dtype)
 
 
 convolve_relu_pool.defvjp(_convolve_relu_pool_forward, _convolve_relu_pool_backward)
@@ -139,8 +139,11 @@ def _flat(images: Array) -> Array:
     return images.reshape(-1, images.shape[-1])
 
 
-def _taps(kernel: Array) -> Array:
-    return kernel.reshape(-1, *kernel.shape[2:])
+def _transformed(kernel: Array) -> Array:
+    """Winograd's form ``[16, out, in]`` of a kernel ``[3, 3, in, out]``, float32."""
+    taps = kernel.astype(jnp.float32).swapaxes(2, 3)
+    grid = winograd.both(winograd.of_kernel, [[taps[i, j] for j in range(3)] for i in range(3)])
+    return jnp.stack([place for row in grid for place in row])
 
 
 def _gradients(
@@ -151,11 +154,22 @@ def _gradients(
     kernel: Array,
     cotangent: Array,
     which: Array | None,
-) -> tuple[Array, Array]:
-    """Cotangents of images and kernel; with ``which``, ``cotangent`` is that of the pooled."""
-    turned = _taps(kernel[::-1, ::-1])
+) -> tuple[Array, Array, Array]:
+    """Cotangents of images, kernel and a bias; with ``which``, ``cotangent`` is the pooled one's.
+
+    That of the bias is float32, the others are of the types of what they belong to.
+    """
+    turned = _transformed(kernel[::-1, ::-1].swapaxes(2, 3))
     to_images = correlate(
         geometry.transposed(), precision, interpret, cotangent, turned, which=which
     )
-    to_kernel = kernel_gradient(geometry, precision, interpret, _flat(images), cotangent, which)
-    return to_images.reshape(images.shape), to_kernel.reshape(kernel.shape).astype(kernel.dtype)
+    places, to_bias = kernel_gradient(
+        geometry, precision, interpret, _flat(images), cotangent, which
+    )
+    grid = winograd.both(winograd.to_kernel, places.reshape(4, 4, *kernel.shape[2:]))
+    to_kernel = jnp.stack([tap for row in grid for tap in row])
+    return (
+        to_images.reshape(images.shape),
+        to_kernel.reshape(kernel.shape).astype(kernel.dtype),
+        to_bias,
+    )
