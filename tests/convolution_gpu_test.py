@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedqsn_jax.models import convolution_gpu
+from fedqsn_jax.models import convolution_gpu, convolution_thin
 from fedqsn_jax.models.convolution import convolve, convolve_relu_pool
 
 CLIENTS, ROWS = 2, 3
@@ -83,6 +83,21 @@ def test_fused_pooling_and_gradients_equal_the_native_ones(size, padding, inputs
         values = jax.nn.relu(native(images, kernel, padding) + bias[None, None, None])
         window = (1, 2, 2, 1)
         return jax.lax.reduce_window(values, -jnp.inf, jax.lax.max, window, window, "VALID")
+
+    close(value_and_gradients(ours, *operands), value_and_gradients(expected, *operands))
+
+
+@pytest.mark.parametrize(("size", "padding", "outputs"), [((8, 6), 0, 16), ((5, 7), 1, 32)])
+def test_thin_images_and_gradients_equal_the_native_ones(size, padding, outputs):
+    operands = arrays(size, 1, outputs)
+    out_size = size[0] + 2 * padding - 2, size[1] + 2 * padding - 2
+
+    def ours(images, kernel, bias):
+        before = padding, padding
+        return convolution_thin.convolve_relu(images, kernel, bias, before, out_size, True)
+
+    def expected(images, kernel, bias):
+        return jax.nn.relu(native(images, kernel, padding) + bias[None, None, None])
 
     close(value_and_gradients(ours, *operands), value_and_gradients(expected, *operands))
 

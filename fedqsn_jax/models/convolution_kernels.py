@@ -135,11 +135,11 @@ def _correlate_kernel(
     maxima: Any = None,
 ) -> None:
     program, parts = pl.program_id(0), geometry.outputs // launch.outputs
-    tiles = _Tiles(_div(program, parts) * launch.tiles, launch.tiles, geometry)
-    columns = _range(_rem(program, parts) * launch.outputs, launch.outputs)
+    tiles = _Tiles(div(program, parts) * launch.tiles, launch.tiles, geometry)
+    columns = integers(rem(program, parts) * launch.outputs, launch.outputs)
 
     def add_block(block: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        channels = _range(block * launch.inputs, launch.inputs)
+        channels = integers(block * launch.inputs, launch.inputs)
         inputs = _fetching(tiles, geometry.in_size, images, which, channels)
         sums_of = list(sums)
         for row in _ROWS:
@@ -160,7 +160,7 @@ def _correlate_kernel(
     if bias is None:
         for place, values in enumerate(sums):
             index, inside = tiles.places(place // 2, place % 2, geometry.out_size)
-            _store(outputs, index, columns, inside, values)
+            store_rows(outputs, index, columns, inside, values)
         return
     best, index = sums[0], jnp.zeros(sums[0].shape, jnp.int32)
     for place in (1, 2, 3):
@@ -169,8 +169,8 @@ def _correlate_kernel(
         best, index = jnp.where(more, sums[place], best), jnp.where(more, place, index)
     best += jnp.broadcast_to(bias[columns].astype(jnp.float32)[None], best.shape)
     at, inside = tiles.windows(0, 0, halved(geometry.out_size))
-    _store(outputs, at, columns, inside, jnp.maximum(best, 0))
-    _store(maxima, at, columns, inside, jnp.where(best > 0, index, STOPPED))
+    store_rows(outputs, at, columns, inside, jnp.maximum(best, 0))
+    store_rows(maxima, at, columns, inside, jnp.where(best > 0, index, STOPPED))
 
 
 def kernel_gradient(
@@ -221,9 +221,9 @@ def _gradient_kernel(
 ) -> None:
     blocks = geometry.inputs // launch.inputs, geometry.outputs // launch.outputs
     program = pl.program_id(0)
-    split, block = _div(program, math.prod(blocks)), _rem(program, math.prod(blocks))
-    channels = _range(_div(block, blocks[1]) * launch.inputs, launch.inputs)
-    columns = _range(_rem(block, blocks[1]) * launch.outputs, launch.outputs)
+    split, block = div(program, math.prod(blocks)), rem(program, math.prod(blocks))
+    channels = integers(div(block, blocks[1]) * launch.inputs, launch.inputs)
+    columns = integers(rem(block, blocks[1]) * launch.outputs, launch.outputs)
     steps = -(-geometry.tiles // (launch.tiles * splits))
 
     def add_tiles(step: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -232,7 +232,10 @@ def _gradient_kernel(
         fetch_cotangent = _fetching(tiles, geometry.out_size, cotangent, which, columns)
         cotangents = winograd.both(
             winograd.of_cotangents,
-            [[fetch_cotangent(down, right) for right in (0, 1)] for down in (0, 1)],
+            [
+                [fetch_cotangent(down, right).astype(jnp.float32) for right in (0, 1)]
+                for down in (0, 1)
+            ],
         )
         *products, flowing = sums
         for row in _ROWS:
@@ -254,9 +257,9 @@ def _gradient_kernel(
     *products, flowing = jax.lax.fori_loop(0, steps, add_tiles, (*zeros, flowing))
     for place, values in enumerate(products):
         at = jnp.full(values.shape, split * 16 + place, jnp.int32)
-        down, across = _grid_of(columns, channels)
+        down, across = grid_of(columns, channels)
         gradient[at, across, down] = values
-    row = jnp.full(columns.shape, split * blocks[0] + _div(block, blocks[1]), jnp.int32)
+    row = jnp.full(columns.shape, split * blocks[0] + div(block, blocks[1]), jnp.int32)
     bias[row, columns] = flowing.sum(axis=0)
 
 
@@ -291,11 +294,11 @@ class _Tiles:
 
     def __init__(self, first: Any, count: int, geometry: Geometry) -> None:
         self._down, self._across = (-(-size // 2) for size in geometry.out_size)
-        number = _range(first, count)
+        number = integers(first, count)
         self._exists = number < geometry.tiles
-        self._image = _div(number, self._down * self._across)
-        within = _rem(number, self._down * self._across)
-        self._row, self._column = _div(within, self._across), _rem(within, self._across)
+        self._image = div(number, self._down * self._across)
+        within = rem(number, self._down * self._across)
+        self._row, self._column = div(within, self._across), rem(within, self._across)
 
     def places(self, down: Any, right: Any, size: tuple[int, int]) -> tuple[Array, Array]:
         """Flat indices of ``(2 row + down, 2 column + right)``, and whether they exist."""
@@ -328,15 +331,15 @@ def _fetching(
 
         @functools.cache
         def load(down: int, right: int) -> Array:
-            return _load(values, *tiles.places(down, right, size), channels)
+            return load_rows(values, *tiles.places(down, right, size), channels)
 
         return load
 
     @functools.cache
     def pooled(down: int, right: int) -> tuple[Array, Array]:
         at, exists = tiles.windows(down, right, halved(size))
-        places = _load(which, at, exists, channels).astype(jnp.int32)
-        return _load(values, at, exists, channels), places
+        places = load_rows(which, at, exists, channels).astype(jnp.int32)
+        return load_rows(values, at, exists, channels), places
 
     def fetch(down: int, right: int) -> Array:
         window, places = pooled(down // 2, right // 2)
@@ -346,33 +349,36 @@ def _fetching(
     return fetch
 
 
-def _range(start: Any, count: int) -> Array:
+def integers(start: Any, count: int) -> Array:
+    """Int32 numbers from ``start`` on."""
     return start + jnp.arange(count, dtype=jnp.int32)
 
 
-def _div(value: Array, divisor: int) -> Array:
+def div(value: Array, divisor: int) -> Array:
     """The quotient of numbers that are not negative: ``//`` would also check their sign."""
     return jax.lax.div(value, jnp.full_like(value, divisor))
 
 
-def _rem(value: Array, divisor: int) -> Array:
+def rem(value: Array, divisor: int) -> Array:
+    """The remainder of numbers that are not negative."""
     return jax.lax.rem(value, jnp.full_like(value, divisor))
 
 
-def _grid_of(rows: Array, columns: Array) -> tuple[Array, Array]:
+def grid_of(rows: Array, columns: Array) -> tuple[Array, Array]:
+    """Indices ``[rows, columns]`` of a block."""
     shape = rows.size, columns.size
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)
 
 
-def _load(ref: Any, index: Array, exists: Array, channels: Array) -> Array:
+def load_rows(ref: Any, index: Array, exists: Array, channels: Array) -> Array:
     """Loads ``[index, channels]``, zero where an index does not exist."""
-    at = _grid_of(jnp.where(exists, index, 0), channels)
+    at = grid_of(jnp.where(exists, index, 0), channels)
     mask = jnp.broadcast_to(exists[:, None], at[0].shape)
     return triton.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype))
 
 
 def _load_tap(kernel: Any, tap: Any, channels: Array, columns: Array) -> Array:
-    at = _grid_of(columns, channels)
+    at = grid_of(columns, channels)
     return kernel[jnp.full(at[0].shape, tap, jnp.int32), *at]
 
 
@@ -386,9 +392,10 @@ def _product(values: Array, weights: Array, precision: jax.lax.Precision) -> Arr
     )
 
 
-def _store(ref: Any, index: Array, channels: Array, exists: Array, values: Array) -> None:
+def store_rows(ref: Any, index: Array, channels: Array, exists: Array, values: Array) -> None:
+    """Stores ``[index, channels]`` where an index exists."""
     # Beyond the end, not at an index that another element writes: the interpreter scatters all.
-    at = _grid_of(jnp.where(exists, index, ref.shape[0]), channels)
+    at = grid_of(jnp.where(exists, index, ref.shape[0]), channels)
     mask = jnp.broadcast_to(exists[:, None], at[0].shape)
     triton.store(ref.at[at], values.astype(ref.dtype), mask=mask)
 
