@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedqsn_jax.models import winograd
 from fedqsn_jax.models.convolution_kernels import (
     LEAST_CHANNELS,
     Geometry,
@@ -62,7 +61,7 @@ def convolve(
       interpret: Run without a GPU, slowly.
     """
     geometry = _geometry(images, kernel, before, out_size)
-    outputs = correlate(geometry, precision, interpret, _flat(images), _transformed(kernel))
+    outputs = correlate(geometry, precision, interpret, _flat(images), _taps(kernel.swapaxes(2, 3)))
     return outputs.reshape(images.shape[0], *out_size, -1)
 
 
@@ -108,7 +107,7 @@ def convolve_relu_pool(
 def _convolve_relu_pool_forward(images, kernel, bias, before, out_size, precision, interpret):
     geometry = _geometry(images, kernel, before, out_size)
     pooled, which = correlate(
-        geometry, precision, interpret, _flat(images), _transformed(kernel), bias=bias
+        geometry, precision, interpret, _flat(images), _taps(kernel.swapaxes(2, 3)), bias=bias
     )
     shape = (images.shape[0], *halved(out_size), kernel.shape[-1])
     return pooled.reshape(shape), (images, kernel, bias, which)
@@ -139,11 +138,8 @@ def _flat(images: Array) -> Array:
     return images.reshape(-1, images.shape[-1])
 
 
-def _transformed(kernel: Array) -> Array:
-    """Winograd's form ``[16, out, in]`` of a kernel ``[3, 3, in, out]``, float32."""
-    taps = kernel.astype(jnp.float32).swapaxes(2, 3)
-    grid = winograd.both(winograd.of_kernel, [[taps[i, j] for j in range(3)] for i in range(3)])
-    return jnp.stack([place for row in grid for place in row])
+def _taps(kernel: Array) -> Array:
+    return kernel.reshape(-1, *kernel.shape[2:])
 
 
 def _gradients(
@@ -155,21 +151,13 @@ def _gradients(
     cotangent: Array,
     which: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """Cotangents of images, kernel and a bias; with ``which``, ``cotangent`` is the pooled one's.
-
-    That of the bias is float32, the others are of the types of what they belong to.
-    """
-    turned = _transformed(kernel[::-1, ::-1].swapaxes(2, 3))
+    """Cotangents of images, kernel and bias; with ``which``, ``cotangent`` is the pooled one's."""
+    turned = _taps(kernel[::-1, ::-1])
     to_images = correlate(
         geometry.transposed(), precision, interpret, cotangent, turned, which=which
     )
-    places, to_bias = kernel_gradient(
+    to_kernel, to_bias = kernel_gradient(
         geometry, precision, interpret, _flat(images), cotangent, which
     )
-    grid = winograd.both(winograd.to_kernel, places.reshape(4, 4, *kernel.shape[2:]))
-    to_kernel = jnp.stack([tap for row in grid for tap in row])
-    return (
-        to_images.reshape(images.shape),
-        to_kernel.reshape(kernel.shape).astype(kernel.dtype),
-        to_bias,
-    )
+    to_kernel = to_kernel.reshape(kernel.shape).astype(kernel.dtype)
+    return to_images.reshape(images.shape), to_kernel, to_bias

@@ -1,10 +1,10 @@
 """Kernels of `convolution_gpu`, in Pallas for the Triton compiler.
 
-A program works on 2x2 tiles of outputs, so that ReLU and 2x2 max-pooling happen in registers. It
-loads the 4x4 inputs of a tile and multiplies channels in Winograd's form, 16 products in place of
-36 (see `winograd`). Images are ``[rows * height * width, channels]`` and transformed kernels
-``[16, out, in]``: with the input channels last both operands of a product lie as tensor cores take
-them. Clients are a ``vmap`` axis, of which ``pallas_call`` makes an axis of the grid.
+A program works on 2x2 tiles of outputs, so that ReLU and 2x2 max-pooling happen in registers, and
+gathers the patches of one tap after the other. Images are ``[rows * height * width, channels]`` and
+kernels ``[taps, out, in]``, taps in the order of the window: with the input channels last both
+operands of a product lie as tensor cores take them. Clients are a ``vmap`` axis, of which
+``pallas_call`` makes an axis of the grid.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from fedqsn_jax.models import winograd
 from fedqsn_jax.types import Array
 
 STOPPED = 4
@@ -26,6 +25,7 @@ STOPPED = 4
 LEAST_CHANNELS = 16
 """What a tensor core takes at once."""
 _Fetch = Callable[[Any, Any], Array]
+_Four = tuple[Array, Array, Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,29 +134,48 @@ def _correlate_kernel(
     bias: Any = None,
     maxima: Any = None,
 ) -> None:
+    height, width = geometry.window
     program, parts = pl.program_id(0), geometry.outputs // launch.outputs
     tiles = _Tiles(div(program, parts) * launch.tiles, launch.tiles, geometry)
     columns = integers(rem(program, parts) * launch.outputs, launch.outputs)
+    taps, blocks = height * width, geometry.inputs // launch.inputs
 
-    def add_block(block: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+    def fetching(block: Any) -> tuple[_Fetch, Array]:
         channels = integers(block * launch.inputs, launch.inputs)
-        inputs = _fetching(tiles, geometry.in_size, images, which, channels)
-        sums_of = list(sums)
-        for row in _ROWS:
-            values = _transformed_row(inputs, row, geometry.before)
-            products = [
-                _product(each, _load_tap(kernel, 4 * row + column, channels, columns), precision)
-                for column, each in enumerate(values)
-            ]
-            # Which of the two rows of outputs have this row of products, and with what sign.
-            for down, sign in ((0, (1, 1, 1, 0)[row]), (1, (0, 1, -1, -1)[row])):
-                for right, value in enumerate(winograd.to_outputs(products)):
-                    if sign:
-                        sums_of[2 * down + right] += value if sign > 0 else -value
-        return tuple(sums_of)
+        return _fetching(tiles, geometry.in_size, images, which, channels), channels
 
-    sums = (jnp.zeros((launch.tiles, launch.outputs), jnp.float32),) * 4
-    sums = jax.lax.fori_loop(0, geometry.inputs // launch.inputs, add_block, sums)
+    def add_tap(
+        fetch: _Fetch, channels: Array, tap: Any, row: Any, column: Any, sums: _Four
+    ) -> _Four:
+        weights = _load_tap(kernel, tap, channels, columns)
+
+        def add(place: int, values: Array) -> Array:
+            down = place // 2 + row - geometry.before[0]
+            right = place % 2 + column - geometry.before[1]
+            return values + _product(fetch(down, right), weights, precision)
+
+        first, second, third, fourth = sums
+        return add(0, first), add(1, second), add(2, third), add(3, fourth)
+
+    def add_step(step: Array, sums: _Four) -> _Four:
+        tap = div(step, blocks)
+        fetch, channels = fetching(rem(step, blocks))
+        return add_tap(fetch, channels, tap, div(tap, width), rem(tap, width), sums)
+
+    def add_block(block: Array, sums: _Four) -> _Four:
+        fetch, channels = fetching(block)
+        for tap in range(taps):
+            sums = add_tap(fetch, channels, tap, *divmod(tap, width), sums)
+        return sums
+
+    zeros = jnp.zeros((launch.tiles, launch.outputs), jnp.float32)
+    sums = zeros, zeros, zeros, zeros
+    if which is None:
+        # In a loop over taps the compiler overlaps loads with products.
+        sums = jax.lax.fori_loop(0, taps * blocks, add_step, sums)
+    else:
+        # Written out, taps share what they load of the pooled values.
+        sums = jax.lax.fori_loop(0, blocks, add_block, sums)
     if bias is None:
         for place, values in enumerate(sums):
             index, inside = tiles.places(place // 2, place % 2, geometry.out_size)
@@ -181,21 +200,21 @@ def kernel_gradient(
     cotangent: Array,
     which: Array | None,
 ) -> tuple[Array, Array]:
-    """The gradients of the transformed kernel ``[16, in, out]`` and of a bias, float32."""
+    """The gradients of the kernel ``[taps, in, out]`` and of a bias ``[out]``, float32."""
     launch = _fitted(_KERNEL_GRADIENT, geometry)
     splits = min(max(geometry.tiles // _TILES_A_SPLIT, 1), _MOST_SPLITS)
     blocks = geometry.inputs // launch.inputs, geometry.outputs // launch.outputs
+    taps = math.prod(geometry.window)
 
     def body(images: Any, cotangent: Any, *rest: Any) -> None:
         *optional, gradient, bias = rest
-        which = optional[0] if optional else None
-        operands = images, cotangent, which, gradient, bias
+        operands = images, cotangent, optional[0] if optional else None, gradient, bias
         _gradient_kernel(geometry, launch, precision, splits, *operands)
 
     gradient, bias = pl.pallas_call(
         body,
         (
-            jax.ShapeDtypeStruct((splits * 16, geometry.inputs, geometry.outputs), jnp.float32),
+            jax.ShapeDtypeStruct((splits * taps, geometry.inputs, geometry.outputs), jnp.float32),
             jax.ShapeDtypeStruct((splits * blocks[0], geometry.outputs), jnp.float32),
         ),
         grid=(splits * math.prod(blocks),),
@@ -203,9 +222,10 @@ def kernel_gradient(
         compiler_params=triton.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
         name="convolution_kernel_gradient",
     )(images, cotangent, *(() if which is None else (which,)))
-    gradient = gradient.reshape(splits, 16, geometry.inputs, geometry.outputs).sum(axis=0)
+    gradient = gradient.reshape(splits, taps, geometry.inputs, geometry.outputs)
     # Programs for other blocks of inputs have the same sums of cotangents.
-    return gradient, bias.reshape(splits, blocks[0], geometry.outputs)[:, 0].sum(axis=0)
+    bias = bias.reshape(splits, blocks[0], geometry.outputs)[:, 0]
+    return gradient.sum(axis=0), bias.sum(axis=0)
 
 
 def _gradient_kernel(
@@ -219,6 +239,7 @@ def _gradient_kernel(
     gradient: Any,
     bias: Any,
 ) -> None:
+    height, width = geometry.window
     blocks = geometry.inputs // launch.inputs, geometry.outputs // launch.outputs
     program = pl.program_id(0)
     split, block = div(program, math.prod(blocks)), rem(program, math.prod(blocks))
@@ -228,56 +249,35 @@ def _gradient_kernel(
 
     def add_tiles(step: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         tiles = _Tiles((split * steps + step) * launch.tiles, launch.tiles, geometry)
-        inputs = _fetching(tiles, geometry.in_size, images, None, channels)
+        fetch = _fetching(tiles, geometry.in_size, images, None, channels)
         fetch_cotangent = _fetching(tiles, geometry.out_size, cotangent, which, columns)
-        cotangents = winograd.both(
-            winograd.of_cotangents,
-            [
-                [fetch_cotangent(down, right).astype(jnp.float32) for right in (0, 1)]
-                for down in (0, 1)
-            ],
-        )
-        *products, flowing = sums
-        for row in _ROWS:
-            values = _transformed_row(inputs, row, geometry.before)
-            for column, each in enumerate(values):
-                products[4 * row + column] += jax.lax.dot_general(
-                    cotangents[row][column],
-                    each,
-                    (((0,), (0,)), ((), ())),
-                    precision=precision,
-                    preferred_element_type=jnp.float32,
-                )
-        # The sum of a tile's four cotangents.
-        return *products, flowing + cotangents[1][1]
+        cotangents = [fetch_cotangent(place // 2, place % 2) for place in range(4)]
+        *all_taps, flowing = sums
+        first, second, third, fourth = (each.astype(jnp.float32) for each in cotangents)
+        flowing += (first + second + third + fourth).sum(axis=0)
+        for row in range(height + 1):
+            for column in range(width + 1):
+                values = fetch(row - geometry.before[0], column - geometry.before[1])
+                for place, tap in _served(row, column, geometry.window):
+                    all_taps[tap] += jax.lax.dot_general(
+                        cotangents[place],
+                        values,
+                        (((0,), (0,)), ((), ())),
+                        precision=precision,
+                        preferred_element_type=jnp.float32,
+                    )
+        return *all_taps, flowing
 
     # Outputs are the rows: there are more of them, and tensor cores work on many rows.
-    zeros = (jnp.zeros((launch.outputs, launch.inputs), jnp.float32),) * 16
-    flowing = jnp.zeros((launch.tiles, launch.outputs), jnp.float32)
-    *products, flowing = jax.lax.fori_loop(0, steps, add_tiles, (*zeros, flowing))
-    for place, values in enumerate(products):
-        at = jnp.full(values.shape, split * 16 + place, jnp.int32)
+    zeros = (jnp.zeros((launch.outputs, launch.inputs), jnp.float32),) * (height * width)
+    sums = *zeros, jnp.zeros(launch.outputs, jnp.float32)
+    *all_taps, flowing = jax.lax.fori_loop(0, steps, add_tiles, sums)
+    row = split * blocks[0] + div(block, blocks[1])
+    bias[jnp.full(columns.shape, row, jnp.int32), columns] = flowing
+    for tap, values in enumerate(all_taps):
+        at = jnp.full(values.shape, split * (height * width) + tap, jnp.int32)
         down, across = grid_of(columns, channels)
         gradient[at, across, down] = values
-    row = jnp.full(columns.shape, split * blocks[0] + div(block, blocks[1]), jnp.int32)
-    bias[row, columns] = flowing.sum(axis=0)
-
-
-_ROWS = (1, 2, 0, 3)
-"""Rows of `winograd.INPUTS` in an order in which few rows of inputs are needed at once."""
-
-
-def _transformed_row(inputs: _Fetch, row: int, before: tuple[int, int]) -> list[Array]:
-    """One row of ``B^T d B``, of the 4x4 inputs ``d`` of each tile; four ``[tiles, channels]``."""
-    first, second, sign = winograd.INPUTS[row]
-    down = []
-    for column in range(4):
-        one, other = (
-            inputs(each - before[0], column - before[1]).astype(jnp.float32)
-            for each in (first, second)
-        )
-        down.append(one + other if sign > 0 else one - other)
-    return winograd.of_inputs(down)
 
 
 def _fitted(launch: _Launch, geometry: Geometry) -> _Launch:
@@ -287,6 +287,16 @@ def _fitted(launch: _Launch, geometry: Geometry) -> _Launch:
         inputs=math.gcd(geometry.inputs, launch.inputs),
         outputs=math.gcd(geometry.outputs, launch.outputs),
     )
+
+
+def _served(row: int, column: int, window: tuple[int, int]) -> list[tuple[int, int]]:
+    """For a tile's input at ``(row, column)``: which of its outputs it serves, with which tap."""
+    return [
+        (2 * down + right, (row - down) * window[1] + column - right)
+        for down in (0, 1)
+        for right in (0, 1)
+        if 0 <= row - down < window[0] and 0 <= column - right < window[1]
+    ]
 
 
 class _Tiles:
@@ -318,8 +328,6 @@ def _fetching(
 ) -> _Fetch:
     """Returns ``(down, right) -> [tiles, channels]``: values of images relative to tiles.
 
-    Each is loaded once.
-
     Args:
       tiles: The tiles.
       size: Height and width of the images.
@@ -328,12 +336,7 @@ def _fetching(
       channels: The channels to load.
     """
     if which is None:
-
-        @functools.cache
-        def load(down: int, right: int) -> Array:
-            return load_rows(values, *tiles.places(down, right, size), channels)
-
-        return load
+        return lambda down, right: load_rows(values, *tiles.places(down, right, size), channels)
 
     @functools.cache
     def pooled(down: int, right: int) -> tuple[Array, Array]:

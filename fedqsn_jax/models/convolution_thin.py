@@ -7,6 +7,7 @@ gradients of kernel and bias come out of one reading of outputs and cotangents. 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,17 +62,16 @@ def convolve_relu(
 
     def body(images: Any, kernel: Any, bias: Any, result: Any) -> None:
         number = integers(pl.program_id(0) * FORWARD_POSITIONS, FORWARD_POSITIONS)
+        pixels = _pixels(images, number, number < positions, out_size)
         channels = integers(0, outputs)
         values = jnp.broadcast_to(
             bias[channels].astype(jnp.float32)[None], (FORWARD_POSITIONS, outputs)
         )
         for tap in range(_TAPS):
-            pixels = pixels_of(images, number, tap, positions)
             weights = kernel[jnp.full(channels.shape, tap, jnp.int32), channels]
-            values += pixels[:, None] * weights.astype(jnp.float32)[None]
+            values += pixels(tap)[:, None] * weights.astype(jnp.float32)[None]
         store_rows(result, number, channels, number < positions, jnp.maximum(values, 0))
 
-    pixels_of = _pixel_loader(images.shape, before, out_size)
     flat = pl.pallas_call(
         body,
         jax.ShapeDtypeStruct((positions, outputs), images.dtype),
@@ -79,7 +79,7 @@ def convolve_relu(
         interpret=interpret,
         compiler_params=triton.CompilerParams(num_warps=FORWARD_WARPS, num_stages=1),
         name="thin_convolution",
-    )(images.reshape(-1), kernel.reshape(_TAPS, outputs), bias)
+    )(_padded(images, before, out_size), kernel.reshape(_TAPS, outputs), bias)
     return flat.reshape(rows, *out_size, outputs)
 
 
@@ -129,7 +129,6 @@ def _parameter_gradients(
     positions = images.shape[0] * math.prod(out_size)
     splits = min(GRADIENT_SPLITS, -(-positions // GRADIENT_POSITIONS))
     steps = -(-positions // (GRADIENT_POSITIONS * splits))
-    pixels_of = _pixel_loader(images.shape, before, out_size)
 
     def body(images: Any, outputs: Any, cotangent: Any, result: Any) -> None:
         split, channels = pl.program_id(0), integers(0, count)
@@ -137,13 +136,11 @@ def _parameter_gradients(
         def add(step: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             number = integers((split * steps + step) * GRADIENT_POSITIONS, GRADIENT_POSITIONS)
             inside = number < positions
+            pixels = _pixels(images, number, inside, out_size)
             slopes = load_rows(cotangent, number, inside, channels).astype(jnp.float32)
             flowing = jnp.where(load_rows(outputs, number, inside, channels) > 0, slopes, 0)
             *kernel, bias = sums
-            kernel = [
-                total + pixels_of(images, number, tap, positions)[:, None] * flowing
-                for tap, total in enumerate(kernel)
-            ]
+            kernel = [total + pixels(tap)[:, None] * flowing for tap, total in enumerate(kernel)]
             return *kernel, bias + flowing
 
         # Sums over positions are left to the end: until then no thread needs another's.
@@ -159,24 +156,35 @@ def _parameter_gradients(
         interpret=interpret,
         compiler_params=triton.CompilerParams(num_warps=GRADIENT_WARPS, num_stages=1),
         name="thin_convolution_gradient",
-    )(images.reshape(-1), outputs.reshape(-1, count), cotangent.reshape(-1, count))
+    )(_padded(images, before, out_size), outputs.reshape(-1, count), cotangent.reshape(-1, count))
     total = partial.reshape(splits, _TAPS + 1, count).sum(axis=0)
     return total[:_TAPS], total[_TAPS]
 
 
-def _pixel_loader(
-    shape: tuple[int, ...], before: tuple[int, int], out_size: tuple[int, int]
-) -> Any:
-    """Returns ``(images, positions, tap, count) -> [positions]``: what a tap sees, float32."""
-    _, height, width, _ = shape
+def _padded(images: Array, before: tuple[int, int], out_size: tuple[int, int]) -> Array:
+    """Flat images with everything that windows see, so that a tap is no more than an offset."""
+    pads = [
+        (first, out + 2 - first - size)
+        for first, size, out in zip(before, images.shape[1:3], out_size, strict=True)
+    ]
+    # Images with one channel are small: this costs nothing beside the outputs.
+    return jax.lax.pad(
+        images,
+        jnp.zeros((), images.dtype),
+        ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)),
+    ).reshape(-1)
 
-    def pixels(images: Any, number: Array, tap: int, count: int) -> Array:
-        image, within = div(number, math.prod(out_size)), rem(number, math.prod(out_size))
-        row = div(within, out_size[1]) + (tap // 3 - before[0])
-        column = rem(within, out_size[1]) + (tap % 3 - before[1])
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (number < count)
-        at = jnp.where(inside, (image * height + row) * width + column, 0)
-        values = triton.load(images.at[at], mask=inside, other=jnp.zeros((), images.dtype))
-        return values.astype(jnp.float32)
 
-    return pixels
+def _pixels(
+    images: Any, number: Array, exists: Array, out_size: tuple[int, int]
+) -> Callable[[int], Array]:
+    """Returns ``tap -> [positions]``: what a tap of the window sees, float32."""
+    width = out_size[1] + 2
+    image, within = div(number, math.prod(out_size)), rem(number, math.prod(out_size))
+    row, column = div(within, out_size[1]), rem(within, out_size[1])
+    corner = jnp.where(exists, (image * (out_size[0] + 2) + row) * width + column, 0)
+
+    def load(tap: int) -> Array:
+        return images[corner + (tap // 3 * width + tap % 3)].astype(jnp.float32)
+
+    return load
