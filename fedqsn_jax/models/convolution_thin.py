@@ -25,9 +25,9 @@ from fedqsn_jax.models.convolution_kernels import (
 )
 from fedqsn_jax.types import Array
 
-# Measured on an H200 with 25 clients, 20 rows, 28x28x1 to 26x26x32.
-FORWARD_POSITIONS, FORWARD_WARPS = 64, 4
-GRADIENT_POSITIONS, GRADIENT_WARPS, GRADIENT_SPLITS = 32, 4, 16
+# Measured on an H200 with 34 clients, 20 rows, 28x28x1 to 26x26x32.
+_FORWARD_POSITIONS, _FORWARD_WARPS = 128, 4
+_GRADIENT_POSITIONS, _GRADIENT_WARPS, _GRADIENT_SPLITS = 32, 4, 32
 _TAPS = 9
 
 
@@ -61,11 +61,11 @@ def convolve_relu(
     positions = rows * math.prod(out_size)
 
     def body(images: Any, kernel: Any, bias: Any, result: Any) -> None:
-        number = integers(pl.program_id(0) * FORWARD_POSITIONS, FORWARD_POSITIONS)
+        number = integers(pl.program_id(0) * _FORWARD_POSITIONS, _FORWARD_POSITIONS)
         pixels = _pixels(images, number, number < positions, out_size)
         channels = integers(0, outputs)
         values = jnp.broadcast_to(
-            bias[channels].astype(jnp.float32)[None], (FORWARD_POSITIONS, outputs)
+            bias[channels].astype(jnp.float32)[None], (_FORWARD_POSITIONS, outputs)
         )
         for tap in range(_TAPS):
             weights = kernel[jnp.full(channels.shape, tap, jnp.int32), channels]
@@ -75,9 +75,9 @@ def convolve_relu(
     flat = pl.pallas_call(
         body,
         jax.ShapeDtypeStruct((positions, outputs), images.dtype),
-        grid=(-(-positions // FORWARD_POSITIONS),),
+        grid=(-(-positions // _FORWARD_POSITIONS),),
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=FORWARD_WARPS, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=_FORWARD_WARPS, num_stages=1),
         name="thin_convolution",
     )(_padded(images, before, out_size), kernel.reshape(_TAPS, outputs), bias)
     return flat.reshape(rows, *out_size, outputs)
@@ -127,14 +127,14 @@ def _parameter_gradients(
     """Gradients of the kernel ``[9, out]`` and of the bias ``[out]``, float32."""
     count = outputs.shape[-1]
     positions = images.shape[0] * math.prod(out_size)
-    splits = min(GRADIENT_SPLITS, -(-positions // GRADIENT_POSITIONS))
-    steps = -(-positions // (GRADIENT_POSITIONS * splits))
+    splits = min(_GRADIENT_SPLITS, -(-positions // _GRADIENT_POSITIONS))
+    steps = -(-positions // (_GRADIENT_POSITIONS * splits))
 
     def body(images: Any, outputs: Any, cotangent: Any, result: Any) -> None:
         split, channels = pl.program_id(0), integers(0, count)
 
         def add(step: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            number = integers((split * steps + step) * GRADIENT_POSITIONS, GRADIENT_POSITIONS)
+            number = integers((split * steps + step) * _GRADIENT_POSITIONS, _GRADIENT_POSITIONS)
             inside = number < positions
             pixels = _pixels(images, number, inside, out_size)
             slopes = load_rows(cotangent, number, inside, channels).astype(jnp.float32)
@@ -144,7 +144,7 @@ def _parameter_gradients(
             return *kernel, bias + flowing
 
         # Sums over positions are left to the end: until then no thread needs another's.
-        zeros = (jnp.zeros((GRADIENT_POSITIONS, count), jnp.float32),) * (_TAPS + 1)
+        zeros = (jnp.zeros((_GRADIENT_POSITIONS, count), jnp.float32),) * (_TAPS + 1)
         for place, total in enumerate(jax.lax.fori_loop(0, steps, add, zeros)):
             row = jnp.full(channels.shape, split * (_TAPS + 1) + place, jnp.int32)
             result[row, channels] = total.sum(axis=0)
@@ -154,7 +154,7 @@ def _parameter_gradients(
         jax.ShapeDtypeStruct((splits * (_TAPS + 1), count), jnp.float32),
         grid=(splits,),
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=GRADIENT_WARPS, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=_GRADIENT_WARPS, num_stages=1),
         name="thin_convolution_gradient",
     )(_padded(images, before, out_size), outputs.reshape(-1, count), cotangent.reshape(-1, count))
     total = partial.reshape(splits, _TAPS + 1, count).sum(axis=0)
