@@ -67,10 +67,7 @@ def test_reports_of_large_rounds(tmp_path, monkeypatch, capsys):
     assert list(report["cohorts"]) == ["2"]
     assert report["population"]["programs"] == 1
     assert report["population"]["rounds"] == 2
-    for name, facts in {
-        "clients-2": report["cohorts"]["2"],
-        "population": report["population"],
-    }.items():
+    for facts in (report["cohorts"]["2"], report["population"]):
         assert facts["device_busy"] == 0.25
         assert facts["device_share"] == pytest.approx(0.25 / facts["median"])
     assert named == ["clients-2", "population"]
