@@ -51,7 +51,7 @@ def test_a_report(tmp_path, monkeypatch, capsys):
 def test_reports_of_large_rounds(tmp_path, monkeypatch, capsys):
     """Examples are made where they are used; one program runs all the rounds."""
     out = tmp_path / "report.json"
-    arguments = ["--clients=2", "--population=50", "--rounds=2", "--rounds_per_call=1"]
+    arguments = ["--clients=2", "--population=8", "--rounds=2", "--rounds_per_call=1"]
     arguments += ["--calls=1", f"--out={out}", f"--profile={tmp_path / 'traces'}"]
     named = []
 
