@@ -13,10 +13,14 @@ measures rounds of so many clients, with the dense network and examples that are
   python -m fedqsn_jax.benchmark --population=1000000 --rounds=1000
 
 runs so many rounds of 1,000 clients out of such a population.
+
+With ``--profile=DIR`` JAX's profiler traces a few more calls of each, after the measured ones. The
+traces are kept there, and from them comes the share of a round's time in which the device was busy:
+the time that is covered on a GPU's streams, by the median time of a round without tracing, which
+slows the host.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import platform
@@ -35,9 +39,10 @@ from rich.table import Table
 
 from fedqsn_jax.config import ConfigError
 from fedqsn_jax.data.federated import ClientData
+from fedqsn_jax.device_time import traced
 from fedqsn_jax.proxy import dequantize_proxy, whole_proxy
 from fedqsn_jax.randomness import client_round_key
-from fedqsn_jax.running import initial_state
+from fedqsn_jax.running import initial_state, place
 from fedqsn_jax.simulation import Simulation
 from fedqsn_jax.types import Batch, Params
 from fedqsn_jax.workloads import (
@@ -51,6 +56,8 @@ from fedqsn_jax.workloads import (
 ALGORITHMS = ("fedavg", "fedqsn")
 COHORT = 1000
 """Clients a round of the large population."""
+_TRACED_CALLS = 2
+_TIMES = ("ms a round", "quartiles", "best")
 
 
 def timed_calls(
@@ -67,15 +74,22 @@ def timed_calls(
     per_call = simulation.config.rounds_per_call
     state = initial_state(simulation, params)
     last = jax.device_put(np.int32(2**31 - 1))
+    data, rows, last = place(simulation, (data, rows, last))
     for stop in itertools.count(per_call, per_call):
+        until = place(simulation, jax.device_put(np.int32(stop)))
         began = time.perf_counter()
-        state, result = simulation.run(state, data, rows, jax.device_put(np.int32(stop)), last)
+        state, result = simulation.run(state, data, rows, until, last)
         jax.block_until_ready((state, result))
         yield (time.perf_counter() - began) / per_call
 
 
 def measure(
-    model: str, data: ClientData, calls: int, rounds_per_call: int, chunk_size: int
+    model: str,
+    data: ClientData,
+    calls: int,
+    rounds_per_call: int,
+    chunk_size: int,
+    profile: Path | None = None,
 ) -> dict[str, Any]:
     """Measures one workload, algorithms in turn; seconds of a round, JSON-able."""
     running, choices = {}, {}
@@ -90,7 +104,9 @@ def measure(
         for name, each in running.items():
             times[name].append(next(each))
     facts = {
-        name: _spread(values) | {"first_call": compiling[name], "clients": choices[name]}
+        name: _spread(values)
+        | {"first_call": compiling[name], "clients": choices[name]}
+        | _device_share(running[name], rounds_per_call, values, profile, f"{model}-{name}")
         for name, values in times.items()
     }
     ratios = [ours / base for ours, base in zip(times["fedqsn"], times["fedavg"], strict=True)]
@@ -133,7 +149,9 @@ def measure_parts(model: str, data: ClientData, calls: int) -> dict[str, Any]:
     return {name: _spread(_repeated(part, calls)) for name, part in parts.items()}
 
 
-def measure_cohorts(sizes: Sequence[int], calls: int) -> dict[str, Any]:
+def measure_cohorts(
+    sizes: Sequence[int], calls: int, profile: Path | None = None
+) -> dict[str, Any]:
     """Seconds and memory of rounds of so many clients, dense network, ascending; JSON-able."""
     facts = {}
     for size in sorted(sizes):
@@ -145,10 +163,13 @@ def measure_cohorts(sizes: Sequence[int], calls: int) -> dict[str, Any]:
         next(running)
         times = [next(running) for _ in range(calls)]
         facts[str(size)] = _spread(times) | _memory() | {"clients": simulation.choice.reason}
+        facts[str(size)] |= _device_share(running, 1, times, profile, f"clients-{size}")
     return facts
 
 
-def measure_population(population: int, rounds: int, rounds_per_call: int) -> dict[str, Any]:
+def measure_population(
+    population: int, rounds: int, rounds_per_call: int, profile: Path | None = None
+) -> dict[str, Any]:
     """Many rounds out of a large population: seconds, memory, compilations; JSON-able."""
     data = make_endless_population(population)
     cohort = min(COHORT, population)
@@ -159,7 +180,7 @@ def measure_population(population: int, rounds: int, rounds_per_call: int) -> di
     before, began = _memory(), time.perf_counter()
     times = [next(running) for _ in range(-(-rounds // rounds_per_call))]
     seconds = time.perf_counter() - began
-    return _spread(times) | {
+    facts = _spread(times) | {
         "rounds": len(times) * rounds_per_call,
         "seconds": seconds,
         "in_calls": sum(times) * rounds_per_call / seconds,
@@ -168,6 +189,37 @@ def measure_population(population: int, rounds: int, rounds_per_call: int) -> di
         "memory_after": _memory(),
         "clients": simulation.choice.reason,
     }
+    return facts | _device_share(running, rounds_per_call, times, profile, "population")
+
+
+def _device_share(
+    running: Iterator[float],
+    rounds_per_call: int,
+    times: Sequence[float],
+    profile: Path | None,
+    name: str,
+) -> dict[str, float]:
+    """Traces some more calls; says how long devices were busy, where their kind's trace tells.
+
+    Args:
+      running: The calls; see `timed_calls`.
+      rounds_per_call: Rounds of one.
+      times: Seconds of a round, measured without tracing.
+      profile: The directory for traces; None: there are none, and nothing is said.
+      name: That of the trace in it.
+
+    Returns:
+      Seconds of a round in which a device was busy, the mean over devices; and their share.
+    """
+    if profile is None:
+        return {}
+    with traced(profile / name) as busy:
+        for _ in range(_TRACED_CALLS):
+            next(running)
+    if not busy:
+        return {}
+    seconds = statistics.mean(busy) / (_TRACED_CALLS * rounds_per_call)
+    return {"device_busy": seconds, "device_share": seconds / statistics.median(times)}
 
 
 def _repeated(function: Callable[[], Any], calls: int) -> list[float]:
@@ -207,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--population", type=int, help="number of clients to draw rounds from")
     parser.add_argument("--rounds", type=int, default=100, help="rounds of --population")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    parser.add_argument("--profile", type=Path, help="a directory for a JAX profiler trace")
+    parser.add_argument("--profile", type=Path, help="a directory for JAX profiler traces")
     options = parser.parse_args(arguments)
     facts: dict[str, Any] = {
         "jax": jax.__version__,
@@ -217,24 +269,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "chunk_size": options.chunk_size,
         "workloads": {},
     }
-    profile = options.profile
-    trace = jax.profiler.trace(str(profile)) if profile else contextlib.nullcontext()
+    calls, per_call, profile = options.calls, options.rounds_per_call, options.profile
     try:
-        with trace:
-            if options.clients:
-                facts["cohorts"] = measure_cohorts(options.clients, options.calls)
-            if options.population:
-                facts["population"] = measure_population(
-                    options.population, options.rounds, options.rounds_per_call
-                )
-            if not (options.clients or options.population):
-                data = make_population()
-                for workload in options.workload or MODELS:
-                    result = measure(
-                        workload, data, options.calls, options.rounds_per_call, options.chunk_size
-                    )
-                    result["parts"] = measure_parts(workload, data, options.calls)
-                    facts["workloads"][workload] = result
+        if options.clients:
+            facts["cohorts"] = measure_cohorts(options.clients, calls, profile)
+        if options.population:
+            facts["population"] = measure_population(
+                options.population, options.rounds, per_call, profile
+            )
+        if not (options.clients or options.population):
+            data = make_population()
+            for workload in options.workload or MODELS:
+                result = measure(workload, data, calls, per_call, options.chunk_size, profile)
+                result["parts"] = measure_parts(workload, data, calls)
+                facts["workloads"][workload] = result
     except ConfigError as error:
         print(f"fedqsn_jax: {error}", file=sys.stderr)
         return 2
@@ -253,10 +301,14 @@ def _sizes(text: str) -> list[int]:
 
 def _show(facts: dict[str, Any]) -> None:
     console, title = Console(), f"JAX {facts['jax']}, {facts['device']}"
-    columns = ("ms a round", "quartiles", "best")
+    measured = [*facts.get("cohorts", {}).values(), facts.get("population", {})]
+    for workload in facts["workloads"].values():
+        measured += workload["algorithms"].values()
+    busy = any("device_share" in times for times in measured)
+    columns = (*_TIMES, "device busy") if busy else _TIMES
     if facts["workloads"]:
         table = _table("workload", "algorithm", *columns, "over FedAvg", title=title)
-        parts = _table("workload", "part", *columns, title="FedQSN's parts, apart")
+        parts = _table("workload", "part", *_TIMES, title="FedQSN's parts, apart")
         for workload, result in facts["workloads"].items():
             for name, times in result["algorithms"].items():
                 ratio = f"{result['fedqsn_over_fedavg']:.3f}" if name == "fedqsn" else ""
@@ -293,12 +345,14 @@ def _table(*columns: str, title: str) -> Table:
     return table
 
 
-def _cells(times: dict[str, Any]) -> tuple[str, str, str]:
+def _cells(times: dict[str, Any]) -> tuple[str, ...]:
     low, high = times["quartiles"]
+    share = (f"{times['device_share']:.1%}",) if "device_share" in times else ()
     return (
         f"{1000 * times['median']:.2f}",
         f"{1000 * low:.2f}-{1000 * high:.2f}",
         f"{1000 * times['best']:.2f}",
+        *share,
     )
 
 

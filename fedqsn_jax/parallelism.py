@@ -14,6 +14,9 @@ STEP_BYTES = 2**31
 """What a step of a chunk should move at least on a GPU or TPU, so that the launches of its kernels
 do not count: more clients at once than that gain nothing."""
 
+_WAITING_ROOM = 1.25
+"""Room for free places, by their mean number, where the longest client leaves so much slack."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
@@ -98,10 +101,7 @@ def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) 
             f"{_gib(workload.device_bytes)}; the largest that fits is "
             f"{max(workload.largest_chunk, 1)}"
         )
-    busy = workload.steps[workload.steps > 0]
-    mean_steps = float(busy.mean()) if busy.size else 1.0
-    # Steps end where they end: leave room for some more than the mean.
-    refills = min(math.ceil(1.5 * chunk / mean_steps), chunk)
+    refills = _refills(workload, chunk, share)
     mesh = Mesh(np.asarray(jax.devices()[:devices]), (CLIENTS_AXIS,)) if wants_mesh else None
     at_once = "one client at a time" if chunk == 1 else f"{chunk} clients at once"
     where = f"{devices} devices, {at_once} on each" if wants_mesh else at_once
@@ -130,6 +130,23 @@ def _chunk_size(
     }
     why = min(limits, key=limits.__getitem__)
     return max(limits[why], 1), f"auto on {platform}: {why}"
+
+
+def _refills(workload: Workload, chunk: int, share: int) -> int:
+    """How many places may be refilled after a step.
+
+    On average as many become free as there are places by the mean number of steps. But clients of
+    one length that began together end together; a place that must then wait costs steps, and so
+    there is room for twice as many. Unless the longest client is waited for anyhow: then a quarter
+    more than the mean does, since what is not served costs time too.
+    """
+    busy = workload.steps[workload.steps > 0]
+    if not busy.size:
+        return chunk
+    mean = float(busy.mean())
+    # What the places can do while the longest client trains, by what there is to do.
+    slack = chunk * int(busy.max()) / (share * float(workload.steps.mean()))
+    return min(math.ceil((_WAITING_ROOM if slack >= _WAITING_ROOM else 2) * chunk / mean), chunk)
 
 
 def _gib(count: float) -> str:

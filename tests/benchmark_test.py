@@ -1,5 +1,6 @@
 """The benchmark's workload is the one it says, and its report is complete."""
 
+import contextlib
 import json
 
 import jax
@@ -47,16 +48,32 @@ def test_a_report(tmp_path, monkeypatch, capsys):
     assert "parts" in shown
 
 
-def test_reports_of_large_rounds(tmp_path, capsys):
+def test_reports_of_large_rounds(tmp_path, monkeypatch, capsys):
     """Examples are made where they are used; one program runs all the rounds."""
     out = tmp_path / "report.json"
-    arguments = ["--clients=2", "--population=50", "--rounds=2", "--rounds_per_call=1"]
-    assert benchmark.main([*arguments, "--calls=1", f"--out={out}"]) == 0
+    arguments = ["--clients=2", "--population=8", "--rounds=2", "--rounds_per_call=1"]
+    arguments += ["--calls=1", f"--out={out}", f"--profile={tmp_path / 'traces'}"]
+    named = []
+
+    @contextlib.contextmanager
+    def traced(directory):
+        named.append(directory.name)
+        # As with two GPUs, busy for so long in two calls of one round each.
+        yield [0.75, 0.25]
+
+    monkeypatch.setattr(benchmark, "traced", traced)
+    assert benchmark.main(arguments) == 0
     report = json.loads(out.read_text())
     assert list(report["cohorts"]) == ["2"]
     assert report["population"]["programs"] == 1
     assert report["population"]["rounds"] == 2
-    assert "one client at a time" in capsys.readouterr().out
+    for facts in (report["cohorts"]["2"], report["population"]):
+        assert facts["device_busy"] == 0.25
+        assert facts["device_share"] == pytest.approx(0.25 / facts["median"])
+    assert named == ["clients-2", "population"]
+    shown = capsys.readouterr().out
+    assert "one client at a time" in shown
+    assert "device busy" in shown
 
 
 def test_endless_clients_are_like_the_others():

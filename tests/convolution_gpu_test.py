@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedqsn_jax.models import convolution_gpu
-from fedqsn_jax.models.convolution import convolve, convolve_relu_pool
+from fedqsn_jax.models import convolution_gpu, convolution_thin
+from fedqsn_jax.models.convolution import convolve, convolve_relu, convolve_relu_pool
 
 CLIENTS, ROWS = 2, 3
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -87,6 +87,21 @@ def test_fused_pooling_and_gradients_equal_the_native_ones(size, padding, inputs
     close(value_and_gradients(ours, *operands), value_and_gradients(expected, *operands))
 
 
+@pytest.mark.parametrize(("size", "padding", "outputs"), [((8, 6), 0, 16), ((5, 7), 1, 32)])
+def test_thin_images_and_gradients_equal_the_native_ones(size, padding, outputs):
+    operands = arrays(size, 1, outputs)
+    out_size = size[0] + 2 * padding - 2, size[1] + 2 * padding - 2
+
+    def ours(images, kernel, bias):
+        before = padding, padding
+        return convolution_thin.convolve_relu(images, kernel, bias, before, out_size, True)
+
+    def expected(images, kernel, bias):
+        return jax.nn.relu(native(images, kernel, padding) + bias[None, None, None])
+
+    close(value_and_gradients(ours, *operands), value_and_gradients(expected, *operands))
+
+
 def test_bfloat16_is_accumulated_in_float32():
     images, kernel, _ = (array.astype(jnp.bfloat16) for array in arrays((6, 6), 16, 16))
 
@@ -158,3 +173,29 @@ def test_fused_pooling_equals_its_parts_on_this_device():
     actual = convolve_relu_pool(images, kernel, bias, 1, "VALID")
     values = np.maximum(np.asarray(native(images, kernel, 0)) + np.asarray(bias), 0)
     close(actual, values[:, :4, :4].reshape(ROWS, 2, 2, 2, 2, 16).max(axis=(2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "fits"),
+    [
+        ((3, 3, 1, 32), 1, True),
+        ((3, 3, 1, 24), 1, False),
+        ((3, 3, 1, 128), 1, False),
+        ((3, 3, 3, 32), 1, False),
+        ((3, 3, 1, 32), 2, False),
+        ((5, 5, 1, 32), 1, False),
+    ],
+)
+def test_only_thin_images_go_to_their_kernels(shape, stride, fits):
+    assert convolution_thin.fits(shape, stride) is fits
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_thin_convolutions_are_compiled_for_the_device(padding):
+    operands = images, kernel, bias = [array[0] for array in arrays((6, 5), 1, 16)]
+    traced = jax.jit(functools.partial(convolve_relu, padding=padding)).trace(*operands)
+    assert str(traced.jaxpr).count("pallas_call") == 1
+    assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    width = 1 if padding == "SAME" else 0
+    expected = np.maximum(np.asarray(native(images, kernel, width)) + np.asarray(bias), 0)
+    close(convolve_relu(*operands, padding=padding), expected)

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "fedqsn_jax"
 FLOORS = (
     ("types", "patterns"),
     ("randomness", "config", "placement"),
-    ("lifeline",),
+    ("lifeline", "device_time"),
     ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir", "processes"),
     ("client_optimizer", "generation", "masking", "text_scores"),
     ("lora", "trainable"),

@@ -4,8 +4,11 @@ import json
 import os
 import stat
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from fedqsn_jax import command_line, linen_apply, load
 from fedqsn_jax.checkpoint import Checkpoints
@@ -167,7 +170,7 @@ def test_a_dry_run_shows_sites_bytes_and_memory_and_writes_nothing(tmp_path, cap
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys):
+def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys, monkeypatch):
     directory = tmp_path / "run"
     arguments = [*SMALL, f"--workdir={directory}"]
     assert main(arguments) == 0
@@ -217,10 +220,52 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys):
     after = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     assert after == before
 
+    def exhausted(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        yield  # A generator, which fails where the first call would.
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedqsn_jax.experiment.run_rounds", exhausted)
+        assert main([*arguments, "--config.rounds=6"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "cohort.chunk_size = 1: the device ran out of memory" in message
+    assert "lower client.batch_size = " in message
+    assert message.endswith("; the checkpoint of round 4 stands\n")
+
+    # It does: the same command goes on from there.
     assert main([*arguments, "--config.rounds=6"]) == 0
+    assert "resumed after round 4" in capsys.readouterr().out
     longer = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert longer[:3] == history
     assert [entry["round"] for entry in longer] == [0, 2, 4, 6]
+
+
+def test_compiled_programs_are_kept_and_found_again(tmp_path, monkeypatch):
+    directory, events = tmp_path / "programs", []
+    jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+
+    def compile_something(*arguments):
+        # Another function each time, which JAX's own cache does not know.
+        jax.jit(lambda x: jnp.sin(x) + 3)(jnp.arange(5.0))
+
+    monkeypatch.setattr("fedqsn_jax.experiment.dry_run", compile_something)
+    settings = {"jax_persistent_cache_min_compile_time_secs": 0, "jax_compilation_cache_dir": None}
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        for hits in (0, 1):
+            events.clear()
+            assert main([SMALL[0], "--dry_run", f"--compilation_cache={directory}"]) == 0
+            assert events.count("/jax/compilation_cache/cache_hits") >= hits
+            assert ("/jax/compilation_cache/cache_misses" in events) is not bool(hits)
+            assert any(directory.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        jax.monitoring.clear_event_listeners()
 
 
 def test_a_checkpoint_of_another_structure_is_refused(tmp_path, capsys):

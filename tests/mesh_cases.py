@@ -10,11 +10,14 @@ import sys
 import jax
 import numpy as np
 
+from fedqsn_jax.benchmark import timed_calls
 from fedqsn_jax.config import resolve
 from fedqsn_jax.data.federated import from_clients
-from fedqsn_jax.running import initial_state, place
+from fedqsn_jax.data.streamed import HostData
+from fedqsn_jax.running import initial_state, place, run_rounds
 from fedqsn_jax.simulation import make_simulation
 from fedqsn_jax.tasks import classification
+from fedqsn_jax.workloads import make_population, make_workload, workload_config
 
 SIZES = (7, 0, 12, 3, 9, 1, 20, 4, 5)
 ROUNDS = 2
@@ -38,7 +41,7 @@ def make_clients(random):
     )
 
 
-def make(parallelism, devices, chunk):
+def make(parallelism, devices, chunk, host_resident=False):
     """A simulation with its first parameters and data."""
     random = np.random.default_rng(0)
     params = {
@@ -47,6 +50,9 @@ def make(parallelism, devices, chunk):
     }
     params = jax.tree.map(jax.numpy.asarray, params)
     data = make_clients(random)
+    if host_resident:
+        arrays = {name: np.asarray(array) for name, array in data.examples.items()}
+        data = HostData(arrays, np.asarray(data.offsets, np.int64))
     config = resolve(
         {
             "rounds": ROUNDS,
@@ -70,12 +76,20 @@ def make(parallelism, devices, chunk):
     return simulation, params, data
 
 
-def delta_of_a_round(parallelism, devices, chunk):
-    """What one round adds to the hidden model."""
+def deltas_of_rounds(parallelism, devices, chunk, rounds=1):
+    """What so many rounds add to the hidden model, after each of them."""
     simulation, params, data = make(parallelism, devices, chunk)
     state, data = initial_state(simulation, params), place(simulation, data)
-    state, _ = jax.jit(simulation.federation.round, donate_argnums=0)(state, data)
-    return jax.tree.map(lambda new, old: (np.asarray(new) - old).tolist(), state.params, params)
+    one_round = jax.jit(simulation.federation.round, donate_argnums=0)
+    deltas = []
+    for _ in range(rounds):
+        state, _ = one_round(state, data)
+        deltas.append(differences(state.params, params))
+    return deltas
+
+
+def differences(ours, theirs):
+    return jax.tree.map(lambda new, old: (np.asarray(new) - np.asarray(old)).tolist(), ours, theirs)
 
 
 def facts_of_two_calls(devices):
@@ -99,12 +113,47 @@ def facts_of_two_calls(devices):
     }
 
 
+def streamed_calls(devices, chunk):
+    """What two calls add to the hidden model, with rows that stay on the host."""
+    simulation, params, data = make("mesh", devices, chunk, host_resident=True)
+    state = initial_state(simulation, params)
+    rows = {name: array[:10] for name, array in data.examples.items()}
+    *_, (finished, last, _) = run_rounds(simulation, state, data, rows)
+    assert finished == ROUNDS
+    assert simulation.run._cache_size() == 1
+    return differences(last.params, params)
+
+
+def benchmarked(devices):
+    """How often the benchmark's calls compile: the first one, and two more."""
+    data = make_population(clients=2, mean=20)
+    simulation, params, rows = make_workload("dense", workload_config("fedavg", 2, 2, 1), data)
+    assert simulation.choice.axis.devices == devices
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append("backend_compile" in name)
+    )
+    running = timed_calls(simulation, params, data, rows)
+    counts = []
+    for _ in range(3):
+        assert next(running) > 0
+        counts.append(sum(compiled))
+    return counts
+
+
 def main():
     jax.config.update("jax_default_matmul_precision", "highest")
-    deltas = {"one device": delta_of_a_round("scan", 0, 0)}
-    for devices, chunk in ((1, 1), (2, 2), (3, 1), (4, 2)):
-        deltas[f"{devices} devices, {chunk} at once"] = delta_of_a_round("mesh", devices, chunk)
-    found = {"deltas": deltas, "calls": facts_of_two_calls(4)}
+    first, second = deltas_of_rounds("scan", 0, 0, ROUNDS)
+    deltas = {"one device": first}
+    for devices, chunk in ((2, 2), (3, 1), (4, 2)):
+        name = f"{devices} devices, {chunk} at once"
+        (deltas[name],) = deltas_of_rounds("mesh", devices, chunk)
+    found = {
+        "deltas": deltas,
+        "calls": facts_of_two_calls(4),
+        "two rounds": {"one device": second, "streamed": streamed_calls(4, 2)},
+        "benchmark": benchmarked(4),
+    }
     with open(sys.argv[1], "w") as file:
         json.dump(found, file)
 

@@ -46,7 +46,9 @@ def test_as_many_at_once_as_pay_and_fit(load, expected, why):
 
 def test_refills_follow_the_mean_number_of_steps():
     axis = choose(load=workload(steps=(6, 6, 0, 6)), size=100, chunk_size=40).axis
-    assert axis.refills == 10  # 1.5 * 40 / 6.
+    assert axis.refills == 14  # 2 * 40 / 6.
+    # 54 places do 54 * 20 steps while the longest client trains; there are 100 * 8.
+    assert choose(size=100).axis.refills == 9  # 1.25 * 54 / 8.
     assert choose(load=workload(steps=(1, 1)), size=100, chunk_size=40).axis.refills == 40
     assert choose(load=workload(equal=20), size=100).axis.steps == 20
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedqsn_jax.models import convolution_gpu
+from fedqsn_jax.models import convolution_gpu, convolution_thin
 from fedqsn_jax.types import Array
 
 _Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -45,6 +45,39 @@ def convolve(images: Array, kernel: Array, stride: int = 1, padding: str = "SAME
         return convolution_gpu.convolve(images, kernel, before, out_size, precision)
 
     return jax.lax.platform_dependent(images, kernel, cuda=by_kernels, default=by_patches)
+
+
+def convolve_relu(
+    images: Array, kernel: Array, bias: Array, stride: int = 1, padding: str = "SAME"
+) -> Array:
+    """Convolves, adds a bias, and takes ReLU; one kernel for images with one channel on a GPU.
+
+    Args:
+      images: As for `convolve`.
+      kernel: As for `convolve`.
+      bias: ``[out]``.
+      stride: As for `convolve`.
+      padding: As for `convolve`.
+
+    Returns:
+      ``[rows, out height, out width, out]``.
+
+    Raises:
+      ValueError: As for `convolve`.
+    """
+    pads, out_size = _placing(images.shape, kernel.shape, stride, padding)
+
+    def by_parts(images: Array, kernel: Array, bias: Array) -> Array:
+        return nn.relu(convolve(images, kernel, stride, padding) + bias[None, None, None])
+
+    if not convolution_thin.fits(kernel.shape, stride):
+        return by_parts(images, kernel, bias)
+
+    def by_kernels(images: Array, kernel: Array, bias: Array) -> Array:
+        before = pads[0][0], pads[1][0]
+        return convolution_thin.convolve_relu(images, kernel, bias, before, out_size)
+
+    return jax.lax.platform_dependent(images, kernel, bias, cuda=by_kernels, default=by_parts)
 
 
 def convolve_relu_pool(
@@ -155,6 +188,18 @@ class Conv(nn.Module):
         kernel, bias = self._parameters(images.shape[-1])
         outputs = convolve(images, kernel, self.stride, self.padding)
         return outputs if bias is None else outputs + bias[None, None, None]
+
+
+class ConvRelu(Conv):
+    """A `Conv` with its bias and ReLU, in one kernel where a device has one."""
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Maps ``[rows, height, width, channels]`` to outputs of a `Conv`'s size."""
+        kernel, bias = self._parameters(images.shape[-1])
+        if bias is None:
+            bias = jnp.zeros((self.features,), kernel.dtype)
+        return convolve_relu(images, kernel, bias, self.stride, self.padding)
 
 
 class ConvReluPool(Conv):

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from fedqsn_jax.models.convolution_kernels import (
     LEAST_CHANNELS,
-    STOPPED,
     Geometry,
     correlate,
     halved,
@@ -74,7 +73,7 @@ def _convolve_forward(images, kernel, before, out_size, precision, interpret):
 def _convolve_backward(before, out_size, precision, interpret, residuals, cotangent):
     images, kernel = residuals
     geometry = _geometry(images, kernel, before, out_size)
-    return _gradients(geometry, precision, interpret, images, kernel, _flat(cotangent), None)
+    return _gradients(geometry, precision, interpret, images, kernel, _flat(cotangent), None)[:2]
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -117,10 +116,10 @@ def _convolve_relu_pool_forward(images, kernel, bias, before, out_size, precisio
 def _convolve_relu_pool_backward(before, out_size, precision, interpret, residuals, cotangent):
     images, kernel, bias, which = residuals
     geometry = _geometry(images, kernel, before, out_size)
-    cotangent = _flat(cotangent)
-    gradients = _gradients(geometry, precision, interpret, images, kernel, cotangent, which)
-    flowing = jnp.where(which == STOPPED, 0, cotangent.astype(jnp.float32))
-    return *gradients, flowing.sum(axis=0).astype(bias.dtype)
+    *gradients, to_bias = _gradients(
+        geometry, precision, interpret, images, kernel, _flat(cotangent), which
+    )
+    return *gradients, to_bias.astype(bias.dtype)
 
 
 convolve_relu_pool.defvjp(_convolve_relu_pool_forward, _convolve_relu_pool_backward)
@@ -151,11 +150,14 @@ def _gradients(
     kernel: Array,
     cotangent: Array,
     which: Array | None,
-) -> tuple[Array, Array]:
-    """Cotangents of images and kernel; with ``which``, ``cotangent`` is that of the pooled."""
+) -> tuple[Array, Array, Array]:
+    """Cotangents of images, kernel and bias; with ``which``, ``cotangent`` is the pooled one's."""
     turned = _taps(kernel[::-1, ::-1])
     to_images = correlate(
         geometry.transposed(), precision, interpret, cotangent, turned, which=which
     )
-    to_kernel = kernel_gradient(geometry, precision, interpret, _flat(images), cotangent, which)
-    return to_images.reshape(images.shape), to_kernel.reshape(kernel.shape).astype(kernel.dtype)
+    to_kernel, to_bias = kernel_gradient(
+        geometry, precision, interpret, _flat(images), cotangent, which
+    )
+    to_kernel = to_kernel.reshape(kernel.shape).astype(kernel.dtype)
+    return to_images.reshape(images.shape), to_kernel, to_bias

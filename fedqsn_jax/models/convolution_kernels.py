@@ -75,11 +75,11 @@ class _Launch:
     stages: int = 1
 
 
-# Measured on an H200 with 25 clients, 20 rows, 26x26x32 to 24x24x64.
+# Measured on an H200 with 34 clients, 20 rows, 26x26x32 to 24x24x64.
 _FORWARD = _Launch(tiles=64, inputs=32, outputs=64, warps=4, stages=3)
 _UNPOOLING = _Launch(tiles=64, inputs=32, outputs=64, warps=4)
 _KERNEL_GRADIENT = _Launch(tiles=32, inputs=32, outputs=64, warps=4, stages=2)
-_TILES_A_SPLIT = 288
+_TILES_A_SPLIT = 192
 _MOST_SPLITS = 16
 
 
@@ -136,12 +136,12 @@ def _correlate_kernel(
 ) -> None:
     height, width = geometry.window
     program, parts = pl.program_id(0), geometry.outputs // launch.outputs
-    tiles = _Tiles(_div(program, parts) * launch.tiles, launch.tiles, geometry)
-    columns = _range(_rem(program, parts) * launch.outputs, launch.outputs)
+    tiles = _Tiles(div(program, parts) * launch.tiles, launch.tiles, geometry)
+    columns = integers(rem(program, parts) * launch.outputs, launch.outputs)
     taps, blocks = height * width, geometry.inputs // launch.inputs
 
     def fetching(block: Any) -> tuple[_Fetch, Array]:
-        channels = _range(block * launch.inputs, launch.inputs)
+        channels = integers(block * launch.inputs, launch.inputs)
         return _fetching(tiles, geometry.in_size, images, which, channels), channels
 
     def add_tap(
@@ -158,9 +158,9 @@ def _correlate_kernel(
         return add(0, first), add(1, second), add(2, third), add(3, fourth)
 
     def add_step(step: Array, sums: _Four) -> _Four:
-        tap = _div(step, blocks)
-        fetch, channels = fetching(_rem(step, blocks))
-        return add_tap(fetch, channels, tap, _div(tap, width), _rem(tap, width), sums)
+        tap = div(step, blocks)
+        fetch, channels = fetching(rem(step, blocks))
+        return add_tap(fetch, channels, tap, div(tap, width), rem(tap, width), sums)
 
     def add_block(block: Array, sums: _Four) -> _Four:
         fetch, channels = fetching(block)
@@ -179,7 +179,7 @@ def _correlate_kernel(
     if bias is None:
         for place, values in enumerate(sums):
             index, inside = tiles.places(place // 2, place % 2, geometry.out_size)
-            _store(outputs, index, columns, inside, values)
+            store_rows(outputs, index, columns, inside, values)
         return
     best, index = sums[0], jnp.zeros(sums[0].shape, jnp.int32)
     for place in (1, 2, 3):
@@ -188,8 +188,8 @@ def _correlate_kernel(
         best, index = jnp.where(more, sums[place], best), jnp.where(more, place, index)
     best += jnp.broadcast_to(bias[columns].astype(jnp.float32)[None], best.shape)
     at, inside = tiles.windows(0, 0, halved(geometry.out_size))
-    _store(outputs, at, columns, inside, jnp.maximum(best, 0))
-    _store(maxima, at, columns, inside, jnp.where(best > 0, index, STOPPED))
+    store_rows(outputs, at, columns, inside, jnp.maximum(best, 0))
+    store_rows(maxima, at, columns, inside, jnp.where(best > 0, index, STOPPED))
 
 
 def kernel_gradient(
@@ -199,27 +199,33 @@ def kernel_gradient(
     images: Array,
     cotangent: Array,
     which: Array | None,
-) -> Array:
-    """The kernel's gradient ``[taps, in, out]``, float32."""
+) -> tuple[Array, Array]:
+    """The gradients of the kernel ``[taps, in, out]`` and of a bias ``[out]``, float32."""
     launch = _fitted(_KERNEL_GRADIENT, geometry)
     splits = min(max(geometry.tiles // _TILES_A_SPLIT, 1), _MOST_SPLITS)
     blocks = geometry.inputs // launch.inputs, geometry.outputs // launch.outputs
     taps = math.prod(geometry.window)
 
     def body(images: Any, cotangent: Any, *rest: Any) -> None:
-        *optional, gradient = rest
-        which = optional[0] if optional else None
-        _gradient_kernel(geometry, launch, precision, splits, images, cotangent, which, gradient)
+        *optional, gradient, bias = rest
+        operands = images, cotangent, optional[0] if optional else None, gradient, bias
+        _gradient_kernel(geometry, launch, precision, splits, *operands)
 
-    partial = pl.pallas_call(
+    gradient, bias = pl.pallas_call(
         body,
-        jax.ShapeDtypeStruct((splits * taps, geometry.inputs, geometry.outputs), jnp.float32),
+        (
+            jax.ShapeDtypeStruct((splits * taps, geometry.inputs, geometry.outputs), jnp.float32),
+            jax.ShapeDtypeStruct((splits * blocks[0], geometry.outputs), jnp.float32),
+        ),
         grid=(splits * math.prod(blocks),),
         interpret=interpret,
         compiler_params=triton.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
         name="convolution_kernel_gradient",
     )(images, cotangent, *(() if which is None else (which,)))
-    return partial.reshape(splits, taps, geometry.inputs, geometry.outputs).sum(axis=0)
+    gradient = gradient.reshape(splits, taps, geometry.inputs, geometry.outputs)
+    # Programs for other blocks of inputs have the same sums of cotangents.
+    bias = bias.reshape(splits, blocks[0], geometry.outputs)[:, 0]
+    return gradient.sum(axis=0), bias.sum(axis=0)
 
 
 def _gradient_kernel(
@@ -231,13 +237,14 @@ def _gradient_kernel(
     cotangent: Any,
     which: Any,
     gradient: Any,
+    bias: Any,
 ) -> None:
     height, width = geometry.window
     blocks = geometry.inputs // launch.inputs, geometry.outputs // launch.outputs
     program = pl.program_id(0)
-    split, block = _div(program, math.prod(blocks)), _rem(program, math.prod(blocks))
-    channels = _range(_div(block, blocks[1]) * launch.inputs, launch.inputs)
-    columns = _range(_rem(block, blocks[1]) * launch.outputs, launch.outputs)
+    split, block = div(program, math.prod(blocks)), rem(program, math.prod(blocks))
+    channels = integers(div(block, blocks[1]) * launch.inputs, launch.inputs)
+    columns = integers(rem(block, blocks[1]) * launch.outputs, launch.outputs)
     steps = -(-geometry.tiles // (launch.tiles * splits))
 
     def add_tiles(step: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -245,7 +252,9 @@ def _gradient_kernel(
         fetch = _fetching(tiles, geometry.in_size, images, None, channels)
         fetch_cotangent = _fetching(tiles, geometry.out_size, cotangent, which, columns)
         cotangents = [fetch_cotangent(place // 2, place % 2) for place in range(4)]
-        all_taps = list(sums)
+        *all_taps, flowing = sums
+        first, second, third, fourth = (each.astype(jnp.float32) for each in cotangents)
+        flowing += (first + second + third + fourth).sum(axis=0)
         for row in range(height + 1):
             for column in range(width + 1):
                 values = fetch(row - geometry.before[0], column - geometry.before[1])
@@ -257,13 +266,17 @@ def _gradient_kernel(
                         precision=precision,
                         preferred_element_type=jnp.float32,
                     )
-        return tuple(all_taps)
+        return *all_taps, flowing
 
     # Outputs are the rows: there are more of them, and tensor cores work on many rows.
-    sums = (jnp.zeros((launch.outputs, launch.inputs), jnp.float32),) * (height * width)
-    for tap, values in enumerate(jax.lax.fori_loop(0, steps, add_tiles, sums)):
+    zeros = (jnp.zeros((launch.outputs, launch.inputs), jnp.float32),) * (height * width)
+    sums = *zeros, jnp.zeros(launch.outputs, jnp.float32)
+    *all_taps, flowing = jax.lax.fori_loop(0, steps, add_tiles, sums)
+    row = split * blocks[0] + div(block, blocks[1])
+    bias[jnp.full(columns.shape, row, jnp.int32), columns] = flowing
+    for tap, values in enumerate(all_taps):
         at = jnp.full(values.shape, split * (height * width) + tap, jnp.int32)
-        down, across = _grid_of(columns, channels)
+        down, across = grid_of(columns, channels)
         gradient[at, across, down] = values
 
 
@@ -291,11 +304,11 @@ class _Tiles:
 
     def __init__(self, first: Any, count: int, geometry: Geometry) -> None:
         self._down, self._across = (-(-size // 2) for size in geometry.out_size)
-        number = _range(first, count)
+        number = integers(first, count)
         self._exists = number < geometry.tiles
-        self._image = _div(number, self._down * self._across)
-        within = _rem(number, self._down * self._across)
-        self._row, self._column = _div(within, self._across), _rem(within, self._across)
+        self._image = div(number, self._down * self._across)
+        within = rem(number, self._down * self._across)
+        self._row, self._column = div(within, self._across), rem(within, self._across)
 
     def places(self, down: Any, right: Any, size: tuple[int, int]) -> tuple[Array, Array]:
         """Flat indices of ``(2 row + down, 2 column + right)``, and whether they exist."""
@@ -323,13 +336,13 @@ def _fetching(
       channels: The channels to load.
     """
     if which is None:
-        return lambda down, right: _load(values, *tiles.places(down, right, size), channels)
+        return lambda down, right: load_rows(values, *tiles.places(down, right, size), channels)
 
     @functools.cache
     def pooled(down: int, right: int) -> tuple[Array, Array]:
         at, exists = tiles.windows(down, right, halved(size))
-        places = _load(which, at, exists, channels).astype(jnp.int32)
-        return _load(values, at, exists, channels), places
+        places = load_rows(which, at, exists, channels).astype(jnp.int32)
+        return load_rows(values, at, exists, channels), places
 
     def fetch(down: int, right: int) -> Array:
         window, places = pooled(down // 2, right // 2)
@@ -339,33 +352,36 @@ def _fetching(
     return fetch
 
 
-def _range(start: Any, count: int) -> Array:
+def integers(start: Any, count: int) -> Array:
+    """Int32 numbers from ``start`` on."""
     return start + jnp.arange(count, dtype=jnp.int32)
 
 
-def _div(value: Array, divisor: int) -> Array:
+def div(value: Array, divisor: int) -> Array:
     """The quotient of numbers that are not negative: ``//`` would also check their sign."""
     return jax.lax.div(value, jnp.full_like(value, divisor))
 
 
-def _rem(value: Array, divisor: int) -> Array:
+def rem(value: Array, divisor: int) -> Array:
+    """The remainder of numbers that are not negative."""
     return jax.lax.rem(value, jnp.full_like(value, divisor))
 
 
-def _grid_of(rows: Array, columns: Array) -> tuple[Array, Array]:
+def grid_of(rows: Array, columns: Array) -> tuple[Array, Array]:
+    """Indices ``[rows, columns]`` of a block."""
     shape = rows.size, columns.size
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)
 
 
-def _load(ref: Any, index: Array, exists: Array, channels: Array) -> Array:
+def load_rows(ref: Any, index: Array, exists: Array, channels: Array) -> Array:
     """Loads ``[index, channels]``, zero where an index does not exist."""
-    at = _grid_of(jnp.where(exists, index, 0), channels)
+    at = grid_of(jnp.where(exists, index, 0), channels)
     mask = jnp.broadcast_to(exists[:, None], at[0].shape)
     return triton.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype))
 
 
 def _load_tap(kernel: Any, tap: Any, channels: Array, columns: Array) -> Array:
-    at = _grid_of(columns, channels)
+    at = grid_of(columns, channels)
     return kernel[jnp.full(at[0].shape, tap, jnp.int32), *at]
 
 
@@ -379,9 +395,10 @@ def _product(values: Array, weights: Array, precision: jax.lax.Precision) -> Arr
     )
 
 
-def _store(ref: Any, index: Array, channels: Array, exists: Array, values: Array) -> None:
+def store_rows(ref: Any, index: Array, channels: Array, exists: Array, values: Array) -> None:
+    """Stores ``[index, channels]`` where an index exists."""
     # Beyond the end, not at an index that another element writes: the interpreter scatters all.
-    at = _grid_of(jnp.where(exists, index, ref.shape[0]), channels)
+    at = grid_of(jnp.where(exists, index, ref.shape[0]), channels)
     mask = jnp.broadcast_to(exists[:, None], at[0].shape)
     triton.store(ref.at[at], values.astype(ref.dtype), mask=mask)
 

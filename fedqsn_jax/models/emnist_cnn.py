@@ -2,7 +2,7 @@
 
 from flax import linen as nn
 
-from fedqsn_jax.models.convolution import Conv, ConvReluPool
+from fedqsn_jax.models.convolution import ConvRelu, ConvReluPool
 from fedqsn_jax.models.mlp import as_floats
 from fedqsn_jax.types import Array
 
@@ -22,7 +22,7 @@ class EmnistCNN(nn.Module):
     def __call__(self, images: Array, train: bool = False) -> Array:
         """Returns logits ``[rows, classes]`` of ``images`` ``[rows, 28, 28, 1]``."""
         values = as_floats(images)
-        values = nn.relu(Conv(32, padding="VALID", name="conv_0")(values))
+        values = ConvRelu(32, padding="VALID", name="conv_0")(values)
         values = ConvReluPool(64, padding="VALID", name="conv_1")(values)
         values = values.reshape(images.shape[0], -1)
         values = nn.Dropout(self.dropout[0], deterministic=not train)(values)
