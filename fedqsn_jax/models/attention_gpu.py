@@ -56,7 +56,7 @@ class Heads:
 
 def fits(length: int, size: int, dtype: Any) -> bool:
     """Whether the kernels here attend over sequences and heads of such sizes."""
-    return 16 <= length <= _LONGEST and size in _HEAD_SIZES and dtype == jnp.bfloat16
+    return 16 <= length <= _LONGEST and size in _HEAD_SIZES and jnp.dtype(dtype) == jnp.bfloat16
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,8 +6,10 @@ from typing import Any, ClassVar, Self
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fedqsn_jax.models import gpu_blocks, norm_gpu
 from fedqsn_jax.models.attention import Attention
 from fedqsn_jax.models.cache import positions_of
+from fedqsn_jax.models.dropout import Dropout, drop, words_of
 from fedqsn_jax.models.hugging_face import (
     Settings,
     Tensor,
@@ -17,7 +19,6 @@ from fedqsn_jax.models.hugging_face import (
     token_ids,
 )
 from fedqsn_jax.models.transformer import (
-    Dropout,
     Embed,
     Execution,
     Mlp,
@@ -286,25 +287,56 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: Array, each: None, mask: Array | None) -> tuple[Array, None]:
-        config, dtype = self.config, self.execution.dtype
+        config, fuses = self.config, self._fuses()
         attention = Attention(
             config.heads,
             config.heads,
             config.width // config.heads,
             self.execution,
+            out_bias=not fuses,
             rate=config.attention_dropout,
             train=self.train,
             stddev=config.stddev,
             name="attention",
         )
         attended, _ = attention(hidden, mask)
-        attended = Dropout(config.hidden_dropout, self.train)(attended)
-        norm = nn.LayerNorm(config.norm_epsilon, dtype, name="attention_norm")
-        hidden = norm(hidden + attended)
-        mlp = Mlp(config.inner, config.activation, self.execution, stddev=config.stddev, name="mlp")
-        changed = Dropout(config.hidden_dropout, self.train)(mlp(hidden))
-        norm = nn.LayerNorm(config.norm_epsilon, dtype, name="mlp_norm")
-        return norm(hidden + changed), None
+        hidden = self._added(hidden, attended, ("attention", "out"), "attention_norm")
+        mlp = Mlp(
+            config.inner,
+            config.activation,
+            self.execution,
+            stddev=config.stddev,
+            down_bias=not fuses,
+            name="mlp",
+        )
+        return self._added(hidden, mlp(hidden), ("mlp", "down"), "mlp_norm"), None
+
+    def _fuses(self) -> bool:
+        """Whether the end of a residual branch is one kernel, from the last bias to the norm."""
+        fits = norm_gpu.fits(self.config.width, self.execution.dtype)
+        return gpu_blocks.applies() and not self.is_initializing() and fits
+
+    def _added(self, hidden: Array, change: Array, last: tuple[str, str], norm: str) -> Array:
+        """The norm of the hidden states with a branch's change, whose bias `_fuses` leaves out."""
+        config = self.config
+        rate = config.hidden_dropout if self.train else 0.0
+        key = self.make_rng("dropout") if rate else None
+        if not self._fuses():
+            change = change if key is None else drop(key, change, rate)
+            return nn.LayerNorm(config.norm_epsilon, self.execution.dtype, name=norm)(
+                hidden + change
+            )
+        params = self.variables["params"]
+        return norm_gpu.add_and_norm(
+            norm_gpu.Branch(config.norm_epsilon, rate),
+            gpu_blocks.interpreted(),
+            hidden,
+            change,
+            params[last[0]][last[1]]["bias"],
+            params[norm]["scale"],
+            params[norm]["bias"],
+            jnp.zeros(2, jnp.uint32) if key is None else words_of(key),
+        )
 
 
 class _Classifier(nn.Module):

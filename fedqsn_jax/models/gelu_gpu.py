@@ -38,7 +38,7 @@ _POLE = 0.3275911 * math.sqrt(0.5)
 
 def fits(columns: int, dtype: Any) -> bool:
     """Whether the kernels here do products of so many columns."""
-    return columns % _LEAST_COLUMNS == 0 and dtype == jnp.bfloat16
+    return columns % _LEAST_COLUMNS == 0 and jnp.dtype(dtype) == jnp.bfloat16
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

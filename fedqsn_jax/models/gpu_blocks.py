@@ -12,6 +12,16 @@ from jax.experimental.pallas import triton
 from fedqsn_jax.types import Array
 
 
+def applies() -> bool:
+    """Whether the kernels are used where they fit: on GPUs."""
+    return jax.default_backend() == "gpu"
+
+
+def interpreted() -> bool:
+    """Whether kernels, if used at all, run in Pallas's interpreter."""
+    return jax.default_backend() != "gpu"
+
+
 def power_of_two(size: int) -> int:
     """The least power of two that is not below ``size``."""
     return 1 << (size - 1).bit_length()
@@ -39,9 +49,7 @@ def load_span(ref: Any, index: Array, inside: Array | None) -> Array:
     return triton.load(ref.at[index], mask=inside, other=jnp.zeros((), ref.dtype))
 
 
-def store_block(
-    ref: Any, rows: Array, columns: Array, inside: Array | None, values: Array
-) -> None:
+def store_block(ref: Any, rows: Array, columns: Array, inside: Array | None, values: Array) -> None:
     """Stores ``[rows, columns]`` of a matrix, where ``inside``."""
     row, column = _grid(rows, columns)
     values = values.astype(ref.dtype)

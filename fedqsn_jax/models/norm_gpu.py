@@ -48,7 +48,7 @@ class Branch:
 
 def fits(width: int, dtype: Any) -> bool:
     """Whether the kernels here do a norm over so many entries."""
-    return width <= _WIDEST and width % 8 == 0 and dtype == jnp.bfloat16
+    return width <= _WIDEST and width % 8 == 0 and jnp.dtype(dtype) == jnp.bfloat16
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
