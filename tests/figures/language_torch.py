@@ -3,7 +3,7 @@
   python tests/figures/language_torch.py    RoBERTa-base, batch 64, length 128, random weights
 
 Needs a GPU, torch and transformers, which this project does not depend on otherwise. The model is
-`RobertaForSequenceClassification` with its default attention (``sdpa``), the optimizer AdamW, fused;
+`RobertaForSequenceClassification` with its default attention (``sdpa``), the optimizer fused AdamW;
 nothing is compiled, as in the released code of FedQSN. ``float32`` is exact: without TF32.
 """
 
