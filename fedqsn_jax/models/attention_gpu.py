@@ -8,6 +8,7 @@ biases are added on the way in, and their gradients summed on the way out.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from fedqsn_jax.types import Array
 
 _LONGEST = 128
 _HEAD_SIZES = (32, 64)
+_LOG2_E = math.log2(math.e)
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 _FORWARD_WARPS = 4
 _BACKWARD_WARPS = 8
@@ -157,25 +159,24 @@ class _Head:
             values = jnp.where(self.inside, values, 0)
         return values.astype(packed.dtype)
 
-    def probabilities(self) -> Array:
-        """Float32 ``[queries, keys]``, without dropout."""
-        products = self.mask(dot(self.query, self.key, (1, 1)) * self.heads.scale, _MASKED)
+    def probabilities(self) -> tuple[Array, Array]:
+        """Float32 ``[queries, keys]`` without dropout, and which queries see anything."""
+        products = dot(self.query, self.key, (1, 1))
+        visible = row_of(self.visible, products.shape)
+        if self.heads.causal:
+            queries = column_of(self.positions, products.shape)
+            visible &= queries >= row_of(self.positions, products.shape)
+        # Powers of two are what the hardware has.
+        products = jnp.where(visible, products * (self.heads.scale * _LOG2_E), _MASKED)
         largest = products.max(axis=1)
-        powers = jnp.exp(products - column_of(largest, products.shape))
+        powers = jnp.exp2(products - column_of(largest, products.shape))
         if self.exists is not None:
             powers = jnp.where(row_of(self.exists, products.shape), powers, 0)
-        return powers * column_of(1 / powers.sum(axis=1), products.shape)
-
-    def mask(self, values: Array, masked: float) -> Array:
-        """Replaces entries of ``[queries, keys]`` where a query does not see a key."""
-        visible = row_of(self.visible, values.shape)
-        if self.heads.causal:
-            queries = column_of(self.positions, values.shape)
-            visible &= queries >= row_of(self.positions, values.shape)
-        return jnp.where(visible, values, masked)
+        shares = powers * column_of(1 / powers.sum(axis=1), products.shape)
+        return shares, largest > 0.5 * _MASKED
 
     def drop(self, values: Array) -> Array:
-        """Drops entries of ``[queries, keys]``: the same ones each time."""
+        """Zeroes entries of ``[queries, keys]``, the same ones each time; scales none."""
         if self.words is None:
             return values
         stream = stream_of(self.words)
@@ -186,16 +187,17 @@ class _Head:
         kept = is_kept(
             column_of(streams, values.shape), row_of(positions, values.shape), self.heads.rate
         )
-        return jnp.where(kept, values * kept_scale(self.heads.rate), 0)
+        return jnp.where(kept, values, 0)
 
 
 def _forward_kernel(
     heads: Heads, length: int, packed: Any, bias: Any, seen: Any, words: Any, attended: Any
 ) -> None:
     head = _Head(heads, length, packed, bias, seen, words)
-    weights = head.drop(head.probabilities()).astype(packed.dtype)
+    weights = head.drop(head.probabilities()[0]).astype(packed.dtype)
     columns = head.head * heads.size + span(0, heads.size)
-    store_block(attended, head.tokens, columns, head.inside, dot(weights, head.value, (1, 0)))
+    values = dot(weights, head.value, (1, 0)) * kept_scale(heads.rate)
+    store_block(attended, head.tokens, columns, head.inside, values)
 
 
 def _backward_kernel(
@@ -212,16 +214,22 @@ def _backward_kernel(
     head = _Head(heads, length, packed, bias, seen, words)
     columns = head.head * heads.size + span(0, heads.size)
     flowing = load_block(cotangent, head.tokens, columns, head.inside)
-    probabilities = head.probabilities()
-    weights = head.drop(probabilities).astype(packed.dtype)
-    to_value = dot(weights, flowing, (0, 0))
+    probabilities, sees = head.probabilities()
+    # What the kept are multiplied by, and the scale, wait for the smaller matrices.
+    scale = kept_scale(heads.rate)
+    to_value = dot(head.drop(probabilities).astype(packed.dtype), flowing, (0, 0)) * scale
+    # Kept in half the registers, so that more programs run side by side.
+    probabilities = probabilities.astype(packed.dtype)
     to_weights = head.drop(dot(flowing, head.value, (1, 1)))
-    mean = (probabilities * to_weights).sum(axis=1)
-    to_products = probabilities * (to_weights - column_of(mean, to_weights.shape))
+    weighted = probabilities.astype(jnp.float32) * to_weights
+    mean = column_of(weighted.sum(axis=1), weighted.shape)
+    to_products = (weighted - probabilities.astype(jnp.float32) * mean).astype(packed.dtype)
     # Where a query sees nothing, probabilities are not zero, but no gradient flows.
-    to_products = head.mask(to_products * heads.scale, 0.0).astype(packed.dtype)
-    to_query = dot(to_products, head.key, (1, 0))
-    to_key = dot(to_products, head.query, (0, 0))
+    flows = column_of(sees, head.query.shape)
+    scale *= heads.scale
+    to_query = jnp.where(flows, dot(to_products, head.key, (1, 0)) * scale, 0)
+    query = jnp.where(flows, head.query, jnp.zeros_like(head.query))
+    to_key = dot(to_products, query, (0, 0)) * scale
     rows = jnp.full((heads.size,), head.row, jnp.int32)
     for part, values in enumerate((to_query, to_key, to_value)):
         store_block(gradient, head.tokens, head.columns(part), head.inside, values)

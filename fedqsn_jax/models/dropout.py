@@ -48,10 +48,7 @@ def drop(key: Key, values: Array, rate: float) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _drop(rate: float, words: Array, values: Array) -> Array:
-    stream = stream_of(words)
-    for axis in range(values.ndim - 1):
-        stream = fold(words, stream, _index(values, axis))
-    kept = is_kept(stream, _index(values, values.ndim - 1), rate)
+    kept = is_kept(streams_of(words, values.shape[:-1]), _last_index(values), rate)
     scale = jnp.asarray(kept_scale(rate), values.dtype)
     return jnp.where(kept, values * scale, jnp.zeros((), values.dtype))
 
@@ -67,11 +64,23 @@ def _drop_backward(rate, words, cotangent):
 _drop.defvjp(_drop_forward, _drop_backward)
 
 
-def _index(values: Array, axis: int) -> Array:
-    """Positions along an axis, uint32, of size one along all others."""
-    shape = [1] * values.ndim
-    shape[axis] = values.shape[axis]
-    return jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
+def _last_index(values: Array) -> Array:
+    shape = (1,) * (values.ndim - 1) + values.shape[-1:]
+    return jax.lax.broadcasted_iota(jnp.uint32, shape, values.ndim - 1)
+
+
+def streams_of(words: Array, shape: tuple[int, ...]) -> Array:
+    """Hashes positions along all axes but the last, whose sizes are ``shape``.
+
+    Returns:
+      uint32, ``shape`` and a last axis of size one.
+    """
+    stream = jnp.broadcast_to(stream_of(words), (1,) * (len(shape) + 1))
+    for axis, size in enumerate(shape):
+        sizes = [1] * (len(shape) + 1)
+        sizes[axis] = size
+        stream = fold(words, stream, jax.lax.broadcasted_iota(jnp.uint32, sizes, axis))
+    return stream
 
 
 def words_of(key: Key) -> Array:

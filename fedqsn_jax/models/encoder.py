@@ -231,7 +231,7 @@ class Encoder(nn.Module):
         Args:
           tokens: int32 ``[rows, length]``.
           mask: bool or integer, the same shape: which tokens are real; None: all are.
-          token_types: int32, the same shape; None: zeros.
+          token_types: int32, the same shape; None: all are of type 0.
           train: Whether dropout acts.
           prompts: Soft prompts ``[count, width]``, which every row's tokens attend to: they go
             before the tokens in place of embeddings, and have no position and no type.
@@ -250,8 +250,11 @@ class Encoder(nn.Module):
         hidden = embed(config.vocab_size, "token_embed")(tokens)
         positions = positions_of(mask) + config.first_position
         hidden += embed(config.positions, "position_embed")(positions)
-        types = jnp.zeros_like(tokens) if token_types is None else token_types
-        hidden += embed(config.token_types, "type_embed")(types)
+        type_embed = embed(config.token_types, "type_embed")
+        if token_types is None:
+            hidden += type_embed.repeated(0, tokens.shape)
+        else:
+            hidden += type_embed(token_types)
         count = 0 if prompts is None else len(prompts)
         if prompts is not None:
             before = jnp.broadcast_to(prompts.astype(hidden.dtype), (len(tokens), *prompts.shape))
@@ -262,7 +265,7 @@ class Encoder(nn.Module):
         hidden = Dropout(config.hidden_dropout, train)(hidden)
         layers = stack(_Layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
-        hidden, _ = layers(hidden, None, seen)
+        (hidden, _), _ = layers((hidden, hidden), None, seen)
         hidden = hidden[:, count:].astype(jnp.float32)
         self.sow("hidden", "last", hidden)
         return self._classify(hidden, mask, train)
@@ -281,12 +284,16 @@ class Encoder(nn.Module):
 
 
 class _Layer(nn.Module):
+    """A layer; hidden states come and go twice: for the residual stream, and for the branch."""
+
     config: EncoderConfig
     execution: Execution
     train: bool
 
     @nn.compact
-    def __call__(self, hidden: Array, each: None, mask: Array | None) -> tuple[Array, None]:
+    def __call__(
+        self, hidden: tuple[Array, Array], each: None, mask: Array | None
+    ) -> tuple[tuple[Array, Array], None]:
         config, fuses = self.config, self._fuses()
         attention = Attention(
             config.heads,
@@ -299,8 +306,9 @@ class _Layer(nn.Module):
             stddev=config.stddev,
             name="attention",
         )
+        stream, hidden = hidden
         attended, _ = attention(hidden, mask)
-        hidden = self._added(hidden, attended, ("attention", "out"), "attention_norm")
+        stream, hidden = self._added(stream, attended, ("attention", "out"), "attention_norm")
         mlp = Mlp(
             config.inner,
             config.activation,
@@ -309,23 +317,25 @@ class _Layer(nn.Module):
             down_bias=not fuses,
             name="mlp",
         )
-        return self._added(hidden, mlp(hidden), ("mlp", "down"), "mlp_norm"), None
+        return self._added(stream, mlp(hidden), ("mlp", "down"), "mlp_norm"), None
 
     def _fuses(self) -> bool:
         """Whether the end of a residual branch is one kernel, from the last bias to the norm."""
         fits = norm_gpu.fits(self.config.width, self.execution.dtype)
         return gpu_blocks.applies() and not self.is_initializing() and fits
 
-    def _added(self, hidden: Array, change: Array, last: tuple[str, str], norm: str) -> Array:
+    def _added(
+        self, hidden: Array, change: Array, last: tuple[str, str], norm: str
+    ) -> tuple[Array, Array]:
         """The norm of the hidden states with a branch's change, whose bias `_fuses` leaves out."""
         config = self.config
         rate = config.hidden_dropout if self.train else 0.0
         key = self.make_rng("dropout") if rate else None
         if not self._fuses():
             change = change if key is None else drop(key, change, rate)
-            return nn.LayerNorm(config.norm_epsilon, self.execution.dtype, name=norm)(
-                hidden + change
-            )
+            normed = nn.LayerNorm(config.norm_epsilon, self.execution.dtype, name=norm)
+            hidden = normed(hidden + change)
+            return hidden, hidden
         params = self.variables["params"]
         return norm_gpu.add_and_norm(
             norm_gpu.Branch(config.norm_epsilon, rate),

@@ -28,7 +28,7 @@ _TOKENS = 8
 _COLUMNS = 256
 _LEAST_COLUMNS = 128
 _WARPS = 4
-_SPLITS = 64
+_SPLITS = 128
 # Of the error function's approximation 7.1.26 in Abramowitz and Stegun, halved.
 _POLYNOMIAL = tuple(
     0.5 * each for each in (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)

@@ -118,6 +118,14 @@ class Embed(nn.Module):
         """Returns rows ``[..., width]`` of ids ``[...]``; NaN for ids outside the table."""
         return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
 
+    def repeated(self, index: int, shape: tuple[int, ...]) -> Array:
+        """Returns one row ``[..., width]`` for all of a shape ``[...]``.
+
+        Its gradient is a sum: scattered, all tokens' would queue for the same few numbers.
+        """
+        row = self.embedding[index].reshape((1,) * len(shape) + (self.width,))
+        return jnp.broadcast_to(row, (*shape, self.width)).astype(self.dtype)
+
     def attend(self, hidden: Array) -> Array:
         """Returns float32 logits ``[..., entries]`` of hidden states ``[..., width]``."""
         return _logits(hidden, self.embedding.astype(self.dtype), 1)
