@@ -17,9 +17,10 @@ from fedqsn_jax.models.attention import (
     rotation_of,
 )
 from fedqsn_jax.models.cache import attendable, empty_cache, last_real, positions_of
+from fedqsn_jax.models.dropout import drop
 from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.models.relative_positions import relative_buckets
-from fedqsn_jax.models.transformer import Execution, drop
+from fedqsn_jax.models.transformer import Execution
 
 
 def close(actual, expected, tolerance=1e-5):

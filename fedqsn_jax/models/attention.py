@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fedqsn_jax.models import attention_gpu, gpu_blocks
 from fedqsn_jax.models import cache as caches
-from fedqsn_jax.models.transformer import Execution, drop
+from fedqsn_jax.models.dropout import drop, words_of
+from fedqsn_jax.models.transformer import Execution
 from fedqsn_jax.types import Array, Key
 
 _CUDNN_LARGEST_HEAD = 128
@@ -39,7 +41,7 @@ class Attention(nn.Module):
       size: Width of a head.
       execution: How it is computed.
       biases: Whether query, key and value have biases.
-      out_bias: Whether the output has one.
+      out_bias: Whether the output has one, and it is added here.
       rate: Dropout rate of the attention's probabilities.
       train: Whether dropout acts.
       stddev: Of the initial kernels.
@@ -88,33 +90,29 @@ class Attention(nn.Module):
         Returns:
           ``[rows, queries, width]``, and with slots all layers' cached keys and values.
         """
-        source = hidden if source is None else source
-        query = self._project("query", self.heads, self.query_stddev or self.stddev)(hidden)
-        if key_value is None:
-            key = self._project("key", self.kv_heads, self.stddev)(source)
-            value = self._project("value", self.kv_heads, self.stddev)(source)
+        dropout_key = self.make_rng("dropout") if self.train and self.rate > 0 else None
+        to_itself = source is None and key_value is None and slots is None
+        if to_itself and rotation is None and bias is None and self._packs(hidden, mask):
+            attended, cached = self._attend_packed(hidden, mask, dropout_key), None
         else:
-            key, value = key_value
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        cached = None
-        if slots is not None:
-            all_keys, key = caches.write(slots.key, slots.layer, slots.used, key)
-            all_values, value = caches.write(slots.value, slots.layer, slots.used, value)
-            cached = all_keys, all_values
-        dropping = self.train and self.rate > 0
-        attended = attend(
-            query,
-            key,
-            value,
-            mask,
-            bias,
-            scale=self.size**-0.5 if self.scale is None else self.scale,
-            causal=self.causal and slots is None,
-            attention="xla" if slots is not None else self.execution.attention,
-            dropout_key=self.make_rng("dropout") if dropping else None,
-            rate=self.rate,
-        )
+            query, key, value = self._projected(hidden, source, rotation, key_value)
+            cached = None
+            if slots is not None:
+                all_keys, key = caches.write(slots.key, slots.layer, slots.used, key)
+                all_values, value = caches.write(slots.value, slots.layer, slots.used, value)
+                cached = all_keys, all_values
+            attended = attend(
+                query,
+                key,
+                value,
+                mask,
+                bias,
+                scale=self._scale,
+                causal=self.causal and slots is None,
+                attention="xla" if slots is not None else self.execution.attention,
+                dropout_key=dropout_key,
+                rate=self.rate,
+            )
         out = nn.DenseGeneral(
             hidden.shape[-1],
             axis=(-2, -1),
@@ -124,6 +122,64 @@ class Attention(nn.Module):
             name="out",
         )
         return out(attended), cached
+
+    @property
+    def _scale(self) -> float:
+        return self.size**-0.5 if self.scale is None else self.scale
+
+    def _packs(self, hidden: Array, mask: Array | None) -> bool:
+        """Whether `attention_gpu` attends, of one product that makes query, key and value."""
+        return (
+            gpu_blocks.applies()
+            and not self.is_initializing()
+            and self.execution.attention == "auto"
+            and self.heads == self.kv_heads
+            and (mask is None or mask.shape[1:3] == (1, 1))
+            and attention_gpu.fits(hidden.shape[1], self.size, self.execution.dtype)
+        )
+
+    def _attend_packed(self, hidden: Array, mask: Array | None, dropout_key: Key | None) -> Array:
+        rows, length, width = hidden.shape
+        parts = [self.variables["params"][name] for name in ("query", "key", "value")]
+        dtype = self.execution.dtype
+        kernels = [part["kernel"].astype(dtype).reshape(width, -1) for part in parts]
+        packed = hidden.astype(dtype) @ jnp.concatenate(kernels, axis=1)
+        if self.biases:
+            biases = jnp.concatenate([part["bias"].reshape(-1) for part in parts])
+        else:
+            biases = jnp.zeros(packed.shape[-1], jnp.float32)
+        seen = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
+        dropping = dropout_key is not None
+        attended = attention_gpu.attend_packed(
+            attention_gpu.Heads(
+                self.heads, self.size, self._scale, self.causal, self.rate if dropping else 0.0
+            ),
+            gpu_blocks.interpreted(),
+            packed,
+            biases,
+            jnp.broadcast_to(seen, (rows, length)).astype(jnp.int32),
+            words_of(dropout_key) if dropping else jnp.zeros(2, jnp.uint32),
+        )
+        return attended.reshape(rows, length, self.heads, self.size)
+
+    def _projected(
+        self,
+        hidden: Array,
+        source: Array | None,
+        rotation: tuple[Array, Array] | None,
+        key_value: tuple[Array, Array] | None,
+    ) -> tuple[Array, Array, Array]:
+        """Query, key and value."""
+        source = hidden if source is None else source
+        query = self._project("query", self.heads, self.query_stddev or self.stddev)(hidden)
+        if key_value is None:
+            key = self._project("key", self.kv_heads, self.stddev)(source)
+            value = self._project("value", self.kv_heads, self.stddev)(source)
+        else:
+            key, value = key_value
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        return query, key, value
 
     def _project(self, name: str, heads: int, stddev: float) -> nn.DenseGeneral:
         return nn.DenseGeneral(

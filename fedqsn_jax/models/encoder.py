@@ -6,8 +6,10 @@ from typing import Any, ClassVar, Self
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fedqsn_jax.models import gpu_blocks, norm_gpu
 from fedqsn_jax.models.attention import Attention
 from fedqsn_jax.models.cache import positions_of
+from fedqsn_jax.models.dropout import Dropout, drop, words_of
 from fedqsn_jax.models.hugging_face import (
     Settings,
     Tensor,
@@ -17,7 +19,6 @@ from fedqsn_jax.models.hugging_face import (
     token_ids,
 )
 from fedqsn_jax.models.transformer import (
-    Dropout,
     Embed,
     Execution,
     Mlp,
@@ -230,7 +231,7 @@ class Encoder(nn.Module):
         Args:
           tokens: int32 ``[rows, length]``.
           mask: bool or integer, the same shape: which tokens are real; None: all are.
-          token_types: int32, the same shape; None: zeros.
+          token_types: int32, the same shape; None: all are of type 0.
           train: Whether dropout acts.
           prompts: Soft prompts ``[count, width]``, which every row's tokens attend to: they go
             before the tokens in place of embeddings, and have no position and no type.
@@ -249,8 +250,11 @@ class Encoder(nn.Module):
         hidden = embed(config.vocab_size, "token_embed")(tokens)
         positions = positions_of(mask) + config.first_position
         hidden += embed(config.positions, "position_embed")(positions)
-        types = jnp.zeros_like(tokens) if token_types is None else token_types
-        hidden += embed(config.token_types, "type_embed")(types)
+        type_embed = embed(config.token_types, "type_embed")
+        if token_types is None:
+            hidden += type_embed.repeated(0, tokens.shape)
+        else:
+            hidden += type_embed(token_types)
         count = 0 if prompts is None else len(prompts)
         if prompts is not None:
             before = jnp.broadcast_to(prompts.astype(hidden.dtype), (len(tokens), *prompts.shape))
@@ -261,7 +265,7 @@ class Encoder(nn.Module):
         hidden = Dropout(config.hidden_dropout, train)(hidden)
         layers = stack(_Layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
-        hidden, _ = layers(hidden, None, seen)
+        (hidden, _), _ = layers((hidden, hidden), None, seen)
         hidden = hidden[:, count:].astype(jnp.float32)
         self.sow("hidden", "last", hidden)
         return self._classify(hidden, mask, train)
@@ -280,31 +284,69 @@ class Encoder(nn.Module):
 
 
 class _Layer(nn.Module):
+    """A layer; hidden states come and go twice: for the residual stream, and for the branch."""
+
     config: EncoderConfig
     execution: Execution
     train: bool
 
     @nn.compact
-    def __call__(self, hidden: Array, each: None, mask: Array | None) -> tuple[Array, None]:
-        config, dtype = self.config, self.execution.dtype
+    def __call__(
+        self, hidden: tuple[Array, Array], each: None, mask: Array | None
+    ) -> tuple[tuple[Array, Array], None]:
+        config, fuses = self.config, self._fuses()
         attention = Attention(
             config.heads,
             config.heads,
             config.width // config.heads,
             self.execution,
+            out_bias=not fuses,
             rate=config.attention_dropout,
             train=self.train,
             stddev=config.stddev,
             name="attention",
         )
+        stream, hidden = hidden
         attended, _ = attention(hidden, mask)
-        attended = Dropout(config.hidden_dropout, self.train)(attended)
-        norm = nn.LayerNorm(config.norm_epsilon, dtype, name="attention_norm")
-        hidden = norm(hidden + attended)
-        mlp = Mlp(config.inner, config.activation, self.execution, stddev=config.stddev, name="mlp")
-        changed = Dropout(config.hidden_dropout, self.train)(mlp(hidden))
-        norm = nn.LayerNorm(config.norm_epsilon, dtype, name="mlp_norm")
-        return norm(hidden + changed), None
+        stream, hidden = self._added(stream, attended, ("attention", "out"), "attention_norm")
+        mlp = Mlp(
+            config.inner,
+            config.activation,
+            self.execution,
+            stddev=config.stddev,
+            down_bias=not fuses,
+            name="mlp",
+        )
+        return self._added(stream, mlp(hidden), ("mlp", "down"), "mlp_norm"), None
+
+    def _fuses(self) -> bool:
+        """Whether the end of a residual branch is one kernel, from the last bias to the norm."""
+        fits = norm_gpu.fits(self.config.width, self.execution.dtype)
+        return gpu_blocks.applies() and not self.is_initializing() and fits
+
+    def _added(
+        self, hidden: Array, change: Array, last: tuple[str, str], norm: str
+    ) -> tuple[Array, Array]:
+        """The norm of the hidden states with a branch's change, whose bias `_fuses` leaves out."""
+        config = self.config
+        rate = config.hidden_dropout if self.train else 0.0
+        key = self.make_rng("dropout") if rate else None
+        if not self._fuses():
+            change = change if key is None else drop(key, change, rate)
+            normed = nn.LayerNorm(config.norm_epsilon, self.execution.dtype, name=norm)
+            hidden = normed(hidden + change)
+            return hidden, hidden
+        params = self.variables["params"]
+        return norm_gpu.add_and_norm(
+            norm_gpu.Branch(config.norm_epsilon, rate),
+            gpu_blocks.interpreted(),
+            hidden,
+            change,
+            params[last[0]][last[1]]["bias"],
+            params[norm]["scale"],
+            params[norm]["bias"],
+            jnp.zeros(2, jnp.uint32) if key is None else words_of(key),
+        )
 
 
 class _Classifier(nn.Module):

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from fedqsn_jax.models.attention import Attention, Slots
 from fedqsn_jax.models.cache import Cache, attendable, last_real, positions_of
+from fedqsn_jax.models.dropout import Dropout
 from fedqsn_jax.models.hugging_face import (
     Settings,
     Tensor,
@@ -17,7 +18,6 @@ from fedqsn_jax.models.hugging_face import (
     token_ids,
 )
 from fedqsn_jax.models.transformer import (
-    Dropout,
     Embed,
     Execution,
     Head,

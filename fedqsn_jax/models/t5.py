@@ -9,9 +9,10 @@ from flax import struct
 
 from fedqsn_jax.models.attention import Attention, Slots
 from fedqsn_jax.models.cache import Cache, attendable
+from fedqsn_jax.models.dropout import Dropout
 from fedqsn_jax.models.hugging_face import Settings, Tensor, embedding, linear, token_ids
 from fedqsn_jax.models.relative_positions import RelativeBias
-from fedqsn_jax.models.transformer import Dropout, Embed, Execution, Head, Mlp, real_tokens, stack
+from fedqsn_jax.models.transformer import Embed, Execution, Head, Mlp, real_tokens, stack
 from fedqsn_jax.types import Array, Params
 
 

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,10 @@ GENERATORS = {
     "llama-1b": LlamaConfig("llama", 128256, 2048, 16, 32, 8, 64, 8192, positions=4096, tied=True),
 }
 
+DTYPES = ["bfloat16", "float32", "float32-highest"]
+"""What ``step`` computes in: products of float32 values are TF32 ones unless highest is asked."""
+STEPS = 5, 35
+
 
 def rows(count: int, length: int, vocabulary: int, generates: bool) -> dict[str, jax.Array]:
     """Random tokens."""
@@ -52,16 +57,17 @@ def rows(count: int, length: int, vocabulary: int, generates: bool) -> dict[str,
     return {"tokens": tokens, "mask": mask, "label": jnp.asarray(rng.integers(0, 2, count))}
 
 
-def step_seconds(dropout: float, dtype: str, unroll: int, batch: int, length: int) -> float:
-    """Time of one local step, as the difference of long and short local trainings."""
-    execution = Execution(dtype, unroll=unroll)
-    model = make_language_model(ROBERTA, execution, dropout)
+def training(
+    dropout: float, dtype: str, unroll: int, batch: int, length: int, steps: tuple[int, ...]
+) -> Callable[[int], None]:
+    """Compiles the local training of clients with so many steps; returns it as ``client -> ()``."""
+    model = make_language_model(ROBERTA, Execution(dtype, unroll=unroll), dropout)
     params = model.init(jax.random.key(0))
     sites = find_sites(params)
     transform = make_algorithm("fedqsn", NormalFloat(4, 64), 0.1, 0.1, "bernoulli").transform
-    whole = whole_proxy(params, sites)
-    state = transform.init(jax.random.key(1), whole)
-    data = FederatedData(rows(512, length, 50265, False), jnp.asarray([0, 512], jnp.int32))
+    state = transform.init(jax.random.key(1), whole_proxy(params, sites))
+    offsets = batch * jnp.cumsum(jnp.asarray([0, *steps]), dtype=jnp.int32)
+    data = FederatedData(rows(batch * sum(steps), length, 50265, False), offsets)
 
     @jax.jit
     def proxy_of(params):
@@ -69,24 +75,27 @@ def step_seconds(dropout: float, dtype: str, unroll: int, batch: int, length: in
         return transform.apply(jax.random.key(2), state, prepared)
 
     proxy = proxy_of(params)
+    update = make_client_update(
+        model.apply_fn, sequence_classification(), warmed_adamw(2e-5), batch, epochs=1
+    )
+    key, train = jax.random.key(3), jax.jit(update.train)
+    compiled = train.lower(key, proxy, data, jnp.int32(0)).compile()
+    return lambda client: jax.block_until_ready(compiled(key, proxy, data, jnp.int32(client)).loss)
 
-    def train(steps):
-        update = make_client_update(
-            model.apply_fn, sequence_classification(), warmed_adamw(2e-5), batch, steps=steps
-        )
-        compiled = jax.jit(update.train)
-        run = lambda: jax.block_until_ready(  # noqa: E731
-            compiled(jax.random.key(3), proxy, data, jnp.int32(0)).loss
-        )
-        run()
+
+def step_seconds(run: Callable[[int], None], steps: tuple[int, int]) -> float:
+    """Time of one step, as the difference of a long and a short local training."""
+
+    def took(client: int) -> float:
+        run(client)
         times = []
         for _ in range(5):
             began = time.perf_counter()
-            run()
+            run(client)
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 
-    return (train(60) - train(10)) / 50
+    return (took(1) - took(0)) / (steps[1] - steps[0])
 
 
 def round_facts(name: str, batch: int, length: int, steps: int, remat: bool, unroll: int) -> None:
@@ -146,6 +155,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--unroll", type=int, default=0)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script")
     options = parser.parse_args()
@@ -162,11 +172,13 @@ def main() -> None:
             options.unroll or 1,
         )
         return
-    for dtype in ("bfloat16", "float32"):
+    sizes = options.unroll or 12, options.batch or 64, options.length
+    for dtype in options.dtypes:
         for dropout in (0.0, 0.1):
-            took = step_seconds(
-                dropout, dtype, options.unroll or 12, options.batch or 64, options.length
-            )
+            exact = "highest" if dtype == "float32-highest" else None
+            with jax.default_matmul_precision(exact):
+                run = training(dropout, dtype.removesuffix("-highest"), *sizes, STEPS)
+            took = step_seconds(run, STEPS)
             print(f"  RoBERTa-base, {dtype}, dropout {dropout}: {1e3 * took:.2f} ms", flush=True)
 
 
