@@ -53,7 +53,18 @@ def get_config(algorithm: str = "fedqsn"):
     config.bits = 4
     config.block_size = 64
     config.sites = "all"
+    if algorithm == "fedsp":
+        prompted(config)
     return config
+
+
+def prompted(config) -> None:
+    """Sets what FedSP needs otherwise."""
+    config.data.length = 40
+    config.pretraining.rows = 64
+    config.client.optimizer = "adam"
+    config.client.learning_rate = 0.003
+    config.client.schedule = "constant"
 
 
 def minilm() -> str:

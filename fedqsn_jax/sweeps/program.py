@@ -66,8 +66,9 @@ class Program:
           experiment: Of any point of the group.
         """
         self.simulation = experiment.simulation
+        problem = experiment.problem
         self._pretrain = make_pretraining(
-            experiment.config, experiment.problem.pretraining_apply, self.simulation.task
+            experiment.config, problem.pretraining_apply, problem.task, problem.preparation
         )
         self._score = jax.jit(self._start_score)
         self._init, self._advance = jax.jit(self._init_one), _donating(self._advance_one)
