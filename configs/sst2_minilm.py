@@ -61,7 +61,7 @@ def get_config(algorithm: str = "fedqsn"):
 def prompted(config) -> None:
     """Sets what FedSP needs otherwise."""
     config.data.length = 40
-    config.pretraining.rows = 64
+    config.pretraining.steps = 0
     config.client.optimizer = "adam"
     config.client.learning_rate = 0.003
     config.client.schedule = "constant"

@@ -34,6 +34,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 RESIDENCES = ("auto", "device", "host")
 PARALLELISM = ("auto", "scan", "vmap", "mesh")
 RULES = ("delta", "from_sent", "interpolate")
+TUNED = ("prompts", "classifier")
 
 
 class ConfigError(ValueError):
@@ -145,7 +146,7 @@ class FedSPConfig:
     """
 
     prompts: int = _field(8, _range(1), "prompt vectors")
-    classifier: bool = _field(True, None, "whether the classifier travels and is tuned with them")
+    tuned: tuple[str, ...] = _field(TUNED, _one_of(*TUNED), "what clients tune and return")
     layers: tuple[int, ...] = _field((0,), _range(0), "the model's layers that clients get")
     passes: int = _field(1, _range(1), "times that these are applied, one after the other")
     distillation_steps: int = _field(300, _range(0), "steps that make them like the whole model")
@@ -431,6 +432,8 @@ def _check_fedsp(config: Config) -> None:
     for what, (is_set, allowed) in refused.items():
         if is_set:
             raise ConfigError(f"{what} with algorithm = 'fedsp': allowed is {allowed}")
+    if not config.fedsp.tuned:
+        raise ConfigError(f"fedsp.tuned = (): allowed are one or more of {', '.join(TUNED)}")
     if distillation and not config.data.private_rows:
         raise ConfigError(
             f"fedsp.distillation_steps = {distillation} with data.private_rows = 0: the server "

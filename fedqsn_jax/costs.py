@@ -92,5 +92,5 @@ def expected_costs(simulation: Simulation) -> Costs:
         fedavg_down=traffic.fedavg_down,
         fedavg_up=traffic.fedavg_up,
         memory=(*simulation.memory.items(), ("in all", sum(simulation.memory.values()))),
-        hides=bool(visible),
+        hides=bool(visible or simulation.withheld),
     )

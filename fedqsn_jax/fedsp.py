@@ -149,7 +149,9 @@ def prompted_apply(full: PromptedApply, auxiliary: PromptedApply) -> ApplyFn:
     """Makes the function of such a tree: of the full model, if the tree has it."""
 
     def apply(params: Params, batch: Batch, key: Key | None) -> Array:
-        name, function = (_MODEL, full) if jax.tree.leaves(params[_MODEL]) else (_AUXILIARY, auxiliary)
+        name, function = (
+            (_MODEL, full) if jax.tree.leaves(params[_MODEL]) else (_AUXILIARY, auxiliary)
+        )
         model = {**params[name], _CLASSIFIER: params[_CLASSIFIER]}
         return function(model, params[_PROMPTS], batch, key)[0]
 
@@ -174,25 +176,25 @@ class Parts(NamedTuple):
     private: Selection
 
 
-def parts_of(params: Params, *, classifier: bool, auxiliary: bool) -> Parts:
+def parts_of(params: Params, tuned: Sequence[str], *, auxiliary: bool) -> Parts:
     """Returns where the tensors of a tree go.
 
     Args:
       params: The tree, or its shapes.
-      classifier: Whether the classifier is tuned with the prompts.
+      tuned: What clients tune and return: ``prompts``, ``classifier`` or both.
       auxiliary: Whether clients train the auxiliary model's layers.
     """
 
     def of(*patterns: str) -> frozenset[str]:
         return select_trained(params, patterns) or frozenset()
 
-    tuned = [_PROMPTS, *([f"{_CLASSIFIER}/*"] if classifier else [])]
-    layers = [f"{_AUXILIARY}/layers/*"] if auxiliary else []
+    patterns = {_PROMPTS: _PROMPTS, _CLASSIFIER: f"{_CLASSIFIER}/*"}
+    returned = of(*(patterns[name] for name in tuned))
     return Parts(
         withheld=of(f"{_MODEL}/*"),
-        sent=of(f"{_AUXILIARY}/*", _PROMPTS, f"{_CLASSIFIER}/*"),
-        trained=of(*tuned, *layers),
-        returned=of(*tuned),
+        sent=of(f"{_AUXILIARY}/*", *patterns.values()),
+        trained=returned | (of(f"{_AUXILIARY}/layers/*") if auxiliary else frozenset()),
+        returned=returned,
         private=of(f"{_MODEL}/*", f"{_CLASSIFIER}/*"),
     )
 

@@ -18,7 +18,7 @@ from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
 
 
 class Preparation(NamedTuple):
-    """What else the server does before the first round, where the parameters hold more than a model.
+    """What the server does before the first round, where parameters hold more than one model.
 
     Attributes:
       trained: The tensors that it trains on its labelled rows.

@@ -86,7 +86,7 @@ def prompted_problem(
         return aligned
 
     clients = apply_of(config.client.dropout)
-    server = parts_of(whole, classifier=True, auxiliary=False).private
+    server = parts_of(whole, settings.tuned, auxiliary=False).private
     return Problem(
         splits,
         whole,

@@ -164,11 +164,14 @@ def make_simulation(
         raise ConfigError(f"client.trained: {error}") from error
     sent, returned, withheld = (trained if public else None), trained, frozenset[str]()
     if algorithm.prompts_only:
-        settings = config.fedsp
-        parts = parts_of(
-            params, classifier=settings.classifier, auxiliary=settings.auxiliary_share > 0
+        trains_auxiliary = config.fedsp.auxiliary_share > 0
+        parts = parts_of(params, config.fedsp.tuned, auxiliary=trains_auxiliary)
+        sent, trained, returned, withheld = (
+            parts.sent,
+            parts.trained,
+            parts.returned,
+            parts.withheld,
         )
-        sent, trained, returned, withheld = parts.sent, parts.trained, parts.returned, parts.withheld
         sites, reference = (), full_encoder(params)
     # What is kept for other settings holds no arrays.
     params, plain, reference = jax.eval_shape(lambda *trees: trees, params, plain, reference)

@@ -4,9 +4,9 @@
   python tests/figures/views.py --of=sst2_minilm --seeds=3 --out=figures.json \\
     --config.data.train=tsv:sst2/train.tsv --config.data.test=tsv:sst2/test.tsv
 
-``--of="sst2_minilm lora"`` trains adapters only. Runs the configuration with several settings,
-evaluating at the start and the last round only, and prints means with 95% confidence intervals
-(Student's t).
+``--of="sst2_minilm lora"`` trains adapters only, ``--of="sst2_minilm fedsp"`` is FedSP. Runs the
+configuration with several settings, evaluating at the start and the last round only, and prints
+means with 95% confidence intervals (Student's t).
 """
 
 import argparse
@@ -46,7 +46,20 @@ LORA = {
     "fedqsn p=.1, all": ["fedqsn", *_ADAPTERS],
     "fedqsn p=.3, all": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3", *_ADAPTERS],
 }
-SETTINGS = {"digits": DIGITS, "sst2_minilm": SST2, "sst2_minilm lora": LORA}
+_LABELLED = "--config.pretraining.steps=96"
+FEDSP = {
+    "no labelled rows": ["fedsp"],
+    "no labelled rows, prompts only": ["fedsp", "--config.fedsp.tuned=('prompts',)"],
+    "no labelled rows, classifier only": ["fedsp", "--config.fedsp.tuned=('classifier',)"],
+    "16 labelled rows": ["fedsp", _LABELLED, "--config.pretraining.rows=16"],
+    "1000 labelled rows": ["fedsp", _LABELLED],
+}
+SETTINGS = {
+    "digits": DIGITS,
+    "sst2_minilm": SST2,
+    "sst2_minilm lora": LORA,
+    "sst2_minilm fedsp": FEDSP,
+}
 
 
 def last_metrics(config: Config, seeds: int) -> list[dict[str, float]]:
@@ -63,7 +76,12 @@ def last_metrics(config: Config, seeds: int) -> list[dict[str, float]]:
         problem = ready.problem
         splits = problem.splits
         params = pretrain(
-            ready.config, problem.pretraining_apply, problem.task, problem.params, splits.private
+            ready.config,
+            problem.pretraining_apply,
+            problem.task,
+            problem.params,
+            splits.private,
+            problem.preparation,
         )
         state = initial_state(simulation, params)
         start = first_entry(simulation, state, splits.test)
