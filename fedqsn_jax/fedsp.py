@@ -24,7 +24,7 @@ that is what it is for.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from fedqsn_jax.models.transformer import Execution
 from fedqsn_jax.proxy import Proxy, whole_proxy
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.tasks import Task
-from fedqsn_jax.trainable import Selection, fill, keep, select_trained
+from fedqsn_jax.trainable import Parts, Selection, fill, keep, select_trained
 from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
 
 PromptedApply = Callable[[Params, Array | None, Batch, Key | None], tuple[Array, Array]]
@@ -158,26 +158,8 @@ def prompted_apply(full: PromptedApply, auxiliary: PromptedApply) -> ApplyFn:
     return apply
 
 
-class Parts(NamedTuple):
-    """Which of such a tree's tensors go where.
-
-    Attributes:
-      withheld: Those that never leave the server.
-      sent: Those that clients receive: all others.
-      trained: Those that clients train.
-      returned: Those of them that travel back, and that the server changes.
-      private: Those that the server trains on its own labelled rows.
-    """
-
-    withheld: Selection
-    sent: Selection
-    trained: Selection
-    returned: Selection
-    private: Selection
-
-
 def parts_of(params: Params, tuned: Sequence[str], *, auxiliary: bool) -> Parts:
-    """Returns where the tensors of a tree go.
+    """Returns where the tensors of such a tree go: what is not withheld is sent.
 
     Args:
       params: The tree, or its shapes.
@@ -191,12 +173,16 @@ def parts_of(params: Params, tuned: Sequence[str], *, auxiliary: bool) -> Parts:
     patterns = {_PROMPTS: _PROMPTS, _CLASSIFIER: f"{_CLASSIFIER}/*"}
     returned = of(*(patterns[name] for name in tuned))
     return Parts(
-        withheld=of(f"{_MODEL}/*"),
         sent=of(f"{_AUXILIARY}/*", *patterns.values()),
         trained=returned | (of(f"{_AUXILIARY}/layers/*") if auxiliary else frozenset()),
         returned=returned,
-        private=of(f"{_MODEL}/*", f"{_CLASSIFIER}/*"),
+        withheld=of(f"{_MODEL}/*"),
     )
+
+
+def full_tensors(params: Params) -> Selection:
+    """Returns the tensors of such a tree that are the full encoder's, classifier included."""
+    return select_trained(params, [f"{_MODEL}/*", f"{_CLASSIFIER}/*"])
 
 
 def returning(update: ClientUpdate, returned: Selection) -> ClientUpdate:

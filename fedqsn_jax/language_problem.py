@@ -86,7 +86,7 @@ def load_language_problem(config: Config) -> Problem:
         clients.apply_fn,
         task,
         _texts(config, clients, tokenizer, data.prompts),
-        tuple(notes),
+        notes=tuple(notes),
     )
 
 

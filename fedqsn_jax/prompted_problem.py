@@ -11,7 +11,7 @@ from fedqsn_jax.fedsp import (
     add_prompts,
     auxiliary_encoder,
     distil,
-    parts_of,
+    full_tensors,
     prompted_apply,
     prompted_encoder,
     take_auxiliary,
@@ -86,7 +86,6 @@ def prompted_problem(
         return aligned
 
     clients = apply_of(config.client.dropout)
-    server = parts_of(whole, settings.tuned, auxiliary=False).private
     return Problem(
         splits,
         whole,
@@ -94,6 +93,6 @@ def prompted_problem(
         apply_of(config.pretraining.dropout),
         clients,
         task,
-        preparation=Preparation(server, finish),
+        preparation=Preparation(full_tensors(whole), finish),
         notes=notes,
     )

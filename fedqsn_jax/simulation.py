@@ -47,7 +47,7 @@ from fedqsn_jax.rounds import (
 )
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.traffic import Traffic, measure_traffic
-from fedqsn_jax.trainable import Selection, keep, select_trained
+from fedqsn_jax.trainable import Parts, Selection, keep, select_trained
 from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
 
 TRACEABLE = (
@@ -162,17 +162,11 @@ def make_simulation(
         trained = select_trained(params, config.client.trained or ("lora" if lora else "all",))
     except ValueError as error:
         raise ConfigError(f"client.trained: {error}") from error
-    sent, returned, withheld = (trained if public else None), trained, frozenset[str]()
+    parts = Parts(sent=trained if public else None, trained=trained, returned=trained)
     if algorithm.prompts_only:
-        trains_auxiliary = config.fedsp.auxiliary_share > 0
-        parts = parts_of(params, config.fedsp.tuned, auxiliary=trains_auxiliary)
-        sent, trained, returned, withheld = (
-            parts.sent,
-            parts.trained,
-            parts.returned,
-            parts.withheld,
-        )
+        parts = parts_of(params, config.fedsp.tuned, auxiliary=config.fedsp.auxiliary_share > 0)
         sites, reference = (), full_encoder(params)
+    sent, trained, returned, withheld = parts
     # What is kept for other settings holds no arrays.
     params, plain, reference = jax.eval_shape(lambda *trees: trees, params, plain, reference)
 

@@ -36,6 +36,7 @@ _MASKED = ("sampling",)
 _QUANTIZED = ("bits", "block_size", "codebook", "blocks")
 _UPLOAD = ("upload.block_size", "upload.codebook")
 _STRAGGLERS = ("participation.straggler_share",)
+_PROMPTED = tuple(name for name in flatten(Config()) if name.startswith("fedsp."))
 
 
 class Point(NamedTuple):
@@ -199,6 +200,7 @@ def _unused(config: Config) -> tuple[str, ...]:
         (_QUANTIZED, algorithm.quantizer),
         (_UPLOAD, config.upload.bits),
         (_STRAGGLERS, config.participation.stragglers),
+        (_PROMPTED, algorithm.prompts_only),
     )
     return tuple(name for names, by in needs if not by for name in names)
 
