@@ -146,7 +146,7 @@ class FedSPConfig:
     """
 
     prompts: int = _field(8, _range(1), "prompt vectors")
-    tuned: tuple[str, ...] = _field(TUNED, _one_of(*TUNED), "what clients tune and return")
+    tuned: tuple[str, ...] = _field(TUNED[:1], _one_of(*TUNED), "what clients tune and return")
     layers: tuple[int, ...] = _field((0,), _range(0), "the model's layers that clients get")
     passes: int = _field(1, _range(1), "times that these are applied, one after the other")
     distillation_steps: int = _field(300, _range(0), "steps that make them like the whole model")

@@ -138,12 +138,13 @@ FEDSP = [
     "--config=configs/sst2_minilm.py:fedsp",
     "--config.data.length=8",
     "--config.fedsp.distillation_steps=4",
+    "--config.pretraining.steps=0",
 ]
 
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_prompts_are_tuned_for_a_model_that_stays_with_the_server(bert, tmp_path, capsys):
-    run, options = tmp_path / "run", ["--config.pretraining.steps=0"]
+    run, options = tmp_path / "run", ["--config.fedsp.tuned=('prompts', 'classifier')"]
     assert main([*classify(bert), *FEDSP, *options, f"--workdir={run}"]) == 0
     output = " ".join("".join(capsys.readouterr()).split())
     assert "clients receive a small model that is made to be like the hidden one" in output

@@ -46,13 +46,16 @@ LORA = {
     "fedqsn p=.1, all": ["fedqsn", *_ADAPTERS],
     "fedqsn p=.3, all": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3", *_ADAPTERS],
 }
+_BOTH = "--config.fedsp.tuned=('prompts','classifier')"
 _LABELLED = "--config.pretraining.steps=96"
 FEDSP = {
-    "no labelled rows": ["fedsp"],
-    "no labelled rows, prompts only": ["fedsp", "--config.fedsp.tuned=('prompts',)"],
-    "no labelled rows, classifier only": ["fedsp", "--config.fedsp.tuned=('classifier',)"],
-    "16 labelled rows": ["fedsp", _LABELLED, "--config.pretraining.rows=16"],
-    "1000 labelled rows": ["fedsp", _LABELLED],
+    "prompts": ["fedsp"],
+    "prompts and classifier": ["fedsp", _BOTH, "--config.client.learning_rate=0.003"],
+    "prompts, 6 passes": [
+        *("fedsp", "--config.fedsp.passes=6", "--config.fedsp.distillation_steps=1000")
+    ],
+    "prompts, 64 labelled rows": ["fedsp", _LABELLED, "--config.pretraining.rows=64"],
+    "prompts, 1000 labelled rows": ["fedsp", _LABELLED],
 }
 SETTINGS = {
     "digits": DIGITS,
