@@ -144,7 +144,7 @@ FEDSP = [
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_prompts_are_tuned_for_a_model_that_stays_with_the_server(bert, tmp_path, capsys):
-    run, options = tmp_path / "run", ["--config.fedsp.tuned=('prompts', 'classifier')"]
+    run, options = tmp_path / "run", ["--config.fedsp.auxiliary_share=0.5"]
     assert main([*classify(bert), *FEDSP, *options, f"--workdir={run}"]) == 0
     output = " ".join("".join(capsys.readouterr()).split())
     assert "clients receive a small model that is made to be like the hidden one" in output

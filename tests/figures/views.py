@@ -46,16 +46,13 @@ LORA = {
     "fedqsn p=.1, all": ["fedqsn", *_ADAPTERS],
     "fedqsn p=.3, all": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3", *_ADAPTERS],
 }
-_BOTH = "--config.fedsp.tuned=('prompts','classifier')"
-_LABELLED = "--config.pretraining.steps=96"
 FEDSP = {
-    "prompts": ["fedsp"],
-    "prompts and classifier": ["fedsp", _BOTH, "--config.client.learning_rate=0.003"],
-    "prompts, 6 passes": [
-        *("fedsp", "--config.fedsp.passes=6", "--config.fedsp.distillation_steps=1000")
-    ],
-    "prompts, 64 labelled rows": ["fedsp", _LABELLED, "--config.pretraining.rows=64"],
-    "prompts, 1000 labelled rows": ["fedsp", _LABELLED],
+    "prompts and classifier": ["fedsp"],
+    "prompts": ["fedsp", "--config.fedsp.tuned=('prompts',)", "--config.client.learning_rate=0.01"],
+    "classifier": ["fedsp", "--config.fedsp.tuned=('classifier',)"],
+    "prompts and classifier, alternating": ["fedsp", "--config.fedsp.auxiliary_share=0.5"],
+    "prompts and classifier, 6 passes": ["fedsp", "--config.fedsp.passes=6"],
+    "prompts and classifier, 1000 labelled rows": ["fedsp", "--config.pretraining.steps=96"],
 }
 SETTINGS = {
     "digits": DIGITS,
