@@ -69,6 +69,7 @@ def prompted(config) -> None:
     config.pretraining.steps = 0
     config.fedsp.tuned = ("prompts", "classifier")
     config.fedsp.auxiliary_share = 0.0
+    config.fedsp.distillation_rate = 2e-3
     config.rounds = 8
     config.client.steps = 8
     config.client.optimizer = "adam"
