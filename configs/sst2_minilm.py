@@ -65,11 +65,13 @@ def prompted(config) -> None:
     Clients leave that model as it is: prompts that were tuned on what each makes of it suit the
     full model less.
     """
-    config.data.length = 40
+    config.data.length = 24
     config.pretraining.steps = 0
     config.fedsp.tuned = ("prompts", "classifier")
     config.fedsp.auxiliary_share = 0.0
+    config.fedsp.distillation_steps = 150
     config.fedsp.distillation_rate = 2e-3
+    config.fedsp.distillation_noise = 0.0
     config.rounds = 8
     config.client.steps = 8
     config.client.optimizer = "adam"

@@ -51,7 +51,9 @@ FEDSP = {
     "prompts": ["fedsp", "--config.fedsp.tuned=('prompts',)", "--config.client.learning_rate=0.01"],
     "classifier": ["fedsp", "--config.fedsp.tuned=('classifier',)"],
     "prompts and classifier, alternating": ["fedsp", "--config.fedsp.auxiliary_share=0.5"],
-    "prompts and classifier, 6 passes": ["fedsp", "--config.fedsp.passes=6"],
+    "prompts and classifier, 6 passes": [
+        *("fedsp", "--config.fedsp.passes=6", "--config.fedsp.distillation_steps=1000"),
+    ],
     "prompts and classifier, 1000 labelled rows": ["fedsp", "--config.pretraining.steps=96"],
 }
 SETTINGS = {
