@@ -55,6 +55,9 @@ FEDSP = {
         *("fedsp", "--config.fedsp.passes=6", "--config.fedsp.distillation_steps=1000"),
     ],
     "prompts and classifier, 1000 labelled rows": ["fedsp", "--config.pretraining.steps=96"],
+    "prompts and classifier, 64 labelled rows": [
+        *("fedsp", "--config.pretraining.steps=96", "--config.pretraining.rows=64"),
+    ],
 }
 SETTINGS = {
     "digits": DIGITS,
