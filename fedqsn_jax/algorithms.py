@@ -19,6 +19,8 @@ class Algorithm:
       sampling: How masks are drawn.
       adapters_only: Whether the model's own tensors are public, and adapters, quantized in flat
         blocks, are all that is secret, travels and is trained.
+      prompts_only: Whether the model never leaves the server at all: clients train prompts on an
+        auxiliary model, and the prompts are what they return.
       unmet_invariants: The numbers of the design's invariants 2 and 3 (hidden values never change,
         and never show) that it does not meet. A run warns of them.
     """
@@ -29,6 +31,7 @@ class Algorithm:
     p2: float = 0.0
     sampling: Sampling = "bernoulli"
     adapters_only: bool = False
+    prompts_only: bool = False
     unmet_invariants: frozenset[int] = frozenset()
 
     @property
@@ -84,6 +87,15 @@ def fedlpp(quantizer: Quantizer) -> Algorithm:
     return Algorithm("fedlpp", quantizer, adapters_only=True)
 
 
+def fedsp() -> Algorithm:
+    """FedSP (arXiv 2311.06805): soft prompts for a model that never leaves the server; see `fedsp`.
+
+    No round tells anything of that model, and none changes it. But the auxiliary model is distilled
+    from it before the first round, so what clients receive depends on it.
+    """
+    return Algorithm("fedsp", prompts_only=True, unmet_invariants=frozenset({3}))
+
+
 def make_algorithm(
     name: str, quantizer: Quantizer, p1: float, p2: float, sampling: Sampling = "bernoulli"
 ) -> Algorithm:
@@ -98,6 +110,7 @@ def make_algorithm(
         "fedq": lambda: fedq(quantizer),
         "fedqsn": lambda: fedqsn(quantizer, p1, p2, sampling),
         "fedlpp": lambda: fedlpp(quantizer),
+        "fedsp": fedsp,
     }
     if name not in makers:
         raise ValueError(f"algorithm = {name!r}: allowed are {', '.join(makers)}")

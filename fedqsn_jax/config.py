@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn", "fedlpp")
+ALGORITHMS = ("fedavg", "fedsn", "fedq", "fedqsn", "fedlpp", "fedsp")
 CODEBOOKS = ("normal_float", "symmetric_normal_float", "uniform")
 IMAGE_SETS = ("digits", "mnist", "emnist", "cifar10")
 TEXT = "text"
@@ -34,6 +34,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 RESIDENCES = ("auto", "device", "host")
 PARALLELISM = ("auto", "scan", "vmap", "mesh")
 RULES = ("delta", "from_sent", "interpolate")
+TUNED = ("prompts", "classifier")
 
 
 class ConfigError(ValueError):
@@ -123,6 +124,7 @@ class PretrainingConfig(TrainingConfig):
 
     steps: int = _field(400, _range(0), "steps; 0: start from what the model is")
     batch_size: int = _field(64, _range(1), "rows a step")
+    rows: int = _field(0, _range(0), "of the private rows, the first so many; 0: all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,25 @@ class LoraConfig:
     matrices: tuple[str, ...] = _field((), None, "patterns of adapted matrices; none: all hideable")
     quantize: bool = _field(False, None, "whether adapters are quantized on their way to clients")
     public_base: bool = _field(False, None, "clients have the model; only adapters are secret")
+
+
+@dataclasses.dataclass(frozen=True)
+class FedSPConfig:
+    """FedSP's prompts and the small model on which clients tune them, at ``client.learning_rate``.
+
+    The settings of ``client`` are those of the prompts, and of its steps both have a share.
+    """
+
+    prompts: int = _field(8, _range(1), "prompt vectors")
+    tuned: tuple[str, ...] = _field(TUNED[:1], _one_of(*TUNED), "what clients tune and return")
+    layers: tuple[int, ...] = _field((0,), _range(0), "the model's layers that clients get")
+    passes: int = _field(1, _range(1), "times that these are applied, one after the other")
+    distillation_steps: int = _field(300, _range(0), "steps that make them like the whole model")
+    distillation_rate: float = _field(1e-3, _range(0), "Adam's peak rate in these steps")
+    distillation_noise: float = _field(0.5, _range(0), "of the prompts there, relative to theirs")
+    temperature: float = _field(1.0, _range(1e-3), "of both models' logits in these steps")
+    auxiliary_share: float = _field(0.5, _range(0, 1), "of a client's steps, for the small model")
+    auxiliary_rate: float = _field(1e-4, _range(0), "Adam's rate in them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +269,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     pretraining: PretrainingConfig = dataclasses.field(default_factory=PretrainingConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    fedsp: FedSPConfig = dataclasses.field(default_factory=FedSPConfig)
     client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
     cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
     participation: ParticipationConfig = dataclasses.field(default_factory=ParticipationConfig)
@@ -335,6 +357,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
                 f"{name} = {getattr(config, name)!r}: allowed is 0 to below 1, float32"
             )
     _check_language(config)
+    _check_fedsp(config)
     if config.data.partition != "natural" and config.cohort.size > config.data.clients:
         raise ConfigError(
             f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
@@ -386,6 +409,35 @@ def _check_language(config: Config) -> None:
         raise ConfigError(
             f"model.attention = 'cudnn' with client.compute_dtype = "
             f"{config.client.compute_dtype!r}: allowed is bfloat16"
+        )
+
+
+def _check_fedsp(config: Config) -> None:
+    """What does not go with prompts that are tuned on another model than the server's."""
+    if config.algorithm != "fedsp":
+        return
+    if config.model.name != LANGUAGE:
+        raise ConfigError(
+            f"algorithm = 'fedsp' with model.name = {config.model.name!r}: allowed is {LANGUAGE}, "
+            f"with an encoder"
+        )
+    client, distillation = config.client, config.fedsp.distillation_steps
+    refused = {
+        f"lora.rank = {config.lora.rank}": (config.lora.rank, "0"),
+        f"upload.bits = {config.upload.bits}": (config.upload.bits, "0"),
+        "quantize_embeddings = True": (config.quantize_embeddings, "False"),
+        f"site_rules = {config.site_rules}": (config.site_rules, "()"),
+        f"client.trained = {client.trained}": (client.trained, "(), it trains prompts"),
+    }
+    for what, (is_set, allowed) in refused.items():
+        if is_set:
+            raise ConfigError(f"{what} with algorithm = 'fedsp': allowed is {allowed}")
+    if not config.fedsp.tuned:
+        raise ConfigError(f"fedsp.tuned = (): allowed are one or more of {', '.join(TUNED)}")
+    if distillation and not config.data.private_rows:
+        raise ConfigError(
+            f"fedsp.distillation_steps = {distillation} with data.private_rows = 0: the server "
+            f"has no rows to distil on; allowed is 0"
         )
 
 

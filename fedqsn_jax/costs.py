@@ -35,10 +35,14 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
                 travels = (
                     f"{quantizer.code_bits}-bit {name}, block {quantizer.block_size}, {columns}"
                 )
-        if simulation.sent is not None and path not in simulation.sent:
+        if path in (simulation.withheld or ()):
+            travels = "never sent"
+        elif simulation.sent is not None and path not in simulation.sent:
             travels = "public, not sent"
         elif simulation.trained is not None and path not in simulation.trained:
             travels += "; frozen"
+        elif simulation.returned is not None and path not in simulation.returned:
+            travels += "; not returned"
         kernel = kernels.get(path)
         rows.append(
             TensorRow(
@@ -88,5 +92,5 @@ def expected_costs(simulation: Simulation) -> Costs:
         fedavg_down=traffic.fedavg_down,
         fedavg_up=traffic.fedavg_up,
         memory=(*simulation.memory.items(), ("in all", sum(simulation.memory.values()))),
-        hides=bool(visible),
+        hides=bool(visible or simulation.withheld),
     )

@@ -134,6 +134,7 @@ def _run(experiment: Experiment, work: WorkDirectory, display: Display) -> None:
                     problem.task,
                     problem.params,
                     problem.splits.private,
+                    problem.preparation,
                 )
                 # Two processes' devices may round differently: the leader's model is the model.
                 state = initial_state(experiment.simulation, processes.from_leader(params))
@@ -339,10 +340,10 @@ def _show(experiment: Experiment, display: Display) -> None:
         f"{simulation.choice.reason}"
     )
     if simulation.algorithm.unmet_invariants:
-        why = {
-            2: "hidden columns change",
-            3: "what clients receive tells of hidden columns' values",
-        }
+        tells = "what clients receive tells of hidden columns' values"
+        if simulation.algorithm.prompts_only:
+            tells = "clients receive a small model that is made to be like the hidden one"
+        why = {2: "hidden columns change", 3: tells}
         told = " and ".join(why[number] for number in sorted(simulation.algorithm.unmet_invariants))
         display.warning(
             f"{config.algorithm} with these settings does not keep what this package promises "

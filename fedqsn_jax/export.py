@@ -115,6 +115,11 @@ def _read_run(work: WorkDirectory) -> tuple[str, Config]:
             f"--workdir={work.path}: its model is not a pre-trained language model; only such "
             f"(model.pretrained) can be exported"
         )
+    if values.get("algorithm") == "fedsp":
+        raise ConfigError(
+            f"--workdir={work.path}: fedsp tunes prompts, and leaves its model as it was; what it "
+            f"has tuned is in fedqsn_jax.load(...).params"
+        )
     adapters = {name: values[name] for name in ("lora", "site_rules") if name in values}
     return source, resolve(adapters)
 

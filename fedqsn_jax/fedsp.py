@@ -1,44 +1,51 @@
 """FedSP (arXiv 2311.06805): clients tune soft prompts on a small model, for a large one they lack.
 
-The server keeps the full encoder, frozen. Clients hold an auxiliary model: some of its layers,
-which the server first distils on rows of its own. In a round a client trains, on its data, first
-the auxiliary model and then the prompts, each with the other frozen; only the prompts travel back,
-and the server averages them. The full model then uses them.
+The server keeps the full encoder. Clients hold an auxiliary model: some of its layers, applied once
+or several times, which the server first distils on rows of its own. In a round a client trains, on
+its data, first these layers and then the prompts, each with the other frozen; only the prompts
+travel back, and the server averages them. The full model then uses them. A classifier that was not
+pre-trained may travel and be tuned like the prompts: the paper's models write their answers with an
+output layer that they have; an encoder's classifier has to be learned by someone.
 
-Every round starts from the distilled auxiliary model: clients keep nothing from round to round.
+To a round all of it is one tree of parameters, of which some are never sent:
 
-What is protected is what the auxiliary model does not have: embeddings, head and the layers that it
-starts from are the full model's own, and clients receive them but for what distillation changed.
+- ``model``: the full encoder, but for its classifier. It never leaves the server.
+- ``auxiliary``: the same with the few layers. It is sent, and what became of it stays with clients:
+  they keep nothing, and every round starts from the distilled one.
+- ``prompts``, ``[count, width]``, and ``classifier``: sent, and returned where they are tuned.
+
+What computes with such a tree uses the full encoder where the tree has it, and otherwise the
+auxiliary model; so the global view is the server's, and every other view is a client's.
+
+What is protected is what the auxiliary model does not have. Its embeddings and norms, and the
+layers that it starts from, are the full model's own, and distillation brings it near to the rest:
+that is what it is for.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
-from fedqsn_jax.aggregation import Aggregator
-from fedqsn_jax.client import Training, make_client_update
-from fedqsn_jax.client_optimizer import ClientOptimizer, unscheduled
-from fedqsn_jax.cohort import ClientAxis, ClientWork, sample_cohort, sum_over_clients
-from fedqsn_jax.data.federated import ClientData, single_client
-from fedqsn_jax.metrics import make_evaluator
+from fedqsn_jax.client import ClientResult, ClientUpdate, Training, make_client_update
+from fedqsn_jax.client_optimizer import ClientOptimizer
+from fedqsn_jax.data.federated import single_client
 from fedqsn_jax.models.encoder import Encoder, EncoderConfig
 from fedqsn_jax.models.transformer import Execution
-from fedqsn_jax.proxy import whole_proxy
+from fedqsn_jax.proxy import Proxy, whole_proxy
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.tasks import Task
-from fedqsn_jax.trainable import Selection
-from fedqsn_jax.types import Array, Batch, Key, Params
+from fedqsn_jax.trainable import Parts, Selection, fill, keep, select_trained
+from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
 
 PromptedApply = Callable[[Params, Array | None, Batch, Key | None], tuple[Array, Array]]
 """``(params, prompts, batch, key) -> (logits, hidden)`` of an encoder; with a key it trains.
 Hidden states are the last ones of the tokens, float32 ``[rows, length, width]``."""
 
-_MODEL, _PROMPTS = "auxiliary", "prompts"
+_MODEL, _AUXILIARY, _PROMPTS, _CLASSIFIER = "model", "auxiliary", "prompts", "classifier"
 
 
 def prompted_encoder(config: EncoderConfig, execution: Execution | None = None) -> PromptedApply:
@@ -63,29 +70,129 @@ def prompted_encoder(config: EncoderConfig, execution: Execution | None = None) 
     return apply
 
 
-def auxiliary_model(
-    config: EncoderConfig, params: Params, layers: Sequence[int]
-) -> tuple[EncoderConfig, Params]:
-    """Takes some layers of an encoder, with everything that is no layer.
+def auxiliary_encoder(
+    config: EncoderConfig, layers: int, passes: int = 1, execution: Execution | None = None
+) -> PromptedApply:
+    """Makes the pure function of an encoder that applies its few layers several times in a row.
 
     Args:
       config: The full encoder's architecture.
-      params: Its parameters, or their shapes.
-      layers: The layers to take, from 0 on, in the order in which they are applied.
+      layers: How many layers the parameters have.
+      passes: How often all of them are applied, one after the other; their gradients add up. With
+        the full model's depth in all, that is what the released code of FedSP has.
+      execution: How it is computed.
+    """
+    deep = prompted_encoder(dataclasses.replace(config, layers=layers * passes), execution)
 
-    Returns:
-      The auxiliary encoder's architecture and parameters.
+    def apply(
+        params: Params, prompts: Array | None, batch: Batch, key: Key | None
+    ) -> tuple[Array, Array]:
+        again = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * passes), params["layers"])
+        return deep({**params, "layers": again}, prompts, batch, key)
+
+    return apply
+
+
+def take_layers(params: Params, layers: Sequence[int]) -> Params:
+    """Takes some layers of an encoder, with everything that is no layer.
+
+    Args:
+      params: The full encoder's parameters.
+      layers: The layers to take, from 0 on, in the order in which they are applied.
 
     Raises:
       ValueError: There is none, or the encoder has no such layer.
     """
-    if not layers or not all(0 <= layer < config.layers for layer in layers):
-        raise ValueError(
-            f"layers = {tuple(layers)}: allowed are one or more of 0 to {config.layers - 1}"
-        )
+    depth = jax.tree.leaves(params["layers"])[0].shape[0]
+    if not layers or not all(0 <= layer < depth for layer in layers):
+        raise ValueError(f"layers = {tuple(layers)}: allowed are one or more of 0 to {depth - 1}")
     taken = jnp.asarray(layers, jnp.int32)
     stack = jax.tree.map(lambda leaf: jnp.take(leaf, taken, axis=0), params["layers"])
-    return dataclasses.replace(config, layers=len(layers)), {**params, "layers": stack}
+    return {**params, "layers": stack}
+
+
+def add_prompts(key: Key, params: Params, count: int, layers: Sequence[int]) -> Params:
+    """Makes the tree of parameters of an encoder classifier's; see the module's description.
+
+    Args:
+      key: The key of the prompts, which are as large as word embeddings. (A layer norm follows, so
+        the size matters to the rate only.)
+      params: The encoder's parameters.
+      count: The number of prompts.
+      layers: The auxiliary model's layers; see `take_layers`.
+
+    Raises:
+      ValueError: There are no such layers.
+    """
+    body = {name: each for name, each in params.items() if name != _CLASSIFIER}
+    table = params["token_embed"]["embedding"]
+    noise = jax.random.normal(key, (count, table.shape[1]))
+    return {
+        _MODEL: body,
+        _AUXILIARY: take_layers(body, layers),
+        _PROMPTS: (jnp.std(table) * noise).astype(table.dtype),
+        _CLASSIFIER: params[_CLASSIFIER],
+    }
+
+
+def take_auxiliary(params: Params, layers: Sequence[int]) -> Params:
+    """Returns such a tree whose auxiliary model is taken from the full one as it is now."""
+    return {**params, _AUXILIARY: take_layers(params[_MODEL], layers)}
+
+
+def full_encoder(params: Params) -> Params:
+    """Returns the full encoder's own parameters, classifier included, of such a tree."""
+    return {**params[_MODEL], _CLASSIFIER: params[_CLASSIFIER]}
+
+
+def prompted_apply(full: PromptedApply, auxiliary: PromptedApply) -> ApplyFn:
+    """Makes the function of such a tree: of the full model, if the tree has it."""
+
+    def apply(params: Params, batch: Batch, key: Key | None) -> Array:
+        name, function = (
+            (_MODEL, full) if jax.tree.leaves(params[_MODEL]) else (_AUXILIARY, auxiliary)
+        )
+        model = {**params[name], _CLASSIFIER: params[_CLASSIFIER]}
+        return function(model, params[_PROMPTS], batch, key)[0]
+
+    return apply
+
+
+def parts_of(params: Params, tuned: Sequence[str], *, auxiliary: bool) -> Parts:
+    """Returns where the tensors of such a tree go: what is not withheld is sent.
+
+    Args:
+      params: The tree, or its shapes.
+      tuned: What clients tune and return: ``prompts``, ``classifier`` or both.
+      auxiliary: Whether clients train the auxiliary model's layers.
+    """
+
+    def of(*patterns: str) -> frozenset[str]:
+        return select_trained(params, patterns) or frozenset()
+
+    patterns = {_PROMPTS: _PROMPTS, _CLASSIFIER: f"{_CLASSIFIER}/*"}
+    returned = of(*(patterns[name] for name in tuned))
+    return Parts(
+        sent=of(f"{_AUXILIARY}/*", *patterns.values()),
+        trained=returned | (of(f"{_AUXILIARY}/layers/*") if auxiliary else frozenset()),
+        returned=returned,
+        withheld=of(f"{_MODEL}/*"),
+    )
+
+
+def full_tensors(params: Params) -> Selection:
+    """Returns the tensors of such a tree that are the full encoder's, classifier included."""
+    return select_trained(params, [f"{_MODEL}/*", f"{_CLASSIFIER}/*"])
+
+
+def returning(update: ClientUpdate, returned: Selection) -> ClientUpdate:
+    """The same local training, of which the client gives away less than it has trained."""
+
+    def finish(proxy: Proxy, rows: Array, training: Training) -> ClientResult:
+        result = update.finish(proxy, rows, training)
+        return dataclasses.replace(result, delta=keep(result.delta, returned))
+
+    return update._replace(finish=finish)
 
 
 def distillation_loss(
@@ -118,36 +225,45 @@ def distillation_loss(
 def distil(
     key: Key,
     full_apply: PromptedApply,
-    full: Params,
     auxiliary_apply: PromptedApply,
-    auxiliary: Params,
+    params: Params,
     rows: Batch,
-    optimizer: optax.GradientTransformation,
+    optimizer: ClientOptimizer,
     *,
     steps: int,
     batch_size: int,
     temperature: float = 1.0,
+    noise: float = 0.0,
 ) -> tuple[Params, Array]:
-    """Aligns the auxiliary model with the full one, on rows of the server.
+    """Aligns the auxiliary model's layers with the full model, on rows of the server.
 
     Args:
-      key: Of minibatches and the auxiliary model's dropout; the full model has none.
+      key: Of minibatches and noise. There is no dropout.
       full_apply: The full model.
-      full: Its parameters.
       auxiliary_apply: The auxiliary model.
-      auxiliary: Its parameters.
+      params: The tree of `add_prompts`.
       rows: The server's rows; of them only the tokens matter.
-      optimizer: Trains the auxiliary model.
+      optimizer: Trains the layers.
       steps: Number of steps.
       batch_size: Rows a step.
       temperature: See `distillation_loss`.
+      noise: Both models see the prompts with normal noise of up to this size, relative to theirs,
+        drawn for each step: clients will move them, and there too the models should agree.
 
     Returns:
-      The auxiliary parameters, and the mean loss of the steps.
+      The tree with new layers of the auxiliary model, and the mean loss of the steps.
     """
+    own, prompts = params[_AUXILIARY], params[_PROMPTS]
+    classifier = {_CLASSIFIER: params[_CLASSIFIER]}
 
-    def both(params: Params, batch: Batch, key: Key | None) -> Any:
-        return auxiliary_apply(params, None, batch, key), full_apply(full, None, batch, None)
+    def both(auxiliary: Params, batch: Batch, key: Key | None) -> Any:
+        moved = prompts
+        if noise and key is not None:
+            size_key, noise_key = jax.random.split(fold_in_name(key, "noise"))
+            size = noise * jnp.std(prompts) * jax.random.uniform(size_key)
+            moved = prompts + size * jax.random.normal(noise_key, prompts.shape)
+        goal = full_apply({**params[_MODEL], **classifier}, moved, batch, None)
+        return auxiliary_apply({**auxiliary, **classifier}, moved, batch, None), goal
 
     def loss(outputs: Any, batch: Batch, valid: Array) -> Array:
         real = batch.get("mask", jnp.ones(batch["tokens"].shape, bool)).astype(bool)
@@ -155,24 +271,23 @@ def distil(
         return distillation_loss(student, teacher, real, valid, temperature)
 
     task = Task(loss, lambda outputs, batch, valid: {}, lambda sums: sums, score="loss")
-    update = make_client_update(both, task, unscheduled(optimizer), batch_size, steps=steps)
-    result = update.train(key, whole_proxy(auxiliary, ()), single_client(rows), jnp.int32(0))
+    trained = select_trained(own, ["layers/*"])
+    update = make_client_update(both, task, optimizer, batch_size, steps=steps, trained=trained)
+    result = update.train(key, whole_proxy(own, ()), single_client(rows), jnp.int32(0))
     moved = jax.tree.map(
-        lambda old, delta: (old + delta).astype(old.dtype), auxiliary, result.delta
+        lambda old, delta: (old + delta).astype(old.dtype), keep(own, trained), result.delta
     )
-    return moved, result.loss
+    return {**params, _AUXILIARY: fill(moved, own)}, result.loss
 
 
 def alternating(
-    auxiliary: optax.GradientTransformation,
-    prompts: optax.GradientTransformation,
-    auxiliary_share: float = 0.5,
+    auxiliary: ClientOptimizer, prompts: ClientOptimizer, auxiliary_share: float = 0.5
 ) -> ClientOptimizer:
-    """A client's optimizer: first the auxiliary model, prompts frozen, then the other way round.
+    """A client's optimizer: first the auxiliary model, all else frozen, then the other way round.
 
     Args:
       auxiliary: Trains the auxiliary model.
-      prompts: Trains the prompts.
+      prompts: Trains the prompts, and the classifier where it is tuned.
       auxiliary_share: Share of the client's steps for the auxiliary model, rounded.
 
     Raises:
@@ -180,23 +295,29 @@ def alternating(
     """
     if not 0 <= auxiliary_share <= 1:
         raise ValueError(f"auxiliary_share = {auxiliary_share}: allowed is 0 to 1")
-    parts = {_MODEL: auxiliary, _PROMPTS: prompts}
+
+    def divide(tree: Params) -> dict[str, Params]:
+        rest = {name: each for name, each in tree.items() if name != _AUXILIARY}
+        return {"auxiliary": tree[_AUXILIARY], "prompts": rest}
 
     def optimizer(steps: Array) -> optax.GradientTransformation:
         first = jnp.round(auxiliary_share * steps).astype(jnp.int32)
+        parts = {"auxiliary": auxiliary(first), "prompts": prompts(steps - first)}
 
         def init(params: Params) -> tuple[Array, dict[str, Any]]:
-            return jnp.int32(0), {name: each.init(params[name]) for name, each in parts.items()}
+            trees = divide(params)
+            return jnp.int32(0), {name: each.init(trees[name]) for name, each in parts.items()}
 
         def update(gradient: Params, state: Any, params: Params | None = None) -> tuple[Any, Any]:
-            (count, states), updates, after = state, {}, {}
+            (count, states), gradients, updates, after = state, divide(gradient), {}, {}
+            values = dict.fromkeys(parts) if params is None else divide(params)
             for name, each in parts.items():
-                own = None if params is None else params[name]
-                moves, new = each.update(gradient[name], states[name], own)
-                trained = (count < first) == (name == _MODEL)
+                moves, new = each.update(gradients[name], states[name], values[name])
+                trained = (count < first) == (name == "auxiliary")
                 updates[name] = _select(trained, moves, jax.tree.map(jnp.zeros_like, moves))
                 after[name] = _select(trained, new, states[name])
-            return updates, (count + 1, after)
+            together = {**updates["prompts"], _AUXILIARY: updates["auxiliary"]}
+            return together, (count + 1, after)
 
         return optax.GradientTransformation(init, update)
 
@@ -205,149 +326,3 @@ def alternating(
 
 def _select(flag: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
-
-
-@struct.dataclass
-class FedSPState:
-    """What a run carries from round to round. The full model is secret.
-
-    Attributes:
-      full: The full model.
-      auxiliary: The distilled model from which every client starts in every round.
-      prompts: The soft prompts, float32 ``[count, width]``.
-      optimizer_state: The server optimizer's.
-      round: Number of finished rounds, int32 scalar.
-      key: Key of cohorts and of the clients' batches.
-    """
-
-    full: Params
-    auxiliary: Params
-    prompts: Array
-    optimizer_state: optax.OptState
-    round: Array
-    key: Key
-
-
-class FedSP(NamedTuple):
-    """The method as pure functions.
-
-    Attributes:
-      init: ``(key, full, auxiliary, prompts) -> FedSPState``.
-      round: ``(state, data) -> (state, facts)``: one round; facts are ``train/loss``, and
-        ``clients/rejected``.
-      evaluate: ``(state, rows) -> metrics``: ``global/METRIC`` of the full model with the prompts,
-        ``proxy/METRIC`` of the auxiliary model with them: what clients have.
-    """
-
-    init: Callable[[Key, Params, Params, Array], FedSPState]
-    round: Callable[[FedSPState, ClientData], tuple[FedSPState, dict[str, Array]]]
-    evaluate: Callable[[FedSPState, Batch], dict[str, Array]]
-
-
-def make_fedsp(
-    full_apply: PromptedApply,
-    auxiliary_apply: PromptedApply,
-    task: Task,
-    optimizer: ClientOptimizer,
-    aggregator: Aggregator,
-    *,
-    population: int,
-    cohort: int,
-    batch_size: int,
-    steps: int = 0,
-    epochs: int = 1,
-    trained: Selection = None,
-    client_axis: ClientAxis | None = None,
-    evaluation_batch_size: int = 512,
-) -> FedSP:
-    """Composes the method; every argument is static.
-
-    Args:
-      full_apply: The server's model.
-      auxiliary_apply: The clients' model.
-      task: Its loss and metrics.
-      optimizer: A client's, of ``{"auxiliary": ..., "prompts": ...}``; see `alternating`.
-      aggregator: Folds deltas of ``{"prompts": ...}`` into the prompts; without mask sites.
-      population: Number of clients.
-      cohort: Clients a round.
-      batch_size: Rows a step.
-      steps: Local steps; 0 means ``epochs``.
-      epochs: Passes over the client's rows, where ``steps`` is 0.
-      trained: The tensors that clients train, ``prompts`` among them; None: all. The others have
-        no gradients and no optimizer's state, which for embeddings are large.
-      client_axis: How the cohort is run; by default one client after the other.
-      evaluation_batch_size: Rows at a time in evaluation.
-    """
-
-    def local_apply(params: Params, batch: Batch, key: Key | None) -> Array:
-        return auxiliary_apply(params[_MODEL], params[_PROMPTS], batch, key)[0]
-
-    def global_apply(params: Params, batch: Batch, key: Key | None) -> Array:
-        return full_apply(params[_MODEL], params[_PROMPTS], batch, key)[0]
-
-    update = make_client_update(
-        local_apply, task, optimizer, batch_size, steps=steps, epochs=epochs, trained=trained
-    )
-    views = {
-        "global": make_evaluator(global_apply, task, evaluation_batch_size),
-        "proxy": make_evaluator(local_apply, task, evaluation_batch_size),
-    }
-
-    def init(key: Key, full: Params, auxiliary: Params, prompts: Array) -> FedSPState:
-        state = aggregator.init({_PROMPTS: prompts})
-        return FedSPState(full, auxiliary, prompts, state, jnp.int32(0), key)
-
-    def start(context: Any, client: Array) -> Training:
-        proxy, data, ids, _ = context
-        return update.start(proxy, data.rows(ids[client]))
-
-    def step(context: Any, client: Array, index: Array, training: Training) -> Training:
-        proxy, data, ids, key = context
-        own_key = jax.random.fold_in(key, ids[client])
-        return update.step(own_key, data, ids[client], index, training, update.shared(proxy))
-
-    def finish(context: Any, client: Array, training: Training) -> tuple[Any, tuple[()]]:
-        proxy, data, ids, _ = context
-        rows = data.rows(ids[client])
-        result = update.finish(proxy, rows, training)
-        # Only these travel; what became of the auxiliary model stays with the client.
-        prompts = {_PROMPTS: result.delta[_PROMPTS]}
-        part = aggregator.contribute(prompts, aggregator.weigh(rows), {})
-        loss = jnp.where(part.weight > 0, result.loss * part.weight, 0)
-        return {"update": part, "loss": loss}, ()
-
-    def run_round(state: FedSPState, data: ClientData) -> tuple[FedSPState, dict[str, Array]]:
-        key = jax.random.fold_in(state.key, state.round)
-        ids = sample_cohort(fold_in_name(key, "cohort"), population, cohort)
-        sent = {_MODEL: state.auxiliary, _PROMPTS: state.prompts}
-        total, _ = sum_over_clients(
-            ClientWork(start, step, finish),
-            (whole_proxy(sent, ()), data, ids, key),
-            update.step_count(data.rows(ids)),
-            client_axis or ClientAxis(),
-        )
-        prompts, optimizer_state = aggregator.finish(
-            {_PROMPTS: state.prompts}, state.optimizer_state, total["update"], {}
-        )
-        weight = total["update"].weight
-        facts = {
-            "train/loss": jnp.where(weight > 0, total["loss"] / jnp.maximum(weight, 1), 0),
-            "clients/rejected": total["update"].rejected,
-        }
-        state = dataclasses.replace(
-            state,
-            prompts=prompts[_PROMPTS],
-            optimizer_state=optimizer_state,
-            round=state.round + 1,
-        )
-        return state, facts
-
-    def evaluate(state: FedSPState, rows: Batch) -> dict[str, Array]:
-        models = {"global": state.full, "proxy": state.auxiliary}
-        return {
-            f"{view}/{name}": value
-            for view, model in models.items()
-            for name, value in views[view]({_MODEL: model, _PROMPTS: state.prompts}, rows).items()
-        }
-
-    return FedSP(init, run_round, evaluate)

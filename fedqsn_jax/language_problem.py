@@ -22,6 +22,7 @@ from fedqsn_jax.models.pretrained import directory_of, load_pretrained, read_con
 from fedqsn_jax.models.t5 import T5Config
 from fedqsn_jax.models.transformer import Execution
 from fedqsn_jax.problem import Problem, Texts
+from fedqsn_jax.prompted_problem import prompted_problem
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.text_evaluation import make_text_evaluator
@@ -67,20 +68,25 @@ def load_language_problem(config: Config) -> Problem:
     pretrained = load_pretrained(directory, key, **overrides)
     clients = make_language_model(pretrained.config, execution, config.client.dropout)
     server = make_language_model(pretrained.config, execution, config.pretraining.dropout)
-    notes = []
+    task, notes = _task(config, data.kind, pretrained.config), []
     if pretrained.fresh:
         notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
     if data.cut:
         notes.append(f"{data.cut} rows lost tokens beyond data.length = {data.kind.length}")
+    params = jax.tree.map(jnp.asarray, pretrained.params)
+    if isinstance(pretrained.config, EncoderConfig) and config.algorithm == "fedsp":
+        return prompted_problem(
+            config, data.splits, pretrained.config, params, execution, task, tuple(notes)
+        )
     return Problem(
         data.splits,
-        jax.tree.map(jnp.asarray, pretrained.params),
+        params,
         clients.apply_fn,
         server.apply_fn,
         clients.apply_fn,
-        _task(config, data.kind, pretrained.config),
+        task,
         _texts(config, clients, tokenizer, data.prompts),
-        tuple(notes),
+        notes=tuple(notes),
     )
 
 
@@ -109,6 +115,11 @@ def _check_fit(config: Config, model: LanguageConfig, kind: TextFormat) -> None:
         raise ConfigError(
             f"data.task = {task!r} is classification; model.pretrained = {source!r} is a "
             f"{model.family}, which has no classifier; allowed are bert, roberta"
+        )
+    if config.algorithm == "fedsp" and not isinstance(model, EncoderConfig):
+        raise ConfigError(
+            f"algorithm = 'fedsp' with model.pretrained = {source!r}: it is a {model.family}; "
+            f"allowed are bert, roberta"
         )
     if config.client.label_smoothing and not kind.generates:
         raise ConfigError(

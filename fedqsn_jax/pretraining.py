@@ -1,6 +1,7 @@
 """The server's own training on its private rows, before the first round."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,29 @@ from fedqsn_jax.data.federated import FederatedData, single_client
 from fedqsn_jax.proxy import whole_proxy
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.tasks import Task
-from fedqsn_jax.types import ApplyFn, Array, Batch, Params
+from fedqsn_jax.trainable import Selection, fill, keep
+from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
+
+
+class Preparation(NamedTuple):
+    """What the server does before the first round, where parameters hold more than one model.
+
+    Attributes:
+      trained: The tensors that it trains on its labelled rows.
+      finish: ``(key, params, private) -> params``: what it does then, on all of its rows.
+    """
+
+    trained: Selection
+    finish: Callable[[Key, Params, Batch], Params]
 
 
 def pretrain(
-    config: Config, apply_fn: ApplyFn, task: Task, params: Params, private: Batch
+    config: Config,
+    apply_fn: ApplyFn,
+    task: Task,
+    params: Params,
+    private: Batch,
+    preparation: Preparation | None = None,
 ) -> Params:
     """The server's own training on its private rows; without rows, none.
 
@@ -26,15 +45,17 @@ def pretrain(
       task: Its loss.
       params: Its initial parameters.
       private: The server's rows.
+      preparation: What is trained, and what follows; None: everything, and nothing.
     """
-    return make_pretraining(config, apply_fn, task)(config.seed, params, private)
+    return make_pretraining(config, apply_fn, task, preparation)(config.seed, params, private)
 
 
 def make_pretraining(
-    config: Config, apply_fn: ApplyFn, task: Task
+    config: Config, apply_fn: ApplyFn, task: Task, preparation: Preparation | None = None
 ) -> Callable[[int, Params, Batch], Params]:
     """Makes `pretrain` for many: of a seed, parameters and private rows, compiled once."""
     settings = config.pretraining
+    trained = preparation.trained if preparation else None
     first = jnp.int32(0)
     update = make_client_update(
         apply_fn,
@@ -42,20 +63,25 @@ def make_pretraining(
         local_optimizer(settings),
         settings.batch_size,
         steps=settings.steps,
+        trained=trained,
     )
 
     def train(key: Array, params: Params, data: FederatedData) -> Params:
         result = update.train(key, whole_proxy(params, ()), data, first)
-        return jax.tree.map(
-            lambda old, delta: (old + delta).astype(old.dtype), params, result.delta
+        moved = jax.tree.map(
+            lambda old, delta: (old + delta).astype(old.dtype), keep(params, trained), result.delta
         )
+        return fill(moved, params)
 
     compiled = jax.jit(train)
+    finish = jax.jit(preparation.finish) if preparation else None
 
     def pretrain(seed: int, params: Params, private: Batch) -> Params:
-        if settings.steps == 0 or jax.tree.leaves(private)[0].shape[0] == 0:
-            return params
-        key = fold_in_name(root_key(with_fields(config, {"seed": seed})), "pretraining")
-        return compiled(key, params, single_client(private))
+        key = root_key(with_fields(config, {"seed": seed}))
+        if settings.steps and jax.tree.leaves(private)[0].shape[0]:
+            labelled = {name: rows[: settings.rows or None] for name, rows in private.items()}
+            rows = single_client(labelled)
+            params = compiled(fold_in_name(key, "pretraining"), params, rows)
+        return finish(fold_in_name(key, "preparation"), params, private) if finish else params
 
     return pretrain

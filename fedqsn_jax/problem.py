@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from fedqsn_jax.data.federated import Splits
 from fedqsn_jax.data.prompts import Prompts
+from fedqsn_jax.pretraining import Preparation
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.text_evaluation import TextEvaluator
 from fedqsn_jax.types import ApplyFn, Params
@@ -34,6 +35,8 @@ class Problem(NamedTuple):
       client_apply: The model, as clients train it; None: ``apply_fn`` in their compute dtype.
       task: Loss and metrics.
       texts: What it is to write at the end; None: nothing.
+      preparation: What the server does before the first round beside its own training; None:
+        nothing.
       notes: What the user should know about how these came to be, a line each.
     """
 
@@ -44,4 +47,5 @@ class Problem(NamedTuple):
     client_apply: ApplyFn | None
     task: Task
     texts: Texts | None = None
+    preparation: Preparation | None = None
     notes: tuple[str, ...] = ()

@@ -125,6 +125,7 @@ def make_federation(
     attackers: tuple[int, ...],
     score: str,
     sent: Selection = None,
+    withheld: Selection = frozenset(),
     participation: Participation = EVERYONE,
     upload: Upload | None = None,
     client_evaluator: ClientEvaluator | None = None,
@@ -143,7 +144,9 @@ def make_federation(
       proxy_samples: Client masks that the proxy view averages over.
       attackers: Numbers of colluding clients; ``attacker_N`` names each in the metrics.
       score: The metric whose spread over client masks is reported.
-      sent: The tensors that proxies are made of; the others are public, and frozen.
+      sent: The tensors that proxies are made of; the others are frozen, and public unless they are
+        withheld.
+      withheld: Tensors that nobody but the server has, so that no view but the global one has them.
       participation: How clients fail.
       upload: The way back; None: updates travel as they are.
       client_evaluator: Evaluates one set of parameters on clients' held-out rows, if there are any.
@@ -151,7 +154,7 @@ def make_federation(
     upload = upload or whole_upload()
 
     def public(params: Params) -> Params:
-        return drop(params, sent)
+        return drop(drop(params, sent), withheld)
 
     def init(key: Key, params: Params) -> ServerState:
         secret_key, public_key = fold_in_name(key, "secret"), fold_in_name(key, "public")
@@ -291,6 +294,7 @@ def make_federation(
                 evaluate_whole,
                 rows,
                 state.params,
+                drop(state.params, withheld),
                 prepare(state),
                 lambda key, prepared: transform.apply(key, state.transform_state, prepared),
                 proxy_keys(state),

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fedqsn_jax.aggregation import Aggregator, make_aggregator
 from fedqsn_jax.algorithms import Algorithm
 from fedqsn_jax.client import ClientUpdate, make_client_update
 from fedqsn_jax.client_metrics import make_client_evaluator
+from fedqsn_jax.client_optimizer import ClientOptimizer, unscheduled
 from fedqsn_jax.cohort import ClientAxis
 from fedqsn_jax.config import Config, ConfigError
 from fedqsn_jax.configured import (
@@ -26,6 +28,7 @@ from fedqsn_jax.configured import (
     upload_quantizer,
 )
 from fedqsn_jax.data.federated import ClientData
+from fedqsn_jax.fedsp import alternating, full_encoder, parts_of, returning
 from fedqsn_jax.lora import Lora, configured_adapters
 from fedqsn_jax.low_rank import adapt
 from fedqsn_jax.masking import Sites, embedding_rules, find_sites
@@ -44,7 +47,7 @@ from fedqsn_jax.rounds import (
 )
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.traffic import Traffic, measure_traffic
-from fedqsn_jax.trainable import Selection, keep, select_trained
+from fedqsn_jax.trainable import Parts, Selection, keep, select_trained
 from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
 
 TRACEABLE = (
@@ -69,8 +72,10 @@ class Simulation(NamedTuple):
       aggregator: What becomes of the deltas.
       sites: The mask sites, those of adapters included.
       lora: The adapters, or None.
-      trained: The tensors that are trained.
+      trained: The tensors that clients train.
+      returned: Those of them that travel back, and that the server changes.
       sent: The tensors that travel to clients.
+      withheld: Those that nobody but the server has.
       traffic: The lengths of payloads.
       choice: How the client axis is run, and why.
       memory: Estimated bytes on a device during a round, by purpose.
@@ -87,7 +92,9 @@ class Simulation(NamedTuple):
     sites: Sites
     lora: Lora | None
     trained: Selection
+    returned: Selection
     sent: Selection
+    withheld: Selection
     traffic: Traffic
     choice: Choice
     memory: dict[str, int]
@@ -133,16 +140,17 @@ def make_simulation(
                 f"evaluation.attackers = {config.evaluation.attackers}: allowed is at most the "
                 f"population, {population}"
             )
+    algorithm = algorithm_of(config)
     try:
         embeddings = embedding_rules(params) if config.quantize_embeddings else ()
         rules = (*config.site_rules, *embeddings)
         sites = find_sites(params, rules, config.sites)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(f"site_rules: {error}") from error
-    plain, lora, merged = params, configured_adapters(config, params), None
+    plain, reference, lora, merged = params, params, configured_adapters(config, params), None
     batch = _batch_shapes(data, config.client.batch_size)
     local_apply = client_apply or in_compute_dtype(apply_fn, config.client.compute_dtype)
-    adapters_only = algorithm_of(config).adapters_only
+    adapters_only = algorithm.adapters_only
     public = adapters_only or config.lora.public_base
     if lora is not None:
         params = jax.eval_shape(lora.add, jax.random.key(0), params)
@@ -154,21 +162,33 @@ def make_simulation(
         trained = select_trained(params, config.client.trained or ("lora" if lora else "all",))
     except ValueError as error:
         raise ConfigError(f"client.trained: {error}") from error
-    sent = trained if public else None
+    parts = Parts(sent=trained if public else None, trained=trained, returned=trained)
+    if algorithm.prompts_only:
+        parts = parts_of(params, config.fedsp.tuned, auxiliary=config.fedsp.auxiliary_share > 0)
+        sites, reference = (), full_encoder(params)
+    sent, trained, returned, withheld = parts
     # What is kept for other settings holds no arrays.
-    params, plain = jax.eval_shape(lambda *trees: trees, params, plain)
+    params, plain, reference = jax.eval_shape(lambda *trees: trees, params, plain, reference)
+
+    def optimizer_of(config: Config) -> ClientOptimizer:
+        own = local_optimizer(config.client)
+        if not algorithm.prompts_only:
+            return own
+        of_layers = unscheduled(optax.adam(config.fedsp.auxiliary_rate))
+        return alternating(of_layers, own, config.fedsp.auxiliary_share)
 
     def update_of(config: Config) -> ClientUpdate:
-        return make_client_update(
+        update = make_client_update(
             local_apply,
             task,
-            local_optimizer(config.client),
+            optimizer_of(config),
             config.client.batch_size,
             steps=config.client.steps,
             epochs=config.client.epochs,
             trained=trained,
             proximal=config.client.proximal,
         )
+        return returning(update, returned) if algorithm.prompts_only else update
 
     def traffic_of(config: Config) -> Traffic:
         return measure_traffic(
@@ -176,8 +196,8 @@ def make_simulation(
             params,
             sites,
             sent=sent,
-            trained=trained,
-            plain=plain,
+            trained=returned,
+            plain=reference,
             upload=upload_quantizer(config),
         )
 
@@ -189,7 +209,7 @@ def make_simulation(
             weighting=config.server.weighting,  # type: ignore[arg-type]
             normalize=config.server.normalize,  # type: ignore[arg-type]
             rule=config.server.rule,  # type: ignore[arg-type]
-            trained=trained,
+            trained=returned,
             clip_norm=config.server.clip_norm,
         )
         federation = make_federation(
@@ -205,8 +225,9 @@ def make_simulation(
             attackers=config.evaluation.attackers,
             score=task.score,
             sent=sent,
+            withheld=withheld,
             participation=Participation(**dataclasses.asdict(config.participation)),
-            upload=make_upload(config, sites, trained),
+            upload=make_upload(config, sites, returned),
             client_evaluator=make_client_evaluator(apply_fn, task, config.evaluation.batch_size),
         )
         if lora is not None:
@@ -224,7 +245,9 @@ def make_simulation(
             sites,
             lora,
             trained,
+            returned,
             sent,
+            withheld,
             traffic_of(config),
             choice,
             memory,
@@ -237,7 +260,7 @@ def make_simulation(
     a_client = client_bytes(
         local_apply,
         task,
-        local_optimizer(config.client),
+        optimizer_of(config),
         params,
         batch,
         trained=trained,
@@ -249,7 +272,7 @@ def make_simulation(
     a_client += 2 * frozen
     a_client += sum(8 * math.prod(one.matrix.shape) for one in merged.adapters) if merged else 0
     fixed = {
-        **proxy_and_deltas(keep(params, sent), keep(params, trained)),
+        **proxy_and_deltas(keep(params, sent), keep(params, returned)),
         **fixed_memory(one_by_one.federation, plain, sites, config, data),
     }
     steps = update_of(config).step_count(data.rows(_some_clients(population)))

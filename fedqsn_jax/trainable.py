@@ -6,7 +6,7 @@ memory for the others. A selection of None means every tensor, and leaves nothin
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -32,6 +32,22 @@ TRAINED_NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 """Patterns of the tensors that are commonly trained, by the names of ``client.trained``."""
+
+
+class Parts(NamedTuple):
+    """Which of a model's tensors go where.
+
+    Attributes:
+      sent: Those that clients receive.
+      trained: Those that clients train.
+      returned: Those of them that travel back, and that the server changes.
+      withheld: Those that nobody but the server has. What is neither sent nor withheld is public.
+    """
+
+    sent: Selection
+    trained: Selection
+    returned: Selection
+    withheld: Selection = frozenset()
 
 
 def select_trained(params: Params, trained: Sequence[str]) -> Selection:

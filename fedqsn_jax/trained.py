@@ -19,7 +19,8 @@ class Trained(NamedTuple):
     Attributes:
       config: The configuration of the run.
       params: The hidden parameters, on the default device; adapters are merged into their
-        matrices.
+        matrices. Of FedSP the tree that `fedsp` describes: ``prompts`` and ``classifier`` are what
+        was tuned, for the encoder ``model``.
       history: One entry an evaluated round, as in metrics.jsonl.
       round: The number of finished rounds.
     """

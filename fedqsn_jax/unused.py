@@ -7,6 +7,7 @@ _MASKED = ("sampling",)
 _QUANTIZED = ("bits", "block_size", "codebook", "blocks")
 _UPLOAD = ("upload.block_size", "upload.codebook")
 _STRAGGLERS = ("participation.straggler_share",)
+_PROMPTED = tuple(name for name in flatten(Config()) if name.startswith("fedsp."))
 _OF_MODELS = {
     "mlp": ("model.hidden",),
     "cnn": ("model.channels", "model.dense"),
@@ -30,6 +31,7 @@ def unused_fields(config: Config) -> tuple[str, ...]:
         (_QUANTIZED, algorithm.quantizer),
         (_UPLOAD, config.upload.bits),
         (_STRAGGLERS, config.participation.stragglers),
+        (_PROMPTED, algorithm.prompts_only),
     )
     of_method = [name for names, by in needs if not by for name in names]
     return (*of_method, *(name for name, _ in _of_problem(config)))

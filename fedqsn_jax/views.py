@@ -120,6 +120,7 @@ def evaluate_views(
     evaluate: Callable[[Params, Any], dict[str, Array]],
     rows: Any,
     params: Params,
+    sendable: Params,
     prepared: Proxy,
     apply: Callable[[Key, Proxy], Proxy],
     proxy_keys: Key,
@@ -133,6 +134,7 @@ def evaluate_views(
         `client_metrics.ClientEvaluator`.
       rows: Held-out rows, as it wants them.
       params: The hidden model.
+      sendable: The same without the tensors that are withheld as a whole.
       prepared: The round's proxy before client masks, dequantized.
       apply: Makes a client's proxy from it.
       proxy_keys: Keys ``[samples]``: the client masks that the proxy view averages over.
@@ -146,7 +148,7 @@ def evaluate_views(
     sites = prepared.sites
     results = {
         "global": evaluate(params, rows),
-        "server": evaluate(server_params(params, prepared), rows),
+        "server": evaluate(server_params(sendable, prepared), rows),
     }
     samples = jax.lax.map(
         lambda key: evaluate(effective_params(apply(key, prepared)), rows), proxy_keys

@@ -10,20 +10,33 @@ import pytest
 from language_cases import CONFIGS, VOCAB, batch_of, jit, random_params
 
 from fedqsn_jax.aggregation import make_aggregator
+from fedqsn_jax.algorithms import fedsp
+from fedqsn_jax.client import make_client_update
+from fedqsn_jax.client_optimizer import unscheduled
+from fedqsn_jax.cohort import ClientAxis
 from fedqsn_jax.data.federated import from_clients
 from fedqsn_jax.fedsp import (
+    add_prompts,
     alternating,
-    auxiliary_model,
+    auxiliary_encoder,
     distil,
     distillation_loss,
-    make_fedsp,
+    parts_of,
+    prompted_apply,
     prompted_encoder,
+    returning,
+    take_layers,
 )
 from fedqsn_jax.language_tasks import sequence_classification
+from fedqsn_jax.masking import leaves_by_path
+from fedqsn_jax.metrics import make_evaluator
+from fedqsn_jax.rounds import make_federation
+from fedqsn_jax.wire import encode_proxy
 
 CONFIG = CONFIGS["bert"].with_dropout(0.0)
 KEY = jax.random.key(0)
 SIZES = (6, 3, 0, 5)
+FULL, AUXILIARY = prompted_encoder(CONFIG), auxiliary_encoder(CONFIG, 1)
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +45,14 @@ def full():
 
 
 @pytest.fixture(scope="module")
-def prompts():
-    return jnp.asarray(np.random.default_rng(5).normal(0, 0.5, (2, CONFIG.width)), jnp.float32)
+def whole(full, prompts):
+    """The tree of all parameters, with the second layer as the auxiliary model."""
+    return {**add_prompts(KEY, full, 2, [1]), "prompts": prompts}
 
 
 @pytest.fixture(scope="module")
-def auxiliary(full):
-    return auxiliary_model(CONFIG, full, [1])
+def prompts():
+    return jnp.asarray(np.random.default_rng(5).normal(0, 0.5, (2, CONFIG.width)), jnp.float32)
 
 
 def rows(count, seed):
@@ -81,18 +95,22 @@ def test_prompts_are_embeddings_that_tokens_attend_to(full, prompts):
     assert (plain != logits).all()
 
 
-def test_the_auxiliary_model_is_some_of_the_layers(full, auxiliary):
-    config, params = auxiliary
-    assert config.layers == 1
+def test_the_auxiliary_model_is_some_of_the_layers(full, prompts):
+    """Applied twice, one layer is an encoder of two that are alike."""
+    small = take_layers(full, [1])
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_array_equal(ours[0], theirs[1]),
-        params["layers"],
+        small["layers"],
         full["layers"],
     )
-    assert params["classifier"] is full["classifier"]
+    assert small["classifier"] is full["classifier"]
+    batch = batch_of()
+    twice = jit(auxiliary_encoder(CONFIG, 1, 2), static_argnums=3)(small, prompts, batch, None)
+    alike = jit(FULL, static_argnums=3)(take_layers(full, [1, 1]), prompts, batch, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), twice, alike)
     for layers in ([], [2], [-1]):
         with pytest.raises(ValueError, match=r"^layers = .*: allowed are one or more of 0 to 1$"):
-            auxiliary_model(CONFIG, full, layers)
+            take_layers(full, layers)
 
 
 def test_distillation_loss_by_hand():
@@ -104,104 +122,175 @@ def test_distillation_loss_by_hand():
     np.testing.assert_allclose(loss, (1 + 9) / 2 + 4 * np.log(2), rtol=1e-6)
 
 
-def test_distillation_brings_the_models_together(full, auxiliary):
-    config, params = auxiliary
+def test_distillation_brings_the_models_together(whole):
+    """In the layers alone, and also where the prompts have moved."""
     server = {name: jnp.asarray(array) for name, array in rows(16, 1).items()}
 
-    def train(params, optimizer, steps):
-        return distil(
-            *(KEY, prompted_encoder(CONFIG), full, prompted_encoder(config), params, server),
-            optimizer,
-            steps=steps,
+    small, _ = jit(
+        lambda params: distil(
+            *(KEY, FULL, AUXILIARY, params, server, unscheduled(optax.adam(0.01))),
+            steps=60,
             batch_size=16,
+            noise=0.5,
         )
+    )(whole)
 
     @jit
-    def losses(params):
-        small, _ = train(params, optax.adam(0.01), 60)
-        before, after = (train(each, optax.sgd(0.0), 1)[1] for each in (params, small))
-        goal = prompted_encoder(CONFIG)(full, None, server, None)
-        everything = jnp.ones((16, 6), bool)
-        least = distillation_loss(goal, goal, everything, everything[:, 0])
-        return before - least, after - least
+    def distance(params):
+        model = {**params["auxiliary"], "classifier": params["classifier"]}
+        goal, is_real = (
+            FULL(full_of(params), params["prompts"], server, None),
+            jnp.ones((16, 6), bool),
+        )
+        student = AUXILIARY(model, params["prompts"], server, None)
+        return distillation_loss(student, goal, is_real, is_real[:, 0]) - distillation_loss(
+            goal, goal, is_real, is_real[:, 0]
+        )
 
-    before, after = losses(params)
-    assert 0 < after < 0.3 * before
+    assert 0 < distance(small) < 0.3 * distance(whole)
+    changed = {
+        path
+        for path, leaf in leaves_by_path(small).items()
+        if (np.asarray(leaf) != np.asarray(leaves_by_path(whole)[path])).any()
+    }
+    assert changed == {path for path in leaves_by_path(whole) if path.startswith(LAYERS)}
 
 
-def test_the_server_averages_prompts_that_clients_trained(full, auxiliary, prompts):
-    """Against each client's steps one by one: half for the auxiliary model, half for prompts."""
-    config, small = auxiliary
-    apply, task = prompted_encoder(config), sequence_classification()
-    clients = [rows(count, 10 + index) for index, count in enumerate(SIZES)]
-    data = from_clients(clients)
-    method = make_fedsp(
-        prompted_encoder(CONFIG),
+LAYERS = "auxiliary/layers/"
+
+
+def full_of(params):
+    return {**params["model"], "classifier": params["classifier"]}
+
+
+def federation(optimizer, *, share=0.5, tuned=("prompts", "classifier"), steps=4, clients=4):
+    """The method on tiny encoders, as the main job composes it."""
+    apply, task = prompted_apply(FULL, AUXILIARY), sequence_classification()
+    parts = parts_of(SHAPES, tuned, auxiliary=share > 0)
+    update = make_client_update(
         apply,
         task,
-        alternating(optax.sgd(0.1), optax.sgd(0.3)),
-        make_aggregator((), optax.sgd(1.0)),
-        population=4,
-        cohort=4,
-        batch_size=8,
-        steps=4,
+        alternating(*map(unscheduled, optimizer), share),
+        8,
+        steps=steps,
+        trained=parts.trained,
     )
-    state = method.init(KEY, full, small, prompts)
-    after, facts = jit(method.round)(state, data)
+    return make_federation(
+        fedsp().transform,
+        returning(update, parts.returned),
+        make_aggregator((), optax.sgd(1.0), trained=parts.returned),
+        make_evaluator(apply, task, 8),
+        (),
+        population=clients,
+        cohort=clients,
+        client_axis=ClientAxis(),
+        proxy_samples=2,
+        attackers=(1,),
+        score="accuracy",
+        sent=parts.sent,
+        withheld=parts.withheld,
+    )
+
+
+SHAPES = jax.eval_shape(lambda: add_prompts(KEY, random_params(CONFIG), 2, [1]))
+
+
+def test_the_server_averages_what_clients_tuned(whole):
+    """Against each client's steps one by one: half for the auxiliary model, half for the rest."""
+    task, clients = sequence_classification(), [rows(n, 10 + i) for i, n in enumerate(SIZES)]
+    method = federation((optax.sgd(0.1), optax.sgd(0.3)))
+    state = method.init(KEY, whole)
+    after, facts = jit(method.round)(state, from_clients(clients))
 
     @jit
-    def gradients(small, prompts, batch):
-        def loss(small, prompts):
-            valid = jnp.ones(batch["label"].shape, bool)
-            return task.loss(apply(small, prompts, batch, None)[0], batch, valid)
+    def gradients(small, tuned, batch):
+        def loss(small, tuned):
+            model = {**small, "classifier": tuned["classifier"]}
+            logits = AUXILIARY(model, tuned["prompts"], batch, None)[0]
+            return task.loss(logits, batch, jnp.ones(batch["label"].shape, bool))
 
-        return jax.value_and_grad(loss, argnums=(0, 1))(small, prompts)
+        return jax.value_and_grad(loss, argnums=(0, 1))(small, tuned)
 
-    total, losses = np.zeros(prompts.shape), 0.0
+    def moved(tree, gradient, rate):
+        return jax.tree.map(lambda p, g: p - rate * g, tree, gradient)
+
+    start = {name: whole[name] for name in ("prompts", "classifier")}
+    total, losses = jax.tree.map(lambda leaf: np.zeros(leaf.shape), start), 0.0
     for batch in clients:
         count = len(batch["label"])
-        own, mine = small, prompts
+        small, tuned = whole["auxiliary"], start
         for index in range(4 if count else 0):
-            loss, (by_model, by_prompts) = gradients(own, mine, batch)
+            loss, (by_model, by_tuned) = gradients(small, tuned, batch)
             losses += count * float(loss) / 4
             if index < 2:
-                own = jax.tree.map(lambda p, g: p - 0.1 * g, own, by_model)
+                small = {**small, "layers": moved(small["layers"], by_model["layers"], 0.1)}
             else:
-                mine = mine - 0.3 * by_prompts
-        total += count * (np.asarray(mine, np.float64) - np.asarray(prompts))
-    np.testing.assert_allclose(after.prompts - prompts, total / sum(SIZES), rtol=1e-3, atol=1e-6)
-    assert np.abs(total).max() > 1e-3
-    np.testing.assert_allclose(facts["train/loss"], losses / sum(SIZES), rtol=1e-5)
-    assert int(after.round) == 1
-    for name in ("full", "auxiliary"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
-
-    metrics = jit(method.evaluate)(after, {k: jnp.asarray(v) for k, v in rows(9, 3).items()})
-    assert set(metrics) == {f"{v}/{m}" for v in ("global", "proxy") for m in ("accuracy", "loss")}
-    with pytest.raises(ValueError, match=r"^auxiliary_share = 2: allowed is 0 to 1$"):
-        alternating(optax.sgd(0.1), optax.sgd(0.1), 2)
-
-
-def test_frozen_tensors_change_the_cost_and_not_the_prompts(full, auxiliary, prompts):
-    """With no step for the auxiliary model it is the same whether it could be trained."""
-    config, small = auxiliary
-    data = from_clients([rows(6, 10), rows(4, 11)])
-
-    def after(trained):
-        method = make_fedsp(
-            prompted_encoder(CONFIG),
-            prompted_encoder(config),
-            sequence_classification(),
-            alternating(optax.adam(0.1), optax.adam(0.1), auxiliary_share=0),
-            make_aggregator((), optax.sgd(1.0)),
-            population=2,
-            cohort=2,
-            batch_size=4,
-            steps=3,
-            trained=trained,
+                tuned = moved(tuned, by_tuned, 0.3)
+        total = jax.tree.map(
+            lambda sum, end, begin, n=count: sum + n * (np.asarray(end, np.float64) - begin),
+            total,
+            tuned,
+            start,
         )
-        return jit(method.round)(method.init(KEY, full, small, prompts), data)[0].prompts
+    for name, each in start.items():
+        jax.tree.map(
+            lambda end, begin, sum: np.testing.assert_allclose(
+                end - begin, sum / np.sum(SIZES), rtol=1e-3, atol=1e-6
+            ),
+            after.params[name],
+            each,
+            total[name],
+        )
+    assert np.abs(total["prompts"]).max() > 1e-3
+    np.testing.assert_allclose(facts["train/loss"], losses / sum(SIZES), rtol=1e-5)
+    for name in ("model", "auxiliary"):
+        jax.tree.map(np.testing.assert_array_equal, after.params[name], whole[name])
 
-    free, frozen = after(None), after(frozenset({"prompts"}))
-    np.testing.assert_allclose(frozen, free, rtol=1e-4, atol=1e-6)
-    assert np.abs(frozen - prompts).max() > 0.01
+
+def test_no_round_tells_of_the_full_model_and_only_the_owner_has_it(whole):
+    """Whatever the withheld tensors are, NaN too: rounds, payloads and clients' views are the same.
+
+    What does tell of it is distillation, before the first round, and so the method declares it.
+    """
+    assert fedsp().leaks_hidden
+    method = federation((optax.adam(0.1), optax.adam(0.1)), tuned=("prompts",), clients=2)
+    data = from_clients([rows(6, 10), rows(4, 11)])
+    test = {name: jnp.asarray(array) for name, array in rows(9, 3).items()}
+    init, run, evaluate = jit(method.init), jit(method.round), jit(method.evaluate)
+
+    def told(model):
+        state = init(KEY, {**whole, "model": model})
+        state, facts = run(state, data)
+        jax.tree.map(np.testing.assert_array_equal, state.params["model"], model)
+        views = evaluate(state, test)
+        rest = {name: each for name, each in state.params.items() if name != "model"}
+        payload = encode_proxy(method.prepare(state))
+        return views, (payload, jax.tree.map(np.asarray, (rest, facts)))
+
+    views, first = told(whole["model"])
+    others, second = told(jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), whole["model"]))
+    assert first[0] == second[0]
+    jax.tree.map(np.testing.assert_array_equal, first[1], second[1])
+    np.testing.assert_array_equal(
+        first[1][0]["classifier"]["out"]["kernel"], whole["classifier"]["out"]["kernel"]
+    )
+    assert np.isnan(others["global/loss"])
+    clients = [name for name in views if not name.startswith("global")]
+    assert {name: views[name] for name in clients} == {name: others[name] for name in clients}
+    assert {name.partition("/")[0] for name in clients} == {"server", "proxy", "attacker_1"}
+    assert views["proxy/loss"] == views["server/loss"] != views["global/loss"]
+
+
+def test_where_tensors_go():
+    """What is tuned returns; what else is trained is the auxiliary model's layers."""
+    paths = set(leaves_by_path(SHAPES))
+    classifier = {path for path in paths if path.startswith("classifier/")}
+    layers = {path for path in paths if path.startswith(LAYERS)}
+    parts = parts_of(SHAPES, ("prompts", "classifier"), auxiliary=True)
+    assert parts.returned == {"prompts"} | classifier
+    assert parts.trained == parts.returned | layers
+    assert parts.sent.isdisjoint(parts.withheld)
+    assert parts.sent | parts.withheld == paths
+    assert parts_of(SHAPES, ("classifier",), auxiliary=False).trained == classifier
+    with pytest.raises(ValueError, match=r"^auxiliary_share = 2: allowed is 0 to 1$"):
+        alternating(*map(unscheduled, [optax.sgd(0.1)] * 2), 2)

@@ -15,6 +15,7 @@ from fedqsn_jax.models.encoder import EncoderConfig
 from fedqsn_jax.models.gpt2 import GPT2Config
 from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.models.pretrained import load_pretrained, save_pretrained
+from fedqsn_jax.trained import load
 
 VOCABULARY = len(MARKS) + len(WORDS)
 FLAGS = [
@@ -133,6 +134,37 @@ def test_a_classifier_learns_and_is_exported(bert, tmp_path, capsys):
     assert "finished at round 2" in capsys.readouterr().out
 
 
+FEDSP = [
+    "--config=configs/sst2_minilm.py:fedsp",
+    "--config.data.length=8",
+    "--config.fedsp.distillation_steps=4",
+    "--config.pretraining.steps=0",
+]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_prompts_are_tuned_for_a_model_that_stays_with_the_server(bert, tmp_path, capsys):
+    run, options = tmp_path / "run", ["--config.fedsp.auxiliary_share=0.5"]
+    assert main([*classify(bert), *FEDSP, *options, f"--workdir={run}"]) == 0
+    output = " ".join("".join(capsys.readouterr()).split())
+    assert "clients receive a small model that is made to be like the hidden one" in output
+    assert "never sent" in output
+    first, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert (run / "accuracy.png").exists()
+    assert last["proxy/loss"] == last["server/loss"] != first["proxy/loss"]
+    assert last["global/loss"] not in (last["proxy/loss"], first["global/loss"])
+    # Colluders have taken part, and have what clients had then.
+    assert last["attacker_2/loss"] != first["attacker_2/loss"]
+    start, end = (load(run, round).params for round in (0, 2))
+    jax.tree.map(np.testing.assert_array_equal, start["model"], end["model"])
+    jax.tree.map(np.testing.assert_array_equal, start["auxiliary"], end["auxiliary"])
+    assert (start["prompts"] != end["prompts"]).all()
+    # Up go 8 x 16 prompts and a classifier of 16 x 2 and 2, and a few bytes of a header.
+    assert 0 <= last["bytes/up_per_client"] - 4 * (8 * 16 + 16 * 2 + 2) <= 64
+    assert export([f"--workdir={run}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "prompts" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_decoder_writes_texts_for_every_view(gpt2, tmp_path, capsys):
     run = tmp_path / "run"
@@ -183,13 +215,35 @@ MISTAKES = {
     "too many rows": (["--config.data.train_rows=41"], "data.train_rows = 41: allowed is at most"),
     "too long": (["--config.data.length=17"], "data.length = 17: allowed are 3 to 16"),
     "flag": (["--config.data.truncate=3"], "data.truncate"),
+    "prompts with adapters": (
+        [*FEDSP, "--config.lora.rank=2"],
+        "lora.rank = 2 with algorithm = 'fedsp': allowed is 0",
+    ),
+    "prompts as codes": (
+        [*FEDSP, "--config.upload.bits=4"],
+        "upload.bits = 4 with algorithm = 'fedsp': allowed is 0",
+    ),
+    "nothing is tuned": (
+        [*FEDSP, "--config.fedsp.tuned=()"],
+        "fedsp.tuned = (): allowed are one or more of prompts, classifier",
+    ),
+    "nothing to distil on": (
+        [*FEDSP, "--config.data.private_rows=0"],
+        "fedsp.distillation_steps = 4 with data.private_rows = 0",
+    ),
+    "no such layer": (
+        [*FEDSP, "--config.fedsp.layers=(2,)"],
+        "fedsp.layers = (2,): allowed are one or more of 0 to 1",
+    ),
     "cuDNN in float32": (["--config.model.attention=cudnn"], "allowed is bfloat16"),
 }
 
 
-def test_a_decoder_has_no_classes(gpt2, bert, tmp_path, capsys):
+def test_a_decoder_has_no_classes_and_no_prompts(gpt2, bert, capsys):
     assert main([*classify(bert), f"--config.model.pretrained={gpt2}", "--dry_run"]) == 2
     assert "is a gpt2, which has no classifier; allowed are bert" in capsys.readouterr().err
+    assert main([*write(gpt2), "--config.algorithm=fedsp", "--dry_run"]) == 2
+    assert "it is a gpt2; allowed are bert, roberta" in capsys.readouterr().err
 
 
 CONFIGS = {

@@ -63,6 +63,10 @@ MISTAKES = {
     "no site": (["--config.site_rules=('*: none',)"], "no mask site found"),
     "private rows": (["--config.data.private_rows=5000"], "data.private_rows = 5000"),
     "absent data": (["--config.data.name=mnist", "--config.data.directory=nowhere"], "nowhere"),
+    "fedsp on images": (
+        ["--config.algorithm=fedsp"],
+        "algorithm = 'fedsp' with model.name = 'mlp': allowed is language, with an encoder",
+    ),
     "fedlpp without adapters": (
         ["--config.algorithm=fedlpp"],
         "algorithm = 'fedlpp' with lora.rank = 0: allowed is a rank of 1 or more",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from fedqsn_jax.config import ClientConfig, Config, PretrainingConfig
-from fedqsn_jax.configured import federation_key
+from fedqsn_jax.configured import algorithm_of, federation_key
 from fedqsn_jax.data.federated import ClientData
 from fedqsn_jax.data.held_out import HeldOut
 from fedqsn_jax.experiment import Experiment, load_problem, prepare
@@ -90,7 +90,9 @@ class Sources:
         kind = dataclasses.replace(_trained_by(config), seed=0)
         if self._compiled is None or self._compiled[0] != kind:
             evaluate = make_evaluator(problem.apply_fn, problem.task, config.evaluation.batch_size)
-            train = make_pretraining(config, problem.pretraining_apply, problem.task)
+            train = make_pretraining(
+                config, problem.pretraining_apply, problem.task, problem.preparation
+            )
             self._compiled = kind, train, jax.jit(evaluate)
         return self._compiled[1:]
 
@@ -108,8 +110,11 @@ class Sources:
 def _loaded_by(config: Config) -> Config:
     """The configuration with all that plays no part in data and model at defaults."""
     client = config.client
+    base = Config()
+    if algorithm_of(config).prompts_only:
+        base = dataclasses.replace(base, algorithm=config.algorithm, fedsp=config.fedsp)
     return dataclasses.replace(
-        Config(),
+        base,
         seed=config.seed,
         data=config.data,
         model=config.model,

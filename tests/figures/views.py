@@ -4,9 +4,9 @@
   python tests/figures/views.py --of=sst2_minilm --seeds=3 --out=figures.json \\
     --config.data.train=tsv:sst2/train.tsv --config.data.test=tsv:sst2/test.tsv
 
-``--of="sst2_minilm lora"`` trains adapters only. Runs the configuration with several settings,
-evaluating at the start and the last round only, and prints means with 95% confidence intervals
-(Student's t).
+``--of="sst2_minilm lora"`` trains adapters only, ``--of="sst2_minilm fedsp"`` is FedSP. Runs the
+configuration with several settings, evaluating at the start and the last round only, and prints
+means with 95% confidence intervals (Student's t).
 """
 
 import argparse
@@ -46,7 +46,25 @@ LORA = {
     "fedqsn p=.1, all": ["fedqsn", *_ADAPTERS],
     "fedqsn p=.3, all": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3", *_ADAPTERS],
 }
-SETTINGS = {"digits": DIGITS, "sst2_minilm": SST2, "sst2_minilm lora": LORA}
+FEDSP = {
+    "prompts and classifier": ["fedsp"],
+    "prompts": ["fedsp", "--config.fedsp.tuned=('prompts',)", "--config.client.learning_rate=0.01"],
+    "classifier": ["fedsp", "--config.fedsp.tuned=('classifier',)"],
+    "prompts and classifier, alternating": ["fedsp", "--config.fedsp.auxiliary_share=0.5"],
+    "prompts and classifier, 6 passes": [
+        *("fedsp", "--config.fedsp.passes=6", "--config.fedsp.distillation_steps=1000"),
+    ],
+    "prompts and classifier, 1000 labelled rows": ["fedsp", "--config.pretraining.steps=96"],
+    "prompts and classifier, 64 labelled rows": [
+        *("fedsp", "--config.pretraining.steps=96", "--config.pretraining.rows=64"),
+    ],
+}
+SETTINGS = {
+    "digits": DIGITS,
+    "sst2_minilm": SST2,
+    "sst2_minilm lora": LORA,
+    "sst2_minilm fedsp": FEDSP,
+}
 
 
 def last_metrics(config: Config, seeds: int) -> list[dict[str, float]]:
@@ -63,7 +81,12 @@ def last_metrics(config: Config, seeds: int) -> list[dict[str, float]]:
         problem = ready.problem
         splits = problem.splits
         params = pretrain(
-            ready.config, problem.pretraining_apply, problem.task, problem.params, splits.private
+            ready.config,
+            problem.pretraining_apply,
+            problem.task,
+            problem.params,
+            splits.private,
+            problem.preparation,
         )
         state = initial_state(simulation, params)
         start = first_entry(simulation, state, splits.test)

@@ -1,0 +1,98 @@
+"""FedSP's problem: an encoder classifier, prompts for it, and the small model that clients have."""
+
+import optax
+
+from fedqsn_jax.client_optimizer import scheduled
+from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.configured import root_key
+from fedqsn_jax.data.federated import Splits
+from fedqsn_jax.fedsp import (
+    PromptedApply,
+    add_prompts,
+    auxiliary_encoder,
+    distil,
+    full_tensors,
+    prompted_apply,
+    prompted_encoder,
+    take_auxiliary,
+)
+from fedqsn_jax.models.encoder import EncoderConfig
+from fedqsn_jax.models.transformer import Execution
+from fedqsn_jax.pretraining import Preparation
+from fedqsn_jax.problem import Problem
+from fedqsn_jax.randomness import fold_in_name
+from fedqsn_jax.tasks import Task
+from fedqsn_jax.types import ApplyFn, Batch, Key, Params
+
+
+def prompted_problem(
+    config: Config,
+    splits: Splits,
+    architecture: EncoderConfig,
+    params: Params,
+    execution: Execution,
+    task: Task,
+    notes: tuple[str, ...] = (),
+) -> Problem:
+    """Makes a problem of an encoder's; its parameters are the tree that `fedsp` describes.
+
+    The server trains the full model with the untrained prompts in place, so that these are no
+    handicap; then it takes the auxiliary model's layers from it, and distils them.
+
+    Args:
+      config: The settings: ``fedsp``, dropout, the seed.
+      splits: The data.
+      architecture: The encoder.
+      params: Its parameters.
+      execution: How it is computed.
+      task: What it is for.
+      notes: What the user should know.
+
+    Raises:
+      ConfigError: The encoder has no such layers.
+    """
+    settings = config.fedsp
+    try:
+        key = fold_in_name(root_key(config), "prompts")
+        whole = add_prompts(key, params, settings.prompts, settings.layers)
+    except ValueError as error:
+        raise ConfigError(f"fedsp.{error}") from error
+
+    def encoders(dropout: float) -> tuple[PromptedApply, PromptedApply]:
+        dropping = architecture.with_dropout(dropout)
+        return (
+            prompted_encoder(dropping, execution),
+            auxiliary_encoder(dropping, len(settings.layers), settings.passes, execution),
+        )
+
+    def apply_of(dropout: float) -> ApplyFn:
+        return prompted_apply(*encoders(dropout))
+
+    def finish(key: Key, params: Params, private: Batch) -> Params:
+        params = take_auxiliary(params, settings.layers)
+        if not settings.distillation_steps:
+            return params
+        aligned, _ = distil(
+            key,
+            *encoders(0.0),
+            params,
+            private,
+            scheduled(optax.adam, settings.distillation_rate),
+            steps=settings.distillation_steps,
+            batch_size=config.pretraining.batch_size,
+            temperature=settings.temperature,
+            noise=settings.distillation_noise,
+        )
+        return aligned
+
+    clients = apply_of(config.client.dropout)
+    return Problem(
+        splits,
+        whole,
+        clients,
+        apply_of(config.pretraining.dropout),
+        clients,
+        task,
+        preparation=Preparation(full_tensors(whole), finish),
+        notes=notes,
+    )

@@ -1,0 +1,44 @@
+"""The server's own training: on which rows, of which tensors, and what follows."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from fedqsn_jax.config import resolve
+from fedqsn_jax.pretraining import Preparation, pretrain
+from fedqsn_jax.tasks import classification
+
+PARAMS = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3), "other": jnp.ones(2)}
+ROWS = {
+    "image": jnp.asarray(np.random.default_rng(0).normal(size=(9, 2)), jnp.float32),
+    "label": jnp.arange(9, dtype=jnp.int32) % 3,
+}
+
+
+def linear(params, batch, key):
+    return batch["image"] @ params["kernel"] + jnp.expand_dims(params["bias"], 0)
+
+
+def test_the_first_rows_are_labelled_and_what_follows_sees_all():
+    seen = []
+
+    def finish(key, params, private):
+        seen.append(private["label"].shape)
+        return {**params, "other": 2 * params["other"]}
+
+    def train(rows, private, preparation=None):
+        config = resolve({"pretraining": {"steps": 5, "batch_size": 4, "rows": rows}})
+        return pretrain(config, linear, classification(), PARAMS, private, preparation)
+
+    some = train(4, ROWS, Preparation(frozenset({"kernel"}), finish))
+    whole = train(0, {name: rows[:4] for name, rows in ROWS.items()})
+    assert seen == [(9,)]
+    np.testing.assert_array_equal(some["bias"], PARAMS["bias"])
+    np.testing.assert_array_equal(some["other"], 2 * PARAMS["other"])
+    assert (np.asarray(whole["bias"]) != 0).all()
+    only = train(
+        0,
+        {name: rows[:4] for name, rows in ROWS.items()},
+        Preparation(frozenset({"kernel"}), lambda key, params, private: params),
+    )
+    np.testing.assert_array_equal(some["kernel"], only["kernel"])
+    assert (np.asarray(some["kernel"]) != np.asarray(train(0, ROWS)["kernel"])).any()
