@@ -57,7 +57,9 @@ def test_views_are_those_of_the_rounds(model):
         return score(params)
 
     together = jax.jit(
-        lambda: evaluate_views(evaluator, batch, params, prepared, apply, keys, attackers, "spread")
+        lambda: evaluate_views(
+            evaluator, batch, params, params, prepared, apply, keys, attackers, "spread"
+        )
     )()
 
     def evaluate(params):
