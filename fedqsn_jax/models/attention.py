@@ -149,16 +149,19 @@ class Attention(nn.Module):
         else:
             biases = jnp.zeros(packed.shape[-1], jnp.float32)
         seen = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
-        dropping = dropout_key is not None
         attended = attention_gpu.attend_packed(
             attention_gpu.Heads(
-                self.heads, self.size, self._scale, self.causal, self.rate if dropping else 0.0
+                self.heads,
+                self.size,
+                self._scale,
+                self.causal,
+                0.0 if dropout_key is None else self.rate,
             ),
             gpu_blocks.interpreted(),
             packed,
             biases,
             jnp.broadcast_to(seen, (rows, length)).astype(jnp.int32),
-            words_of(dropout_key) if dropping else jnp.zeros(2, jnp.uint32),
+            jnp.zeros(2, jnp.uint32) if dropout_key is None else words_of(dropout_key),
         )
         return attended.reshape(rows, length, self.heads, self.size)
 

@@ -134,14 +134,16 @@ class _Head:
         self.row, self.head = pl.program_id(0), pl.program_id(1)
         self.positions = span(0, self.padded)
         self.tokens = self.row * length + self.positions
-        whole = self.padded == length
-        self.exists = None if whole else self.positions < length
+        exists = None if self.padded == length else self.positions < length
+        self.exists = exists
         shape = self.padded, heads.size
-        self.inside = None if self.exists is None else column_of(self.exists, shape)
+        self.inside = None if exists is None else column_of(exists, shape)
         self.query, self.key, self.value = (self._load(packed, bias, part) for part in range(3))
         rows = jnp.full_like(self.positions, self.row)
         visible = triton.load(
-            seen.at[rows, self.positions if whole else jnp.where(self.exists, self.positions, 0)]
+            seen.at[
+                rows, self.positions if exists is None else jnp.where(exists, self.positions, 0)
+            ]
         )
         self.visible = visible != 0
         self.words = (words[0], words[1]) if heads.rate else None

@@ -15,6 +15,9 @@ from flax import linen as nn
 
 from fedqsn_jax.types import Array, Key
 
+Words = Array | tuple[Array, Array]
+"""Two uint32 scalars, or an array of them: what a key's draws depend on."""
+
 
 class Dropout(nn.Module):
     """Zeroes entries with probability ``rate`` and scales the others; see `drop`.
@@ -91,12 +94,12 @@ def words_of(key: Key) -> Array:
     return jax.random.key_data(key).reshape(-1)[:2]
 
 
-def stream_of(words: Array) -> Array:
+def stream_of(words: Words) -> Array:
     """Where hashing begins: a uint32 scalar."""
     return mixed(words[0]) + words[1]
 
 
-def fold(words: Array, stream: Array, index: Array) -> Array:
+def fold(words: Words, stream: Array, index: Array) -> Array:
     """Hashes a position along one more axis, uint32 like the streams, which broadcast."""
     return mixed(stream ^ index) + words[1]
 

@@ -306,9 +306,9 @@ class _Layer(nn.Module):
             stddev=config.stddev,
             name="attention",
         )
-        stream, hidden = hidden
-        attended, _ = attention(hidden, mask)
-        stream, hidden = self._added(stream, attended, ("attention", "out"), "attention_norm")
+        stream, read = hidden
+        attended, _ = attention(read, mask)
+        stream, read = self._added(stream, attended, ("attention", "out"), "attention_norm")
         mlp = Mlp(
             config.inner,
             config.activation,
@@ -317,7 +317,7 @@ class _Layer(nn.Module):
             down_bias=not fuses,
             name="mlp",
         )
-        return self._added(stream, mlp(hidden), ("mlp", "down"), "mlp_norm"), None
+        return self._added(stream, mlp(read), ("mlp", "down"), "mlp_norm"), None
 
     def _fuses(self) -> bool:
         """Whether the end of a residual branch is one kernel, from the last bias to the norm."""

@@ -34,11 +34,11 @@ def span(start: Any, count: int) -> Array:
 
 def load_block(ref: Any, rows: Array, columns: Array, inside: Array | None) -> Array:
     """Loads ``[rows, columns]`` of a matrix; zeros where ``inside``, of that shape, is False."""
-    at = _grid(rows, columns)
+    row, column = _grid(rows, columns)
     if inside is None:
-        return triton.load(ref.at[at])
-    at = tuple(jnp.where(inside, index, 0) for index in at)
-    return triton.load(ref.at[at], mask=inside, other=jnp.zeros((), ref.dtype))
+        return triton.load(ref.at[row, column])
+    row, column = (jnp.where(inside, index, 0) for index in (row, column))
+    return triton.load(ref.at[row, column], mask=inside, other=jnp.zeros((), ref.dtype))
 
 
 def load_span(ref: Any, index: Array, inside: Array | None) -> Array:
@@ -61,12 +61,12 @@ def store_block(ref: Any, rows: Array, columns: Array, inside: Array | None, val
     triton.store(ref.at[row, column], values, mask=inside)
 
 
-def column_of(values: Array, shape: tuple[int, int]) -> Array:
+def column_of(values: Array, shape: tuple[int, ...]) -> Array:
     """Repeats a vector along the columns of a matrix."""
     return jnp.broadcast_to(values[:, None], shape)
 
 
-def row_of(values: Array, shape: tuple[int, int]) -> Array:
+def row_of(values: Array, shape: tuple[int, ...]) -> Array:
     """Repeats a vector along the rows of a matrix."""
     return jnp.broadcast_to(values[None], shape)
 

@@ -1,0 +1,135 @@
+"""Language models' kernels for GPUs, run by Pallas's interpreter, against plain JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from language_cases import jit
+
+from fedqsn_jax.models import gpu_blocks
+from fedqsn_jax.models.attention_gpu import Heads, attend_packed
+from fedqsn_jax.models.dropout import drop, words_of
+from fedqsn_jax.models.encoder import EncoderConfig
+from fedqsn_jax.models.gelu_gpu import biased_gelu
+from fedqsn_jax.models.language import make_language_model
+from fedqsn_jax.models.norm_gpu import Branch, add_and_norm
+from fedqsn_jax.models.transformer import Execution
+
+KEY = jax.random.key(7)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def assert_same(found, expected, tolerance):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * float(scale))
+
+
+def values_and_gradients(function, *arguments):
+    """What it gives, and gradients of a sum in which every value has its own weight."""
+
+    def weighted(*arguments):
+        outputs = function(*arguments)
+        leaves = jax.tree.leaves(outputs)
+        weights = [normal(*leaf.shape, seed=9 + place) for place, leaf in enumerate(leaves)]
+        return sum((leaf * each).sum() for leaf, each in zip(leaves, weights, strict=True)), outputs
+
+    arguments_ = tuple(range(len(arguments)))
+    return jit(jax.grad(weighted, arguments_, has_aux=True))(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("length", "causal", "rate"), [(16, False, 0.0), (20, True, 0.3)], ids=["whole", "padded"]
+)
+def test_attention_is_softmax_of_products(length, causal, rate):
+    """A row sees no token at all; a length that is no power of two; the same entries drop."""
+    rows, count, size = 3, 2, 32
+    heads = Heads(count, size, size**-0.5, causal, rate)
+    packed, bias = normal(rows, length, 3 * count * size), normal(3 * count * size, seed=1)
+    seen = np.ones((rows, length), np.int32)
+    seen[0, -4:], seen[1, :3] = 0, 0
+    seen[2] = 0
+
+    def expected(packed, bias):
+        split = (packed + bias[None, None]).reshape(rows, length, 3, count, size)
+        query, key, value = (split[:, :, part] for part in range(3))
+        products = jnp.einsum("rqhs,rkhs->rhqk", query, key) * heads.scale
+        visible = jnp.asarray(seen, bool)[:, None, None] & jnp.ones((1, 1, length, 1), bool)
+        if causal:
+            visible &= jnp.tril(jnp.ones((length, length), bool))[None, None]
+        shares = jax.nn.softmax(jnp.where(visible, products, -1e30), axis=-1)
+        if rate:
+            shares = drop(KEY, shares, rate)
+        return jnp.einsum("rhqk,rkhs->rqhs", shares, value).reshape(rows, length, count * size)
+
+    def found(packed, bias):
+        return attend_packed(heads, True, packed, bias, jnp.asarray(seen), words_of(KEY))
+
+    ours, theirs = (values_and_gradients(each, packed, bias) for each in (found, expected))
+    assert_same(ours, theirs, 2e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_the_end_of_a_branch_is_bias_dropout_sum_and_norm(rate):
+    """With an odd number of tokens, and a width that is no power of two."""
+    hidden, change = normal(3, 5, 24), normal(3, 5, 24, seed=1)
+    vectors = [normal(24, seed=2 + place) for place in range(3)]
+
+    def expected(hidden, change, bias, scale, offset):
+        change = change + bias[None, None]
+        total = hidden + (drop(KEY, change, rate) if rate else change)
+        centred = total - total.mean(-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+        normed = centred * inverse * scale[None, None] + offset[None, None]
+        return normed, normed
+
+    def found(*arguments):
+        return add_and_norm(Branch(1e-5, rate), True, *arguments, words_of(KEY))
+
+    ours, theirs = (
+        values_and_gradients(each, hidden, change, *vectors) for each in (found, expected)
+    )
+    assert_same(ours, theirs, 1e-5)
+
+
+def test_gelu_is_the_exact_one():
+    product, bias = 3 * normal(3, 5, 128), normal(128, seed=1)
+    ours, theirs = (
+        values_and_gradients(each, product, bias)
+        for each in (
+            lambda product, bias: biased_gelu(True, product, bias),
+            lambda product, bias: jax.nn.gelu(product + bias[None, None], approximate=False),
+        )
+    )
+    assert_same(ours, theirs, 2e-6)
+
+
+def test_an_encoder_is_the_same_with_and_without_them(monkeypatch):
+    """In bfloat16, in which they are used; logits and gradients of every tensor."""
+    config = EncoderConfig("roberta", 20, 64, 2, 2, 128, positions=32, pad_token_id=1, classes=3)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(2, 20, (2, 16)), jnp.int32)
+    batch = {"tokens": tokens, "mask": jnp.arange(16)[None] < jnp.array([[16], [11]])}
+
+    def results(execution):
+        model = make_language_model(config, execution)
+        params = make_language_model(config).init(jax.random.key(0))
+
+        def loss(params):
+            logits = model.apply_fn(params, batch, None).astype(jnp.float32)
+            return (logits * normal(2, 3)).sum(), logits
+
+        return jit(jax.grad(loss, has_aux=True))(params)
+
+    exact = results(Execution())
+    plain = results(Execution("bfloat16"))
+    used = []
+    monkeypatch.setattr(gpu_blocks, "applies", lambda: used.append(1) or True)
+    fused = results(Execution("bfloat16"))
+    assert used
+    for ours, rounded, right in zip(*map(jax.tree.leaves, (fused, plain, exact)), strict=True):
+        # About as far from float32 as plain bfloat16, whose last place is 2**-8.
+        error, usual = (np.linalg.norm(each - right) for each in (ours, rounded))
+        assert error <= 3 * usual + 2**-8 * np.linalg.norm(right)
