@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workload", action="append", choices=list(MODELS), help="default: all")
     parser.add_argument("--calls", type=int, default=10, help="measured calls of each algorithm")
-    parser.add_argument("--rounds_per_call", type=int, default=5)
+    parser.add_argument("--rounds_per_call", type=int, default=10)
     parser.add_argument(
         "--chunk_size", type=int, default=0, help="clients at once; 0: what the package chooses"
     )

@@ -9,13 +9,13 @@ from jax.sharding import Mesh
 
 from fedqsn_jax.cohort import CLIENTS_AXIS, ClientAxis
 from fedqsn_jax.config import CohortConfig, ConfigError
+from fedqsn_jax.schedule import Schedule, choose_schedule
 
 STEP_BYTES = 2**31
 """What a step of a chunk should move at least on a GPU or TPU, so that the launches of its kernels
 do not count: more clients at once than that gain nothing."""
 
-_WAITING_ROOM = 1.25
-"""Room for free places, by their mean number, where the longest client leaves so much slack."""
+_ONE_BY_ONE = Schedule(1, 1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Workload:
       steps: Local steps of clients of the population (a sample of them is enough), int ``[n]``.
       equal_steps: The number of steps, if it is the same for all clients with rows; otherwise 0.
       client_bytes: What one more client of a chunk takes; see `memory.client_bytes`.
+      arrival_bytes: What the parameters take that a client trains, or has in its own way.
       fixed_bytes: What a device holds whatever the chunk.
       device_bytes: What a device has.
     """
@@ -33,6 +34,7 @@ class Workload:
     steps: np.ndarray
     equal_steps: int
     client_bytes: int
+    arrival_bytes: int
     fixed_bytes: int
     device_bytes: int
 
@@ -61,8 +63,8 @@ def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) 
     """Turns the configured strategy into a `ClientAxis`.
 
     ``auto`` takes all devices. On a CPU it trains one client after the other, which was measured 5
-    times faster with unequal clients; elsewhere so many side by side that a step fills the device
-    (`STEP_BYTES`), that the chunk fits, and that the longest client is not waited for.
+    times faster with unequal clients; elsewhere so many side by side that a round costs least
+    (`schedule`), that a step does more than fill the device (`STEP_BYTES`), and that they fit.
 
     Args:
       config: The settings.
@@ -93,7 +95,8 @@ def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) 
             f"auto or mesh with cohort.devices = 0 or {available}"
         )
     share = -(-config.size // devices)
-    chunk, why = _chunk_size(config, workload, platform, share)
+    schedule, why = _places(config, workload, platform, share)
+    chunk = schedule.places
     if chunk > max(workload.largest_chunk, 1):
         raise ConfigError(
             f"cohort.chunk_size = {chunk}: needs about "
@@ -101,52 +104,48 @@ def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) 
             f"{_gib(workload.device_bytes)}; the largest that fits is "
             f"{max(workload.largest_chunk, 1)}"
         )
-    refills = _refills(workload, chunk, share)
     mesh = Mesh(np.asarray(jax.devices()[:devices]), (CLIENTS_AXIS,)) if wants_mesh else None
     at_once = "one client at a time" if chunk == 1 else f"{chunk} clients at once"
     where = f"{devices} devices, {at_once} on each" if wants_mesh else at_once
-    axis = ClientAxis(chunk, refills, workload.equal_steps, mesh)
+    axis = ClientAxis(chunk, schedule.refills, workload.equal_steps, mesh)
     return Choice(axis, f"{where} ({why})", chunk * workload.client_bytes)
 
 
-def _chunk_size(
+def _places(
     config: CohortConfig, workload: Workload, platform: str, share: int
-) -> tuple[int, str]:
+) -> tuple[Schedule, str]:
     if config.parallelism == "scan":
-        return 1, "as configured"
+        return _ONE_BY_ONE, "as configured"
     if config.chunk_size:
-        return min(config.chunk_size, share), "as configured"
+        return _schedule(workload, share, [min(config.chunk_size, share)]), "as configured"
     if config.parallelism in ("auto", "mesh") and platform == "cpu":
-        return 1, f"auto on {platform}"
-    longest = max(int(workload.steps.max(initial=0)), 1)
+        return _ONE_BY_ONE, f"auto on {platform}"
     limits = {
         "all that a device has": share,
-        # A third more than would do if every place were refilled at once.
-        "the rest waits for the longest client": math.ceil(
-            4 / 3 * share * float(workload.steps.mean()) / longest
-        ),
         "they fill the device": math.ceil(STEP_BYTES / max(workload.client_bytes, 1)),
         "more would not fit": workload.largest_chunk,
     }
     why = min(limits, key=limits.__getitem__)
-    return max(limits[why], 1), f"auto on {platform}: {why}"
+    limit, why = max(limits[why], 1), f"auto on {platform}: {why}"
+    if workload.equal_steps:
+        # In equal parts, so that none of them has empty places.
+        limit = math.ceil(share / math.ceil(share / limit))
+        return Schedule(limit, limit, 0), why
+    fewer = {math.ceil(limit * 2 ** (-octaves / 4)) for octaves in range(13)}
+    schedule = _schedule(workload, share, sorted(fewer))
+    if schedule.places < limit:
+        why = f"auto on {platform}: a round takes about {schedule.turns} steps of them"
+    return schedule, why
 
 
-def _refills(workload: Workload, chunk: int, share: int) -> int:
-    """How many places may be refilled after a step.
-
-    On average as many become free as there are places by the mean number of steps. But clients of
-    one length that began together end together; a place that must then wait costs steps, and so
-    there is room for twice as many. Unless the longest client is waited for anyhow: then a quarter
-    more than the mean does, since what is not served costs time too.
-    """
-    busy = workload.steps[workload.steps > 0]
-    if not busy.size:
-        return chunk
-    mean = float(busy.mean())
-    # What the places can do while the longest client trains, by what there is to do.
-    slack = chunk * int(busy.max()) / (share * float(workload.steps.mean()))
-    return min(math.ceil((_WAITING_ROOM if slack >= _WAITING_ROOM else 2) * chunk / mean), chunk)
+def _schedule(workload: Workload, share: int, candidates: list[int]) -> Schedule:
+    return choose_schedule(
+        workload.steps,
+        share,
+        candidates,
+        client_bytes=workload.client_bytes,
+        arrival_bytes=workload.arrival_bytes,
+    )
 
 
 def _gib(count: float) -> str:

@@ -270,6 +270,7 @@ def make_simulation(
     # Twice, as was measured: the compiler does not overwrite them in place. And a merged matrix
     # with its gradient.
     a_client += 2 * frozen
+    an_arrival = tree_bytes(keep(params, trained)) + frozen
     a_client += sum(8 * math.prod(one.matrix.shape) for one in merged.adapters) if merged else 0
     fixed = {
         **proxy_and_deltas(keep(params, sent), keep(params, returned)),
@@ -280,6 +281,7 @@ def make_simulation(
         steps=np.asarray(steps),
         equal_steps=0 if config.participation.stragglers else config.client.steps,
         client_bytes=a_client,
+        arrival_bytes=an_arrival,
         fixed_bytes=sum(fixed.values()),
         device_bytes=device_bytes(),
     )
@@ -287,8 +289,7 @@ def make_simulation(
     at_once, refills = choice.axis.chunk_size, choice.axis.refills
     memory = {**fixed, f"training of {at_once} client(s) at once": at_once * a_client}
     if at_once > 1:
-        of_one = tree_bytes(keep(params, trained)) + frozen
-        memory["clients that come and go"] = refills * of_one
+        memory["clients that come and go"] = refills * an_arrival
     return compose(config, choice, memory)
 
 

@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 def workload(steps=(4, 4, 4, 20), client=2**20, fixed=GIB, device=64 * GIB, equal=0):
-    return Workload(np.array(steps), equal, client, fixed, device)
+    return Workload(np.array(steps), equal, client, client // 3, fixed, device)
 
 
 def choose(platform="gpu", load=None, **settings):
@@ -29,12 +29,14 @@ def test_one_after_the_other_on_a_cpu():
 @pytest.mark.parametrize(
     ("load", "expected", "why"),
     [
-        # 100 clients of 8 steps on average, the longest 20: 40 places have work for 20 steps.
-        (workload(), 54, "longest client"),
-        (workload(steps=(5, 5, 5)), 100, "all that a device has"),
+        # 100 clients of 8 steps on average, the longest 20: with 40 places a perfect round has 20.
+        (workload(), 43, "about 21 steps"),
+        (workload(steps=(5, 5, 5), equal=5), 100, "all that a device has"),
+        # Three parts of 34, rather than two of 40 and one of 20.
+        (workload(steps=(5,), equal=5, client=STEP_BYTES // 40), 34, "fill the device"),
         (workload(client=STEP_BYTES // 8), 8, "fill the device"),
         (workload(client=4 * GIB), 1, "fill the device"),
-        (workload(client=100 * 2**20, device=2 * GIB), 10, "would not fit"),
+        (workload(steps=(1,), client=100 * 2**20, device=2 * GIB), 10, "would not fit"),
     ],
 )
 def test_as_many_at_once_as_pay_and_fit(load, expected, why):
@@ -44,11 +46,10 @@ def test_as_many_at_once_as_pay_and_fit(load, expected, why):
     assert "auto on gpu" in choice.reason
 
 
-def test_refills_follow_the_mean_number_of_steps():
+def test_room_to_come_and_go_is_counted_for_a_chunk_that_is_given():
     axis = choose(load=workload(steps=(6, 6, 0, 6)), size=100, chunk_size=40).axis
-    assert axis.refills == 14  # 2 * 40 / 6.
-    # 54 places do 54 * 20 steps while the longest client trains; there are 100 * 8.
-    assert choose(size=100).axis.refills == 9  # 1.25 * 54 / 8.
+    # 40 places by 6 steps are 7 a step; but all of the first 40 end together.
+    assert (axis.chunk_size, axis.refills) == (40, 20)
     assert choose(load=workload(steps=(1, 1)), size=100, chunk_size=40).axis.refills == 40
     assert choose(load=workload(equal=20), size=100).axis.steps == 20
 
