@@ -32,10 +32,11 @@ _PUBLIC = {
     "upload": ("Upload", "quantize_delta", "quantized_upload", "whole_upload"),
     "participation": ("Participation",),
     "rounds": ("Federation", "ServerState", "make_federation", "make_rounds"),
+    "layout": ("Layout",),
     "lora": ("Lora", "find_adapters"),
     "trainable": ("select_trained",),
     "algorithms": ("Algorithm", "fedavg", "fedlpp", "fedq", "fedqsn", "fedsn", "make_algorithm"),
-    "wire": ("Layout", "decode_proxy", "decode_update", "encode_proxy", "encode_update"),
+    "wire": ("decode_proxy", "decode_update", "encode_proxy", "encode_update"),
     "metrics": ("make_evaluator",),
     "client_metrics": ("make_client_evaluator",),
     "fedsp": (

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from fedqsn_jax import wire
+from fedqsn_jax.layout import Cost, Layout, proxy_cost, update_cost
 from fedqsn_jax.masking import Sites
 from fedqsn_jax.proxy import Proxy, ProxyTransform, whole_proxy
 from fedqsn_jax.quantization import Quantizer
@@ -26,8 +26,8 @@ class Traffic(NamedTuple):
       fedavg_up: Bytes of an upload in a round of FedAvg.
     """
 
-    down: wire.Cost
-    up: wire.Cost
+    down: Cost
+    up: Cost
     fedavg_down: int
     fedavg_up: int
 
@@ -61,11 +61,11 @@ def measure_traffic(
 
     proxy = jax.eval_shape(make_proxy, jax.random.key(0), params)
     plain = params if plain is None else plain
-    whole = wire.Layout.of(jax.eval_shape(lambda params: whole_proxy(params, ()), plain))
-    layout = wire.Layout.of(proxy, trained=trained, upload=upload)
+    whole = Layout.of(jax.eval_shape(lambda params: whole_proxy(params, ()), plain))
+    layout = Layout.of(proxy, trained=trained, upload=upload)
     return Traffic(
-        down=wire.proxy_cost(layout),
-        up=wire.update_cost(layout),
-        fedavg_down=wire.proxy_cost(whole).fixed,
-        fedavg_up=wire.update_cost(whole).fixed,
+        down=proxy_cost(layout),
+        up=update_cost(layout),
+        fedavg_down=proxy_cost(whole).fixed,
+        fedavg_up=update_cost(whole).fixed,
     )

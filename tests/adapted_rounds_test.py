@@ -26,6 +26,7 @@ from fedqsn_jax.algorithms import fedlpp
 from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.config import ServerConfig
 from fedqsn_jax.configured import server_optimizer
+from fedqsn_jax.layout import Layout
 from fedqsn_jax.lora import find_adapters
 from fedqsn_jax.masking import hide, leaves_by_path
 from fedqsn_jax.participation import Participation
@@ -35,7 +36,7 @@ from fedqsn_jax.traffic import measure_traffic
 from fedqsn_jax.trainable import drop, keep, select_trained
 from fedqsn_jax.upload import quantize_delta, quantized_upload
 from fedqsn_jax.views import attacker_params
-from fedqsn_jax.wire import Layout, decode_proxy, decode_update, encode_proxy, encode_update
+from fedqsn_jax.wire import decode_proxy, decode_update, encode_proxy, encode_update
 
 RANK = 3
 NAMES = ("hidden_0", "hidden_1")

@@ -11,6 +11,7 @@ from rounds_cases import KEY, POPULATION, fast, federate, octets
 
 from fedqsn_jax.algorithms import Algorithm, fedqsn, make_algorithm
 from fedqsn_jax.config import ALGORITHMS
+from fedqsn_jax.layout import Layout
 from fedqsn_jax.main import main
 from fedqsn_jax.masking import leaves_by_path
 from fedqsn_jax.participation import Participation
@@ -19,7 +20,7 @@ from fedqsn_jax.quantization import NormalFloat, SymmetricNormalFloat
 from fedqsn_jax.randomness import client_round_key
 from fedqsn_jax.traffic import measure_traffic
 from fedqsn_jax.upload import quantized_upload
-from fedqsn_jax.wire import Layout, decode_proxy, encode_proxy
+from fedqsn_jax.wire import decode_proxy, encode_proxy
 
 QUANTIZER = NormalFloat(3, 4)
 MASKS = {"p1": 0.3, "p2": 0.4}

@@ -10,13 +10,14 @@ from rounds_cases import KEY, TRANSFORM, fast, octets
 from fedqsn_jax.aggregation import Contribution, make_aggregator
 from fedqsn_jax.client import make_client_update
 from fedqsn_jax.client_optimizer import unscheduled
+from fedqsn_jax.layout import Layout
 from fedqsn_jax.masking import hide, leaves_by_path
 from fedqsn_jax.memory import client_bytes
 from fedqsn_jax.proxy import whole_proxy
 from fedqsn_jax.tasks import classification
 from fedqsn_jax.traffic import measure_traffic
 from fedqsn_jax.trainable import drop, fill, keep, select_trained
-from fedqsn_jax.wire import Layout, decode_update, encode_proxy, encode_update
+from fedqsn_jax.wire import decode_update, encode_proxy, encode_update
 
 BIASES = {"hidden_0/bias", "hidden_1/bias", "head/bias"}
 

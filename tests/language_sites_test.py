@@ -7,6 +7,7 @@ from language_cases import CONFIGS, batch_of, jit, random_params
 from wire_cases import assert_same
 
 from fedqsn_jax import wire
+from fedqsn_jax.layout import Layout
 from fedqsn_jax.masking import embedding_rules, find_sites
 from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.proxy import (
@@ -152,7 +153,7 @@ def test_proxies_hide_whole_columns_of_heads_and_travel_exactly():
         return transform.apply(jax.random.key(1), state, transform.prepare(state, whole))
 
     proxy = make(params)
-    assert_same(wire.decode_proxy(wire.encode_proxy(proxy), wire.Layout.of(proxy)), proxy)
+    assert_same(wire.decode_proxy(wire.encode_proxy(proxy), Layout.of(proxy)), proxy)
     effective = effective_params(proxy)
     seen = np.asarray(proxy.visible["layers/attention/key/kernel"])
     key = effective["layers"]["attention"]["key"]

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "fedqsn_jax"
 
 # Lowest first; a module may import those on lines above its own, and its own folder's.
 FLOORS = (
-    ("types", "patterns"),
+    ("types", "patterns", "schedule"),
     ("randomness", "config", "placement"),
     ("lifeline", "device_time"),
     ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir", "processes"),
@@ -17,6 +17,7 @@ FLOORS = (
     ("memory",),
     ("metrics", "models", "data", "language_tasks"),
     ("client_metrics", "cohort", "heads", "participation", "proxy", "text_evaluation"),
+    ("layout",),
     ("client", "aggregation", "upload", "views", "wire", "parallelism"),
     ("rounds", "traffic", "text_views", "fedsp"),
     ("algorithms",),
@@ -34,7 +35,7 @@ FLOORS = (
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # What a client's process runs: it must work without anything that knows the server's state.
-CLIENT_SIDE = ("client", "wire")
+CLIENT_SIDE = ("client", "layout", "wire")
 SERVER_STATE = (
     "rounds",
     "aggregation",

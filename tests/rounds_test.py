@@ -16,12 +16,13 @@ from rounds_cases import (
 )
 
 from fedqsn_jax.algorithms import Algorithm, fedavg, fedqsn, fedsn
+from fedqsn_jax.layout import Layout
 from fedqsn_jax.masking import leaves_by_path
 from fedqsn_jax.proxy import dequantize_proxy, whole_proxy
 from fedqsn_jax.quantization import NormalFloat
 from fedqsn_jax.randomness import client_round_key
 from fedqsn_jax.views import attacker_params
-from fedqsn_jax.wire import Layout, decode_proxy, encode_proxy
+from fedqsn_jax.wire import decode_proxy, encode_proxy
 
 # Invariant 1.
 

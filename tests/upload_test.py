@@ -7,6 +7,7 @@ from rounds_cases import FEDQSN, KEY, POPULATION, TRANSFORM, fast, federate, sim
 
 from fedqsn_jax import round_memory
 from fedqsn_jax.config import ConfigError, resolve, with_fields
+from fedqsn_jax.layout import Layout
 from fedqsn_jax.participation import Participation
 from fedqsn_jax.proxy import dequantize_params, whole_proxy
 from fedqsn_jax.quantization import NormalFloat, Uniform
@@ -14,7 +15,7 @@ from fedqsn_jax.simulation import make_simulation
 from fedqsn_jax.tasks import classification
 from fedqsn_jax.traffic import measure_traffic
 from fedqsn_jax.upload import quantize_delta, quantized_upload
-from fedqsn_jax.wire import Layout, decode_update, encode_update
+from fedqsn_jax.wire import decode_update, encode_update
 
 QUANTIZER = Uniform(2, 4, "float32")
 

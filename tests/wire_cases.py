@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from fedqsn_jax import wire
+from fedqsn_jax.layout import Layout
 from fedqsn_jax.masking import find_sites
 from fedqsn_jax.proxy import Proxy
 from fedqsn_jax.quantization import NormalFloat, Quantized, Uniform
@@ -195,7 +196,7 @@ def stacked_proxy():
 def goldens():
     return {
         "proxy_dense.bin": wire.encode_proxy(dense_proxy()),
-        "update_dense.bin": wire.encode_update(*dense_update(), wire.Layout.of(dense_proxy())),
+        "update_dense.bin": wire.encode_update(*dense_update(), Layout.of(dense_proxy())),
         "proxy_stacked.bin": wire.encode_proxy(stacked_proxy()),
     }
 

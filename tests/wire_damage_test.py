@@ -24,6 +24,7 @@ from wire_cases import (
 )
 
 from fedqsn_jax import wire
+from fedqsn_jax.layout import Layout, proxy_cost
 from fedqsn_jax.masking import find_sites
 from fedqsn_jax.proxy import Proxy
 from fedqsn_jax.quantization import NormalFloat, Quantized
@@ -33,7 +34,7 @@ from fedqsn_jax.quantization import NormalFloat, Quantized
 def test_any_changed_byte_is_noticed(name):
     payload = (GOLDENS / name).read_bytes()
     decode = wire.decode_update if name.startswith("update") else wire.decode_proxy
-    layout = wire.Layout.of(stacked_proxy() if "stacked" in name else dense_proxy())
+    layout = Layout.of(stacked_proxy() if "stacked" in name else dense_proxy())
     for position in range(len(payload)):
         for flipped in (0x01, 0x80, 0xFF):
             damaged = bytearray(payload)
@@ -45,7 +46,7 @@ def test_any_changed_byte_is_noticed(name):
 def test_any_other_length_is_noticed(name):
     payload = (GOLDENS / name).read_bytes()
     decode = wire.decode_update if name.startswith("update") else wire.decode_proxy
-    layout = wire.Layout.of(stacked_proxy() if "stacked" in name else dense_proxy())
+    layout = Layout.of(stacked_proxy() if "stacked" in name else dense_proxy())
     others = [payload[:length] for length in range(len(payload))]
     others += [payload + bytes(count) for count in (1, 2, 1000)] + [payload + payload]
     for other in others:
@@ -63,7 +64,7 @@ def test_any_other_length_is_noticed(name):
 def test_forged_bodies_give_a_wellformed_proxy_or_a_value_error(seed, name, edits):
     """The digest has no key, so a forger can make it right: the decoder trusts nothing."""
     proxy = random_proxy(np.random.default_rng(seed), name, NormalFloat(3, 4), absent=0)
-    layout = wire.Layout.of(proxy)
+    layout = Layout.of(proxy)
     payload = wire.encode_proxy(proxy)
     forged = bytearray(payload)
     for position, flipped in edits:
@@ -98,11 +99,11 @@ def test_forged_scales_are_refused(bits, offset, says):
     forged = bytearray((GOLDENS / "proxy_dense.bin").read_bytes())
     forged[offset : offset + 2] = struct.pack("<H", bits)
     says = f"payload: {says} is negative or not finite"
-    assert_refused(wire.decode_proxy, seal(bytes(forged)), wire.Layout.of(dense_proxy()), says)
+    assert_refused(wire.decode_proxy, seal(bytes(forged)), Layout.of(dense_proxy()), says)
 
 
 def test_unused_bits_of_a_bitmap_are_zero():
-    layout = wire.Layout.of(dense_proxy())
+    layout = Layout.of(dense_proxy())
     for name, decode in (("proxy", wire.decode_proxy), ("update", wire.decode_update)):
         forged = bytearray((GOLDENS / f"{name}_dense.bin").read_bytes())
         forged[48] |= 0b1000
@@ -127,12 +128,12 @@ def test_unused_bits_of_a_bitmap_are_zero():
 def test_messages_name_what_is_wrong_in_a_header(start, replacement, says):
     payload = (GOLDENS / "proxy_dense.bin").read_bytes()
     changed = payload[:start] + replacement + payload[start + len(replacement) :]
-    assert_refused(wire.decode_proxy, changed, wire.Layout.of(dense_proxy()), f"payload: {says}")
+    assert_refused(wire.decode_proxy, changed, Layout.of(dense_proxy()), f"payload: {says}")
 
 
 @pytest.mark.parametrize("payload", [None, 3, "text", [1, 2], bytearray(60), memoryview(b"FQSN")])
 def test_what_is_not_bytes_is_refused(payload):
-    layout = wire.Layout.of(dense_proxy())
+    layout = Layout.of(dense_proxy())
     says = f"payload: expected bytes, got {type(payload).__name__}"
     assert_refused(wire.decode_proxy, payload, layout, says)
     assert_refused(wire.decode_update, payload, layout, says)
@@ -143,8 +144,8 @@ def test_a_header_that_claims_much_allocates_nothing():
     sites = find_sites({"up": shapes(kernel=(side, side))})
     kernel = jax.ShapeDtypeStruct((side, side), jnp.float32)
     mask = jax.ShapeDtypeStruct((1, side), jnp.bool_)
-    layout = wire.Layout.of(Proxy({"up": {"kernel": kernel}}, {"up/kernel": mask}, {}, sites))
-    length = wire.proxy_cost(layout).of({"up/kernel": side}) - 48
+    layout = Layout.of(Proxy({"up": {"kernel": kernel}}, {"up/kernel": mask}, {}, sites))
+    length = proxy_cost(layout).of({"up/kernel": side}) - 48
     assert length == side // 8 + 4 * side**2
 
     def header(length):
@@ -190,7 +191,7 @@ def test_masks_of_another_shape_or_dtype_are_refused():
 
 
 def test_updates_that_do_not_fit_the_layout_are_refused():
-    layout = wire.Layout.of(dense_proxy())
+    layout = Layout.of(dense_proxy())
     delta, visible = dense_update()
     short = delta | {"norm": {"scale": np.zeros(1, np.float32)}}
     with pytest.raises(ValueError, match=r"'norm/scale' is \(1,\), expected \(2,\)"):

@@ -21,6 +21,7 @@ from wire_cases import (
 )
 
 from fedqsn_jax import wire
+from fedqsn_jax.layout import Layout, proxy_cost, update_cost
 from fedqsn_jax.masking import find_sites
 from fedqsn_jax.proxy import Proxy, chain, client_mask, quantize, whole_proxy
 from fedqsn_jax.quantization import NormalFloat, Quantized, Uniform
@@ -44,9 +45,9 @@ def test_goldens_are_what_is_written_and_read():
         assert payload == (GOLDENS / name).read_bytes(), name
     for name, proxy in {"dense": dense_proxy(), "stacked": stacked_proxy()}.items():
         golden = (GOLDENS / f"proxy_{name}.bin").read_bytes()
-        assert_same(wire.decode_proxy(golden, wire.Layout.of(proxy)), proxy)
+        assert_same(wire.decode_proxy(golden, Layout.of(proxy)), proxy)
     golden = (GOLDENS / "update_dense.bin").read_bytes()
-    assert_same(wire.decode_update(golden, wire.Layout.of(dense_proxy())), dense_update())
+    assert_same(wire.decode_update(golden, Layout.of(dense_proxy())), dense_update())
 
 
 # Lengths.
@@ -54,19 +55,19 @@ def test_goldens_are_what_is_written_and_read():
 
 def test_costs_are_those_worked_out_by_hand():
     proxy = stacked_proxy()
-    layout = wire.Layout.of(proxy)
+    layout = Layout.of(proxy)
     # Header, bitmap, factor, embedding: 6 codes and 3 scales. A column: 2 bfloat16, 1 float16.
-    assert wire.proxy_cost(layout) == (48 + 1 + 4 + 6 + 12, {"query/kernel": 4 + 2})
-    assert wire.update_cost(layout) == (48 + 1 + 6 * 4, {"query/kernel": 8 + 4})
-    assert wire.proxy_cost(layout).of({"query/kernel": 5}) == 101
-    unmasked = wire.Layout.of(proxy.replace(visible={}, scale={}))
-    assert wire.proxy_cost(unmasked) == (48 + 6 + 12 + 8 * 6, {})
+    assert proxy_cost(layout) == (48 + 1 + 4 + 6 + 12, {"query/kernel": 4 + 2})
+    assert update_cost(layout) == (48 + 1 + 6 * 4, {"query/kernel": 8 + 4})
+    assert proxy_cost(layout).of({"query/kernel": 5}) == 101
+    unmasked = Layout.of(proxy.replace(visible={}, scale={}))
+    assert proxy_cost(unmasked) == (48 + 6 + 12 + 8 * 6, {})
 
 
 def test_totals_over_clients_follow_from_summed_counts():
     rng = np.random.default_rng(3)
     proxies = [random_proxy(rng, "attention", NormalFloat(4, 4), absent=0) for _ in range(5)]
-    fixed, per_column = wire.proxy_cost(wire.Layout.of(proxies[0]))
+    fixed, per_column = proxy_cost(Layout.of(proxies[0]))
     summed = {path: sum(int(p.visible[path].sum()) for p in proxies) for path in per_column}
     total = 5 * fixed + sum(per_column[path] * count for path, count in summed.items())
     assert total == sum(len(wire.encode_proxy(proxy)) for proxy in proxies)
@@ -107,7 +108,7 @@ def test_fingerprints_tell_structures_apart_and_ignore_values():
         visible = {"up/kernel": np.ones((1, 4), bool)} if masked else {}
         scale = {"up/kernel": np.float32(1)} if settings.get("scaled", masked) else {}
         params = {"up": up, "norm": np.zeros(norm, np.float32)}
-        return wire.Layout.of(Proxy(params, visible, scale, find_sites(template)))
+        return Layout.of(Proxy(params, visible, scale, find_sites(template)))
 
     changes = [
         {},
@@ -127,14 +128,14 @@ def test_fingerprints_tell_structures_apart_and_ignore_values():
     assert {len(fingerprint) for fingerprint in fingerprints} == {16}
     rng = np.random.default_rng(7)
     one, other = (random_proxy(rng, "stack", NormalFloat(4, 4), absent=0) for _ in range(2))
-    assert wire.Layout.of(one).fingerprint == wire.Layout.of(other).fingerprint
+    assert Layout.of(one).fingerprint == Layout.of(other).fingerprint
 
 
 def test_which_axes_are_columns_is_part_of_the_fingerprint():
     params = {"up": {"kernel": np.zeros((4, 4), np.float32)}}
     rules = ("up/kernel: input column", "up/kernel: column input", "up/kernel: whole input column")
     found = {
-        wire.Layout.of(
+        Layout.of(
             whole_proxy(params, find_sites({**params, "other": shapes(kernel=(4, 4))}, [rule]))
         ).fingerprint
         for rule in rules
@@ -145,6 +146,6 @@ def test_which_axes_are_columns_is_part_of_the_fingerprint():
 def test_a_payload_for_another_structure_is_refused():
     says = "another model structure"
     payload = wire.encode_proxy(stacked_proxy())
-    assert_refused(wire.decode_proxy, payload, wire.Layout.of(dense_proxy()), says)
-    unmasked = wire.Layout.of(dense_proxy().replace(visible={}, scale={}))
+    assert_refused(wire.decode_proxy, payload, Layout.of(dense_proxy()), says)
+    unmasked = Layout.of(dense_proxy().replace(visible={}, scale={}))
     assert_refused(wire.decode_proxy, wire.encode_proxy(dense_proxy()), unmasked, says)

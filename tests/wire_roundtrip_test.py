@@ -21,6 +21,7 @@ from wire_cases import (
 )
 
 from fedqsn_jax import wire
+from fedqsn_jax.layout import Layout, proxy_cost, update_cost
 from fedqsn_jax.masking import find_sites
 from fedqsn_jax.proxy import (
     Proxy,
@@ -52,11 +53,11 @@ QUANTIZERS = st.builds(
 )
 def test_proxies_come_back_exactly(seed, name, quantizer, dtype):
     proxy = random_proxy(np.random.default_rng(seed), name, quantizer, dtype)
-    layout = wire.Layout.of(proxy)
+    layout = Layout.of(proxy)
     payload = wire.encode_proxy(proxy)
     assert_same(wire.decode_proxy(payload, layout), proxy)
     counts = {path: int(mask.sum()) for path, mask in proxy.visible.items()}
-    assert len(payload) == wire.proxy_cost(layout).of(counts)
+    assert len(payload) == proxy_cost(layout).of(counts)
 
 
 @settings(deadline=None, derandomize=True, max_examples=80)
@@ -68,11 +69,11 @@ def test_proxies_come_back_exactly(seed, name, quantizer, dtype):
 def test_updates_come_back_exactly(seed, name, quantizer):
     # An unquantized proxy is just what a delta is: floats, zero on hidden columns.
     plain = random_proxy(np.random.default_rng(seed), name, None)
-    layout = wire.Layout.of(random_proxy(np.random.default_rng(seed), name, quantizer))
+    layout = Layout.of(random_proxy(np.random.default_rng(seed), name, quantizer))
     payload = wire.encode_update(plain.params, plain.visible, layout)
     assert_same(wire.decode_update(payload, layout), (plain.params, plain.visible))
     counts = {path: int(mask.sum()) for path, mask in plain.visible.items()}
-    assert len(payload) == wire.update_cost(layout).of(counts)
+    assert len(payload) == update_cost(layout).of(counts)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -87,7 +88,7 @@ def test_every_width_holds_every_code(bits, codebook, seen):
     proxy = Proxy(params, {"up/kernel": np.array([seen])}, {"up/kernel": np.float32(2)}, sites)
     payload = wire.encode_proxy(proxy)
     assert len(payload) == 48 + 1 + 4 + sum(seen) * (math.ceil(67 * bits / 8) + 2 * 2)
-    assert_same(wire.decode_proxy(payload, wire.Layout.of(proxy)), proxy)
+    assert_same(wire.decode_proxy(payload, Layout.of(proxy)), proxy)
 
 
 @pytest.mark.parametrize("quantizer", [None, NormalFloat(4, 4)])
@@ -110,9 +111,9 @@ def test_decoded_is_what_the_simulation_sees(quantizer):
         return transform.apply(jax.random.key(1), state, transform.prepare(state, whole))
 
     proxy = make(params)
-    layout = wire.Layout.of(jax.eval_shape(make, template))
-    assert layout == wire.Layout.of(proxy)
-    assert layout.fingerprint == wire.Layout.of(proxy).fingerprint
+    layout = Layout.of(jax.eval_shape(make, template))
+    assert layout == Layout.of(proxy)
+    assert layout.fingerprint == Layout.of(proxy).fingerprint
     decoded = wire.decode_proxy(wire.encode_proxy(proxy), layout)
     assert_same(decoded, proxy)
     effective = jit(effective_params)
@@ -133,7 +134,7 @@ def test_large_sites_are_packed_in_slices_that_do_not_show():
     nibbles = codes[0].T[seen[0]].reshape(-1, 2)
     start = 48 + math.ceil(side / 8) + 4
     assert payload[start : start + len(nibbles)] == (nibbles @ [1, 16]).astype(np.uint8).tobytes()
-    assert_same(wire.decode_proxy(payload, wire.Layout.of(proxy)), proxy)
+    assert_same(wire.decode_proxy(payload, Layout.of(proxy)), proxy)
 
 
 def test_plain_tensors_of_any_dtype_and_shape_travel_whole():
@@ -145,7 +146,7 @@ def test_plain_tensors_of_any_dtype_and_shape_travel_whole():
     }
     dense = dense_proxy()
     proxy = dense.replace(params=dense.params | plain)
-    layout = wire.Layout.of(proxy)
+    layout = Layout.of(proxy)
     payload = wire.encode_proxy(proxy)
     assert len(payload) - len(wire.encode_proxy(dense)) == 4 + 0 + 16 + 12
     assert_same(wire.decode_proxy(payload, layout), proxy)
@@ -160,7 +161,7 @@ def test_numpy_and_jax_arrays_give_the_same_bytes():
 
 def test_updates_of_narrow_floats_arrive_as_float32():
     delta, visible = dense_update()
-    layout = wire.Layout.of(dense_proxy())
+    layout = Layout.of(dense_proxy())
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), delta)
     # Small integers are exact in bfloat16.
     assert wire.encode_update(narrow, visible, layout) == wire.encode_update(delta, visible, layout)
@@ -169,6 +170,6 @@ def test_updates_of_narrow_floats_arrive_as_float32():
 def test_updates_that_are_not_finite_are_left_to_the_aggregation():
     delta, visible = dense_update()
     delta["norm"]["scale"][0] = np.nan
-    layout = wire.Layout.of(dense_proxy())
+    layout = Layout.of(dense_proxy())
     decoded, _ = wire.decode_update(wire.encode_update(delta, visible, layout), layout)
     assert np.isnan(decoded["norm"]["scale"][0])

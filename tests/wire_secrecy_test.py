@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from wire_cases import COMPILE_FAST, assert_same
 
-from fedqsn_jax import wire
+from fedqsn_jax import layout, wire
+from fedqsn_jax.layout import Layout
 from fedqsn_jax.proxy import chain, client_mask, identity, quantize, server_mask, whole_proxy
 from fedqsn_jax.quantization import NormalFloat
 
@@ -41,7 +42,7 @@ def test_hidden_values_of_the_server_leave_no_trace(model, set_hidden, quantizer
 
 def test_hidden_values_of_a_client_leave_no_trace(model, set_hidden):
     visible = {site.path: np.arange(site.columns)[None] % 3 > 0 for site in model.sites}
-    layout = wire.Layout.of(whole_proxy(model.params, model.sites).replace(visible=visible))
+    layout = Layout.of(whole_proxy(model.params, model.sites).replace(visible=visible))
     expected = wire.encode_update(model.params, visible, layout)
     for value in (0.0, np.nan, 1e30):
         changed = set_hidden(model.params, model.sites, visible, value)
@@ -51,11 +52,17 @@ def test_hidden_values_of_a_client_leave_no_trace(model, set_hidden):
 
 
 def test_wire_imports_nothing_that_holds_secrets():
-    tree = ast.parse(inspect.getsource(wire))
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    imported |= {
-        name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    own = set()
+    for module in (wire, layout):
+        tree = ast.parse(inspect.getsource(module))
+        own |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        own |= {
+            each.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for each in node.names
+        }
+    allowed = ("layout", "masking", "proxy", "quantization", "trainable", "types")
+    assert {name for name in own if name.startswith("fedqsn_jax")} == {
+        f"fedqsn_jax.{name}" for name in allowed
     }
-    own = {name for name in imported if name.startswith("fedqsn_jax")}
-    allowed = ("masking", "proxy", "quantization", "trainable", "types")
-    assert own == {f"fedqsn_jax.{name}" for name in allowed}
