@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
-import jax.numpy as jnp
 from flax import linen as nn
 
 from fedqsn_jax.models.attention import Attention, Slots
-from fedqsn_jax.models.cache import Cache, attendable, last_real, positions_of
+from fedqsn_jax.models.cache import Cache, positions_of
+from fedqsn_jax.models.decoder import next_logits, through_layers
 from fedqsn_jax.models.dropout import Dropout
 from fedqsn_jax.models.hugging_face import (
     Settings,
@@ -20,7 +20,6 @@ from fedqsn_jax.models.hugging_face import (
 from fedqsn_jax.models.transformer import (
     Embed,
     Execution,
-    Head,
     Mlp,
     check_length,
     real_tokens,
@@ -220,21 +219,11 @@ class GPT2(nn.Module):
         )
         hidden = embed(tokens) + positions(positions_of(mask, cache))
         hidden = Dropout(config.embedding_dropout, train)(hidden)
-        seen, cache = attendable(mask, cache, padded)
         layers = stack(_Layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
-        arrays = None if cache is None else cache.arrays
-        used = None if cache is None else cache.used
-        each = jnp.arange(config.layers, dtype=jnp.int32)
-        (hidden, arrays), _ = layers((hidden, arrays), each, (seen, used))
-        if cache is not None:
-            cache = cache.written(arrays, tokens.shape[1])
+        hidden, cache = through_layers(layers, config.layers, hidden, mask, cache, padded)
         hidden = nn.LayerNorm(config.norm_epsilon, dtype, name="final_norm")(hidden)
-        if last_only:
-            hidden = last_real(hidden, mask)
-        if config.tied:
-            return embed.attend(hidden), cache
-        return Head(config.vocab_size, dtype, config.stddev, name="lm_head")(hidden), cache
+        return next_logits(config, self.execution, embed, hidden, mask, last_only), cache
 
 
 class _Layer(nn.Module):

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
-import jax.numpy as jnp
 from flax import linen as nn
 
 from fedqsn_jax.models.attention import (
@@ -13,12 +12,12 @@ from fedqsn_jax.models.attention import (
     rope_frequencies,
     rotation_of,
 )
-from fedqsn_jax.models.cache import Cache, attendable, last_real, positions_of
+from fedqsn_jax.models.cache import Cache, positions_of
+from fedqsn_jax.models.decoder import next_logits, through_layers
 from fedqsn_jax.models.hugging_face import Settings, Tensor, embedding, linear, token_ids
 from fedqsn_jax.models.transformer import (
     Embed,
     Execution,
-    Head,
     Mlp,
     check_length,
     real_tokens,
@@ -253,21 +252,13 @@ class Llama(nn.Module):
         embed = Embed(config.vocab_size, config.width, dtype, config.stddev, name="token_embed")
         frequencies = rope_frequencies(config.head_size, config.rope_base, config.rope_scaling)
         rotation = rotation_of(positions_of(mask, cache), frequencies)
-        seen, cache = attendable(mask, cache, padded)
         layers = stack(_Layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
-        arrays = None if cache is None else cache.arrays
-        used = None if cache is None else cache.used
-        each = jnp.arange(config.layers, dtype=jnp.int32)
-        (hidden, arrays), _ = layers((embed(tokens), arrays), each, (seen, used, rotation))
-        if cache is not None:
-            cache = cache.written(arrays, tokens.shape[1])
+        hidden, cache = through_layers(
+            layers, config.layers, embed(tokens), mask, cache, padded, rotation
+        )
         hidden = nn.RMSNorm(config.norm_epsilon, dtype, name="final_norm")(hidden)
-        if last_only:
-            hidden = last_real(hidden, mask)
-        if config.tied:
-            return embed.attend(hidden), cache
-        return Head(config.vocab_size, dtype, config.stddev, name="lm_head")(hidden), cache
+        return next_logits(config, self.execution, embed, hidden, mask, last_only), cache
 
 
 class _Layer(nn.Module):
