@@ -58,6 +58,11 @@ def read_config(name: str | None, overrides: Sequence[str]) -> Config:
     return resolve(values)
 
 
+def chosen_fields(overrides: Sequence[str]) -> list[str]:
+    """Returns the dotted names of the fields that overrides set; see `read_config`."""
+    return [text.partition("=")[0].removeprefix("--config.") for text in overrides]
+
+
 def find_file(path: str, option: str) -> Path:
     """Finds a file of settings: where it is said to be, or the package's copy of ``configs/...``.
 

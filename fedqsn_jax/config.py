@@ -242,7 +242,7 @@ class CheckpointConfig:
 
     every: int = _field(10, _range(1), "rounds between saves; the last round is always saved")
     keep_latest: int = _field(2, _range(1), "latest saves kept")
-    keep_best: int = _field(1, _range(0), "best saves kept, by the global score")
+    keep_best: int = _field(1, _range(0), "of the saved rounds, the best so many by global score")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -28,7 +28,14 @@ from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.summary import Costs, summarize
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
 from fedqsn_jax.rounds import ServerState
-from fedqsn_jax.running import Entry, first_entry, initial_state, place, run_rounds
+from fedqsn_jax.running import (
+    Entry,
+    first_entry,
+    initial_state,
+    place,
+    rejected_updates,
+    run_rounds,
+)
 from fedqsn_jax.simulation import Simulation, make_simulation
 from fedqsn_jax.unused import ignored_settings
 from fedqsn_jax.workdir import WorkDirectory
@@ -64,23 +71,26 @@ def keep_compiled_programs(directory: str) -> None:
     compilation_cache.reset_cache()
 
 
-def dry_run(config: Config, directory: Path | None, display: Display) -> None:
+def dry_run(
+    config: Config, directory: Path | None, display: Display, chosen: Collection[str] = ()
+) -> None:
     """Shows the model's tensors and mask sites, bytes and memory; trains and writes nothing.
 
     Args:
       config: What would run.
       directory: Where, if that is known.
       display: Where it is shown.
+      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
 
     Raises:
       ConfigError: The run would be refused.
     """
     if directory is not None:
         processes.by_leader(lambda: WorkDirectory(directory).check(config))
-    _show(processes.together(lambda: prepare(config)), display)
+    _show(processes.together(lambda: prepare(config)), display, chosen)
 
 
-def run(config: Config, directory: Path, display: Display) -> None:
+def run(config: Config, directory: Path, display: Display, chosen: Collection[str] = ()) -> None:
     """Runs, resumes or extends the run in a directory.
 
     With several processes each calls this, with a directory that all of them see; the leader
@@ -90,6 +100,7 @@ def run(config: Config, directory: Path, display: Display) -> None:
       config: What to run.
       directory: Where everything is written; see `workdir.WorkDirectory`.
       display: Where progress is shown.
+      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
 
     Raises:
       ConfigError: The configuration is not possible, or the directory belongs to another one.
@@ -101,10 +112,12 @@ def run(config: Config, directory: Path, display: Display) -> None:
     experiment = processes.together(lambda: prepare(config))
     with contextlib.ExitStack() as claim:
         processes.by_leader(lambda: claim.enter_context(work.claim(config)))
-        _run(experiment, work, display)
+        _run(experiment, work, display, chosen)
 
 
-def _run(experiment: Experiment, work: WorkDirectory, display: Display) -> None:
+def _run(
+    experiment: Experiment, work: WorkDirectory, display: Display, chosen: Collection[str]
+) -> None:
     """The run in a directory that is ours alone."""
     config, settings = experiment.config, experiment.config.checkpoint
     with (
@@ -120,7 +133,7 @@ def _run(experiment: Experiment, work: WorkDirectory, display: Display) -> None:
             )
             processes.by_leader(lambda: _finish(experiment, work, *restored, display))
             return
-        _show(experiment, display)
+        _show(experiment, display, chosen)
         chunk = experiment.simulation.choice.axis.chunk_size
         with answer_out_of_memory(config, chunk, lambda: _what_stands(checkpoints)):
             if restored is not None:
@@ -320,18 +333,14 @@ def _finish(
             summary["texts"] = write_texts(simulation, state, texts, work.texts, done)
     write_json(work.summary, summary)
     display.final_table(summary)
-    rejected = sum(entry.get("clients/rejected", 0) for entry in history)
-    if rejected:
-        display.warning(
-            f"{rejected} updates were not finite and were rejected, in the rounds that were "
-            f"evaluated"
-        )
+    for line in rejected_updates(config, history):
+        display.warning(line)
     if not math.isfinite(history[-1]["global/loss"]):
         display.warning("the training diverged; its loss is no number. Lower the learning rates")
     display.message(f"written to {work.path}")
 
 
-def _show(experiment: Experiment, display: Display) -> None:
+def _show(experiment: Experiment, display: Display, chosen: Collection[str]) -> None:
     simulation, config = experiment.simulation, experiment.config
     clients = experiment.problem.splits.clients.clients
     display.message(
@@ -349,7 +358,7 @@ def _show(experiment: Experiment, display: Display) -> None:
             f"{config.algorithm} with these settings does not keep what this package promises "
             f"elsewhere: {told}"
         )
-    for line in ignored_settings(config):
+    for line in ignored_settings(config, chosen):
         display.warning(line)
     for note in experiment.problem.notes:
         display.message(note)

@@ -39,7 +39,7 @@ def sequence_classification(f1: bool = False, label: str = "label") -> Task:
         errors = sums["false_positives"] + sums["false_negatives"]
         return plain.summarize(sums) | {"f1": twice / jnp.maximum(twice + errors, 1)}
 
-    return Task(plain.loss, statistics, summarize, plain.score)
+    return plain._replace(statistics=statistics, summarize=summarize)
 
 
 def conditional_generation(label_smoothing: float = 0.0, encoder_decoder: bool = False) -> Task:

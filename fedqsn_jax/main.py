@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     # Imports stand here so that a Ctrl-C during them, seconds long, is no traceback.
     from fedqsn_jax import processes
-    from fedqsn_jax.command_line import Parser, read_config
+    from fedqsn_jax.command_line import Parser, chosen_fields, read_config
     from fedqsn_jax.config import Config, ConfigError, flatten
 
     parser = Parser(
@@ -64,14 +64,15 @@ def _main(arguments: Sequence[str] | None) -> int:
             raise ConfigError("no --workdir: name the directory of the run")
         several = processes.read_settings(vars(options))
         if several:
-            return _run_among(several, config, options)
+            return _run_among(several, config, chosen_fields(overrides), options)
     except ConfigError as error:
         return _refuse(error)
-    return _run(config, options)
+    return _run(config, chosen_fields(overrides), options)
 
 
 def _run(
     config: "Config",
+    chosen: Sequence[str],
     options: argparse.Namespace,
     leave: Callable[[], None] = lambda: None,
     suspect: Callable[[BaseException], None] = lambda error: None,
@@ -80,6 +81,7 @@ def _run(
 
     Args:
       config: The configuration.
+      chosen: The fields of it that the command line sets.
       options: The command line's other options.
       leave: Is called at an end that all processes come to.
       suspect: Is called with an error that a process that is gone may have caused, before it is
@@ -97,9 +99,9 @@ def _run(
     try:
         display = Display() if processes.is_leader() else silent_display()
         if options.dry_run or directory is None:
-            experiment.dry_run(config, directory, display)
+            experiment.dry_run(config, directory, display, chosen)
         else:
-            experiment.run(config, directory, display)
+            experiment.run(config, directory, display, chosen)
     except ConfigError as error:
         leave()
         return _refuse(error)
@@ -114,7 +116,12 @@ def _run(
     return 0
 
 
-def _run_among(several: "processes.Settings", config: "Config", options: argparse.Namespace) -> int:
+def _run_among(
+    several: "processes.Settings",
+    config: "Config",
+    chosen: Sequence[str],
+    options: argparse.Namespace,
+) -> int:
     """Runs as one of several processes; does not return from an end that the others do not share.
 
     Raises:
@@ -138,7 +145,7 @@ def _run_among(several: "processes.Settings", config: "Config", options: argpars
             time.sleep(SILENCE_SECONDS + 5)
 
     try:
-        code = _run(config, options, leave, suspect)
+        code = _run(config, chosen, options, leave, suspect)
     except Exception as error:
         import jax
 

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     # Imports stand here so that a Ctrl-C during them, seconds long, is no traceback.
-    from fedqsn_jax.command_line import Parser, read_config
+    from fedqsn_jax.command_line import Parser, chosen_fields, read_config
     from fedqsn_jax.config import ConfigError
 
     parser = Parser(
@@ -63,8 +63,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         # Only now, so that mistakes so far are answered without waiting for JAX.
         from fedqsn_jax.sweeps.grid import make_plan, read_grids
 
-        names = [text.partition("=")[0].removeprefix("--config.") for text in overrides]
-        plan = make_plan(config, read_grids(options.sweep, grid_changes), names)
+        grids = read_grids(options.sweep, grid_changes)
+        plan = make_plan(config, grids, chosen_fields(overrides))
         _run(plan, options)
     except ConfigError as error:
         print(f"fedqsn_jax: {error}", file=sys.stderr)

@@ -22,12 +22,15 @@ class Task(NamedTuple):
       summarize: ``sums -> metrics`` by name, of the sums over any number of batches; it is also
         applied to arrays of sums.
       score: The name of the metric that says how good a model is; larger is better.
+      label: Where the outputs are logits ``[rows, classes]``, the name of the integers ``[rows]``
+        in a batch that say which is right; None where they are something else.
     """
 
     loss: Callable[[Array, Batch, Array], Array]
     statistics: Callable[[Array, Batch, Array], dict[str, Array]]
     summarize: Callable[[dict[str, Array]], dict[str, Array]]
     score: str
+    label: str | None = None
 
 
 def classification(label: str = "label") -> Task:
@@ -60,4 +63,4 @@ def classification(label: str = "label") -> Task:
         count = jnp.maximum(sums["count"], 1)
         return {"accuracy": sums["correct"] / count, "loss": sums["loss"] / count}
 
-    return Task(loss, statistics, summarize, score="accuracy")
+    return Task(loss, statistics, summarize, score="accuracy", label=label)

@@ -1,12 +1,16 @@
 """Fields of a configuration that what it chooses elsewhere leaves without effect."""
 
-from fedqsn_jax.config import LANGUAGE, TEXT, Config, flatten
+from collections.abc import Collection
+
+from fedqsn_jax.config import LANGUAGE, TEXT, Config, flatten, with_fields
 from fedqsn_jax.configured import algorithm_of
 
 _MASKED = ("sampling",)
 _QUANTIZED = ("bits", "block_size", "codebook", "blocks")
 _UPLOAD = ("upload.block_size", "upload.codebook")
 _STRAGGLERS = ("participation.straggler_share",)
+_ADAPTERS = ("lora.alpha", "lora.matrices", "lora.quantize")
+_STEPS, _EPOCHS = "client.steps", "client.epochs"
 _PROMPTED = tuple(name for name in flatten(Config()) if name.startswith("fedsp."))
 _OF_MODELS = {
     "mlp": ("model.hidden",),
@@ -24,31 +28,58 @@ _OF_TEXTS = tuple(
 
 
 def unused_fields(config: Config) -> tuple[str, ...]:
-    """Returns the dotted names of fields whose values make no difference to a run."""
-    algorithm = algorithm_of(config)
-    needs = (
-        (_MASKED, algorithm.p1 or algorithm.p2),
-        (_QUANTIZED, algorithm.quantizer),
-        (_UPLOAD, config.upload.bits),
-        (_STRAGGLERS, config.participation.stragglers),
-        (_PROMPTED, algorithm.prompts_only),
-    )
-    of_method = [name for names, by in needs if not by for name in names]
-    return (*of_method, *(name for name, _ in _of_problem(config)))
+    """Returns the dotted names of fields whose values make no difference to a run.
+
+    Without ``p1`` and ``p2``, which an algorithm without masks has as zero.
+    """
+    return tuple(name for name, _ in (*_of_method(config), *_of_problem(config)))
 
 
-def ignored_settings(config: Config) -> list[str]:
-    """Returns a line for each setting of data or model that was made and has no effect.
+def ignored_settings(config: Config, chosen: Collection[str] = ()) -> list[str]:
+    """Returns a line for each setting that was made and has no effect.
 
-    Settings of the method are left out: files under ``configs/`` make them for all algorithms, of
-    which one is then chosen.
+    Args:
+      config: The settings.
+      chosen: Dotted names of the fields that the user set one by one. Of settings of the method
+        only those are told: files under ``configs/`` make them for all algorithms, of which one is
+        then chosen. A file's epochs are told beside its own steps, not beside chosen ones.
     """
     fields, defaults = flatten(config), flatten(Config())
+    of_method = [*_probabilities(config), *_of_method(config)]
+    told = [
+        (name, why)
+        for name, why in of_method
+        if name in chosen or (name == _EPOCHS and _STEPS not in chosen)
+    ]
     return [
         f"{name} = {fields[name]!r} has no effect with {why}"
-        for name, why in _of_problem(config)
+        for name, why in (*told, *_of_problem(config))
         if fields[name] != defaults[name]
     ]
+
+
+def _probabilities(config: Config) -> list[tuple[str, str]]:
+    """The probabilities, where the algorithm hides nothing whatever they are."""
+    likely = algorithm_of(with_fields(config, {"p1": 0.5, "p2": 0.5}))
+    why = f"algorithm = {config.algorithm!r}"
+    return [] if likely.p1 else [("p1", why), ("p2", why)]
+
+
+def _of_method(config: Config) -> list[tuple[str, str]]:
+    """Unused fields of the method, each with the setting that leaves it unused."""
+    algorithm = algorithm_of(config)
+    by_algorithm = f"algorithm = {config.algorithm!r}"
+    masks = by_algorithm if _probabilities(config) else "p1 = 0 and p2 = 0"
+    needs = [
+        (_MASKED, algorithm.p1 or algorithm.p2, masks),
+        (_QUANTIZED, algorithm.quantizer, by_algorithm),
+        (_PROMPTED, algorithm.prompts_only, by_algorithm),
+        (_UPLOAD, config.upload.bits, "upload.bits = 0"),
+        (_ADAPTERS, config.lora.rank, "lora.rank = 0"),
+        (_STRAGGLERS, config.participation.stragglers, "participation.stragglers = 0"),
+        ((_EPOCHS,), not config.client.steps, f"{_STEPS} = {config.client.steps}"),
+    ]
+    return [(name, why) for names, used, why in needs if not used for name in names]
 
 
 def _of_problem(config: Config) -> list[tuple[str, str]]:

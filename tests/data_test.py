@@ -235,6 +235,17 @@ def test_damaged_data_is_explained(mnist, damage):
     assert str(mnist) in refusal(config("mnist", mnist.parents[1]))
 
 
+def test_labels_that_no_class_has_are_refused(mnist):
+    """Seventy labels, seven of each digit, of which the set says that there are only eight."""
+    file = mnist / "features.json"
+    content = json.loads(file.read_text())
+    content["featuresDict"]["features"]["label"]["classLabel"]["numClasses"] = "8"
+    file.write_text(json.dumps(content))
+    message = refusal(config("mnist", mnist.parents[1]))
+    assert "split train: 14 of 70 rows have a label that is no class, such as 'label' = " in message
+    assert "allowed are 0 to 7" in message
+
+
 def test_a_set_without_labels_is_refused(mnist):
     file = mnist / "features.json"
     content = json.loads(file.read_text())

@@ -127,6 +127,30 @@ def test_final_table_in_a_terminal_and_of_a_poor_run():
     assert ["down", "1", "0", "-"] in lines
 
 
+def test_what_rounds_to_zero_has_no_sign(history):
+    end = history[-1]
+    history = [*history[:-1], {**end, "proxy/accuracy": end["global/accuracy"] + 1e-9}]
+    summary = summarize(history, COSTS, 10.0)
+    assert summary["gaps"]["forgetting"] < 0
+    console = pipe()
+    Display(console).final_table(summary)
+    assert re.search(r"global - proxy +0\.0000  ", console.file.getvalue())
+
+
+def test_a_notebook_gets_plain_lines(monkeypatch, capsys, history):
+    """As in Jupyter's kernel: rich finds it, and it asks programs for colours."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display = Display()
+    display.overview(ROWS, COSTS)
+    with display.progress(20) as progress:
+        progress.update(20, history[-1])
+    display.final_table(summarize(history, COSTS, 10.0))
+    text = capsys.readouterr().out
+    assert_plain(text)
+    assert "20/20" in text
+
+
 def test_messages_are_printed_as_they_are():
     console = pipe(20)
     display = Display(console)

@@ -173,6 +173,19 @@ def test_a_dry_run_shows_sites_bytes_and_memory_and_writes_nothing(tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_settings_of_the_command_line_without_effect_are_told(capsys):
+    """The file sets p2 and bits too, for whichever algorithm is named after it."""
+    fedavg = f"{SMALL[0]}:fedavg"
+    chosen = ["--config.p1=0.5", "--config.client.epochs=3", "--config.model.channels=(8,)"]
+    assert main([fedavg, *SMALL[1:], *chosen, "--dry_run"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if line.startswith("warning:")] == [
+        "warning: p1 = 0.5 has no effect with algorithm = 'fedavg'",
+        "warning: client.epochs = 3 has no effect with client.steps = 1",
+        "warning: model.channels = (8,) has no effect with model.name = 'mlp'",
+    ]
+
+
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys, monkeypatch):
     directory = tmp_path / "run"

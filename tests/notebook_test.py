@@ -47,6 +47,12 @@ def test_the_quickstart_runs(executed, monkeypatch):
     shown = executed("quickstart.ipynb")
     assert pictures_in(shown) == 2
     assert "bytes instead of 340,008" in text_of(shown)
+    # Lines of text, and pictures: no HTML for every line, no exit code left standing.
+    kinds = {kind for output in shown for kind in output.get("data", {})}
+    assert kinds == {"image/png", "text/plain"}
+    assert {output.output_type for output in shown if "text" in output} == {"stream"}
+    assert not any(output.get("data", {}).get("text/plain") == "0" for output in shown)
+    assert "\x1b" not in text_of(shown)
 
 
 def test_the_trade_off_runs(executed, monkeypatch, tmp_path):

@@ -75,7 +75,7 @@ def test_a_model_without_a_head_that_can_be_told_is_refused_unless_rules_name_it
     ("change", "message"),
     [
         ({"test": {**rows(9), "label": rows(4)["label"]}}, "differ in their number of rows"),
-        ({"test": rows(9, width=5)}, "test has arrays"),
+        ({"test": rows(9, width=5)}, r"test: 'image' is float32\[5\] a row"),
         ({"test": rows(0)}, "test has no rows"),
         ({"private": {"image": rows(3)["image"]}}, "private has arrays"),
         ({"p1": 1.0}, "p1 = 1.0: allowed is 0 to below 1"),

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fedqsn_jax.main import main
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -14,7 +16,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_example_runs(capsys):
-    (example,) = blocks("python")
+    example = next(block for block in blocks("python") if "federate(" in block)
     assert len(example.strip().splitlines()) <= 20
     exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
     shown = capsys.readouterr().out
@@ -22,6 +24,32 @@ def test_the_example_runs(capsys):
         accuracy = float(re.search(rf"{view} +([0-9.]+)", shown).group(1))
         # The example's classes are separable: every view is far above chance, a third.
         assert accuracy > 0.6
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_run_is_read_as_it_is_printed(tmp_path, monkeypatch):
+    from sklearn.datasets import load_digits
+
+    short = ["--config.rounds=1", "--config.client.steps=1", "--config.pretraining.steps=1"]
+    config = Path("configs/digits.py").resolve()
+    monkeypatch.chdir(tmp_path)
+    assert main([f"--config={config}", *short, "--workdir=runs/digits"]) == 0
+    reading = next(block for block in blocks("python") if ".load(" in block)
+    names = {"images": load_digits().data[:5].astype("float32") / 16}
+    exec(compile(reading, "README.md", "exec"), names)
+    assert names["logits"].shape == (5, 10)
+    assert names["trained"].config.p1 == 0.2
+
+
+def test_the_contents_lead_to_headings():
+    """By the names that are made of these: small letters, hyphens for spaces, nothing else."""
+    headings = re.findall(r"^##+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z -]", "", each.lower()).replace(" ", "-") for each in headings}
+    contents = re.findall(r"\]\(#([^)]*)\)", README)
+    assert set(contents) <= anchors
+    # All of the upper ones are there, in order.
+    upper = re.findall(r"^- \[([^]]*)\]\(#", README, re.MULTILINE)
+    assert upper == re.findall(r"^## (.*)$", README, re.MULTILINE)[:-1]
 
 
 def test_the_two_commands():

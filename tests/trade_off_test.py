@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from rich.console import Console
 from scipy import stats
@@ -85,6 +86,20 @@ def test_one_mark_a_setting_and_one_colour_a_method(tmp_path):
     main, overview = trade_off.draw([*settings, collapsed], None).axes
     assert main.get_ylim()[0] > 0.9
     assert overview.get_ylim()[0] < 0.1
+
+
+def test_labels_lie_in_the_picture_where_ticks_have_many_digits():
+    """As where all settings lie close together."""
+    first = some_settings()[0]
+    close = [
+        first._replace(metrics=first.metrics | {"global/accuracy": Estimate(0.9251 + step, 0.0)})
+        for step in (0.0, 0.0004, 0.0008)
+    ]
+    figure = trade_off.draw(close, None)
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    assert max(len(tick.get_text()) for tick in axes.get_yticklabels()) >= len("0.9250")
+    assert axes.yaxis.label.get_window_extent().x0 >= 0
 
 
 def test_the_table_fits_80_columns_and_is_plain_in_a_pipe():

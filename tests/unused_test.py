@@ -1,7 +1,11 @@
 """Settings without effect are known, and said."""
 
 import dataclasses
+from pathlib import Path
 
+import pytest
+
+from fedqsn_jax.command_line import read_config
 from fedqsn_jax.config import MODELS, Config, ModelConfig, with_fields
 from fedqsn_jax.data.text import TextSettings
 from fedqsn_jax.unused import ignored_settings, unused_fields
@@ -36,3 +40,63 @@ def test_fields_of_texts_are_those_that_texts_read():
     unused = {name for name in unused_fields(Config()) if name.startswith("data.")}
     assert unused == read | {"data.shards_per_client"}
     assert not read & set(unused_fields(with_fields(Config(), {"data.name": "text"})))
+
+
+def test_settings_of_the_method_are_told_where_the_user_chose_them():
+    """A file makes them for all algorithms; what was set by name was meant."""
+    values = {"algorithm": "fedavg", "p1": 0.5, "p2": 0.3, "bits": 2, "sampling": "fixed_count"}
+    config = with_fields(Config(), values)
+    assert ignored_settings(config) == []
+    assert ignored_settings(config, ["p1", "bits", "sampling", "rounds"]) == [
+        f"{setting} has no effect with algorithm = 'fedavg'"
+        for setting in ("p1 = 0.5", "sampling = 'fixed_count'", "bits = 2")
+    ]
+    # A value that is the default says nothing of what was meant.
+    assert ignored_settings(with_fields(Config(), {"algorithm": "fedq"}), ["p1", "p2"]) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"algorithm": "fedsn", "codebook": "uniform"}, "algorithm = 'fedsn'"),
+        ({"algorithm": "fedlpp", "lora.rank": 2, "p2": 0.4}, "algorithm = 'fedlpp'"),
+        ({"p1": 0.0, "p2": 0.0, "sampling": "fixed_count"}, "p1 = 0 and p2 = 0"),
+        ({"upload.block_size": 8}, "upload.bits = 0"),
+        ({"fedsp.prompts": 3}, "algorithm = 'fedqsn'"),
+        ({"lora.alpha": 4.0}, "lora.rank = 0"),
+        ({"participation.straggler_share": 0.1}, "participation.stragglers = 0"),
+    ],
+)
+def test_what_leaves_a_setting_without_effect_is_said(values, why):
+    name, value = list(values.items())[-1]
+    config = with_fields(Config(), values)
+    assert ignored_settings(config, values) == [f"{name} = {value!r} has no effect with {why}"]
+
+
+def test_settings_that_are_used_are_not_told():
+    used = {
+        "fedqsn": {"p1": 0.0, "p2": 0.5, "bits": 3, "sampling": "fixed_count"},
+        "fedsn": {"p1": 0.1, "p2": 0.0, "sampling": "fixed_count"},
+        "fedq": {"bits": 3, "block_size": 8, "codebook": "uniform", "blocks": "row"},
+        "fedlpp": {"lora.rank": 4, "lora.alpha": 2.0, "bits": 3},
+    }
+    for algorithm, values in used.items():
+        config = with_fields(Config(), {"algorithm": algorithm, **values})
+        assert ignored_settings(config, values) == []
+
+
+def test_epochs_beside_steps():
+    """A file's epochs give way to the steps that one chooses; nobody else has both on purpose."""
+    config = with_fields(Config(), {"client.steps": 5, "client.epochs": 3})
+    told = ["client.epochs = 3 has no effect with client.steps = 5"]
+    for chosen in ((), ("client.epochs",), ("client.steps", "client.epochs")):
+        assert ignored_settings(config, chosen) == told
+    assert ignored_settings(config, ["client.steps"]) == []
+    for values in ({"client.steps": 5}, {"client.epochs": 3}):
+        assert ignored_settings(with_fields(Config(), values), values) == []
+
+
+def test_every_file_runs_with_every_algorithm_without_such_a_warning():
+    for file in sorted(Path("configs").glob("*.py")):
+        for algorithm in ("fedqsn", "fedavg", "fedsn", "fedq"):
+            assert ignored_settings(read_config(f"{file}:{algorithm}", [])) == []

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fedqsn_jax.config import ConfigError, DataConfig
 from fedqsn_jax.data.federated import Splits
+from fedqsn_jax.data.labels import check_labels
 from fedqsn_jax.data.splits import CLIENT_COLUMN, Rows, make_splits, no_client_ids
 from fedqsn_jax.data.tfds_folders import FORMAT, PreparedSet
 
@@ -45,6 +46,8 @@ def load(config: DataConfig, generator: np.random.Generator) -> Splits:
         shape, classes, client = _check_features(builder.info.features, config, folder)
         prepared.check_files(builder.info.splits, ("train", "test"), folder)
         rows = _read(train, shape, client), _read(test, shape, None)
+        for split, each in zip(("train", "test"), rows, strict=True):
+            check_labels(each["label"], classes, f"split {split}")
     return make_splits(*rows, classes, config, generator)
 
 

@@ -8,7 +8,7 @@ from fedqsn_jax.models.mlp import MLP
 from fedqsn_jax.models.resnet import ResNet18
 
 
-def make_model(config: ModelConfig, classes: int, dropout: float) -> nn.Module:
+def make_model(config: ModelConfig, classes: int, dropout: float = 0.0) -> nn.Module:
     """Returns the module that a configuration names.
 
     Args:

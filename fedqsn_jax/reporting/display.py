@@ -41,7 +41,7 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         """Writes to standard output, or to a console of the caller's."""
-        self._console = console or Console()
+        self._console = console or standard_console()
         self._plain = not self._console.is_terminal or self._console.options.ascii_only
 
     def message(self, text: str) -> None:
@@ -279,6 +279,16 @@ class Display:
         return self._console.measure(table, options=unlimited).maximum
 
 
+def standard_console() -> Console:
+    """Returns a console on standard output; in a notebook one that is like a pipe.
+
+    There rich would make an HTML output of its own of every line, and has no live display. That a
+    notebook's kernel asks for colours (``FORCE_COLOR``) does not make it a terminal.
+    """
+    console = Console()
+    return Console(force_jupyter=False, force_terminal=False) if console.is_jupyter else console
+
+
 def silent_display() -> Display:
     """Returns a display that shows nothing: for processes that are not the ones to speak."""
     return Display(Console(quiet=True))
@@ -312,7 +322,8 @@ def _letter(index: int) -> str:
 
 
 def _decimal(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    # "z": what is rounded to zero has no sign.
+    return "-" if value is None else f"{value:z.4f}"
 
 
 def _whole(value: float | None) -> str:

@@ -48,7 +48,7 @@ def draw(
         for each in ("global", view)
     )
     figure = new_figure(_SIZE)
-    axes = figure.add_axes((0.08, 0.08, 0.61, 0.86))
+    axes = figure.add_axes((0.09, 0.08, 0.6, 0.86))
     start = max(setting.metrics[f"start/{score}"].mean for setting in settings)
     numbers = [index for index, each in enumerate(own) if not math.isnan(each.mean)]
     main = [index for index in numbers if own[index].mean >= start] or numbers
