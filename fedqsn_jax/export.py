@@ -8,11 +8,11 @@ reads the run's latest checkpoint, or that of a round, and writes ``model.safete
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedqsn_jax import ending
 from fedqsn_jax.command_line import Parser
 from fedqsn_jax.config import Config, ConfigError, resolve
 from fedqsn_jax.workdir import WorkDirectory
@@ -38,8 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: What follows the program's name; by default the process's own.
 
     Returns:
-      The exit code: 0; 2 after a mistake of the user's, which is told in one line.
+      The exit code: 0; `ending.REFUSED` or `ending.INTERRUPTED`, told in one line.
     """
+    return ending.answered(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser("Writes a run's hidden model so that the transformers library reads it.")
     parser.add_argument("--workdir", help="the directory of the run")
     parser.add_argument("--out", help="a new directory for the model; it is made private")
@@ -52,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Only now, so that mistakes are answered without waiting for JAX.
         from fedqsn_jax.checkpoint import CheckpointError
     except ConfigError as error:
-        return _refuse(error)
+        return ending.refuse(error)
     try:
         finished = export(Path(options.workdir), Path(options.out), options.round)
     except (ConfigError, CheckpointError) as error:
-        return _refuse(error)
+        return ending.refuse(error)
     print(f"{options.out}: the hidden model after round {finished}; only you may read it")
     return 0
 
@@ -134,10 +138,5 @@ def _settings_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse(error: Exception) -> int:
-    print(f"fedqsn_jax: {error}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.run_as_process(main)

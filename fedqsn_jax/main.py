@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import sys
 import time
 import traceback
@@ -10,13 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedqsn_jax import ending
+
 if TYPE_CHECKING:
     from fedqsn_jax import processes
     from fedqsn_jax.config import Config
-
-INTERRUPTED = 128 + signal.SIGINT
-"""The exit code after a second Ctrl-C, by the shell's convention."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
@@ -25,12 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: What follows the program's name; by default the process's own.
 
     Returns:
-      The exit code: 0; 2 after a mistake of the user's, which is told in one line; `INTERRUPTED`.
+      The exit code: 0; `ending.REFUSED` or `ending.INTERRUPTED`, told in one line; of several
+      processes 1 where another one is gone.
     """
-    try:
-        return _main(arguments)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return ending.answered(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -38,6 +33,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     from fedqsn_jax import processes
     from fedqsn_jax.command_line import Parser, read_config
     from fedqsn_jax.config import Config, ConfigError, flatten
+    from fedqsn_jax.workdir import WorkDirectory
 
     parser = Parser(
         "Federated learning in which the model is the secret.",
@@ -63,10 +59,17 @@ def _main(arguments: Sequence[str] | None) -> int:
         if not options.workdir and not options.dry_run:
             raise ConfigError("no --workdir: name the directory of the run")
         several = processes.read_settings(vars(options))
+        if options.workdir:
+            work = WorkDirectory(Path(options.workdir))
+            if not several:
+                # A run looks again; by then JAX and the data have taken their seconds.
+                work.check(config)
+            if not options.dry_run:
+                ending.remaining_after_interruption(work.what_remains)
         if several:
             return _run_among(several, config, options)
     except ConfigError as error:
-        return _refuse(error)
+        return ending.refuse(error)
     return _run(config, options)
 
 
@@ -102,14 +105,11 @@ def _run(
             experiment.run(config, directory, display)
     except ConfigError as error:
         leave()
-        return _refuse(error)
+        return ending.refuse(error)
     except CheckpointError as error:
         if error.__cause__ is not None:
             suspect(error.__cause__)
-        return _refuse(error)
-    except KeyboardInterrupt:
-        print("fedqsn_jax: interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+        return ending.refuse(error)
     leave()
     return 0
 
@@ -153,10 +153,5 @@ def _run_among(several: "processes.Settings", config: "Config", options: argpars
     return code
 
 
-def _refuse(error: Exception) -> int:
-    print(f"fedqsn_jax: {error}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.run_as_process(main)

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "fedqsn_jax"
 
 # Lowest first; a module may import those on lines above its own, and its own folder's.
 FLOORS = (
-    ("types", "patterns"),
+    ("types", "patterns", "ending"),
     ("randomness", "config", "placement"),
     ("lifeline", "device_time"),
     ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir", "processes"),
@@ -28,8 +28,7 @@ FLOORS = (
     ("image_problem", "language_problem"),
     ("experiment", "own_model", "benchmark", "export", "trained"),
     ("sweeps",),
-    ("main", "__init__"),
-    ("sweep",),
+    ("main", "sweep", "__init__", "__main__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
