@@ -55,13 +55,16 @@ def _main(arguments: Sequence[str] | None) -> int:
                 raise ConfigError(f"no --{name}: name a directory")
         # Only now, so that mistakes are answered without waiting for JAX.
         from fedqsn_jax.checkpoint import CheckpointError
+        from fedqsn_jax.reporting.display import Display
     except ConfigError as error:
         return ending.refuse(error)
     try:
         finished = export(Path(options.workdir), Path(options.out), options.round)
     except (ConfigError, CheckpointError) as error:
         return ending.refuse(error)
-    print(f"{options.out}: the hidden model after round {finished}; only you may read it")
+    Display().message(
+        f"{options.out}: the hidden model after round {finished}; only you may read it"
+    )
     return 0
 
 

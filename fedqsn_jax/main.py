@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedqsn_jax import processes
     from fedqsn_jax.config import Config
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "fedqsn_jax"
 FLOORS = (
     ("types", "patterns", "ending"),
     ("randomness", "config", "placement"),
-    ("lifeline", "device_time"),
+    ("lifeline", "device_time", "failed_reads"),
     ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir", "processes"),
     ("client_optimizer", "generation", "masking", "text_scores"),
     ("lora", "trainable"),
@@ -26,9 +26,9 @@ FLOORS = (
     ("running", "costs", "workloads", "problem"),
     ("prompted_problem", "written_texts"),
     ("image_problem", "language_problem"),
-    ("experiment", "own_model", "benchmark", "export", "trained"),
+    ("experiment", "own_model", "measuring", "export", "trained"),
     ("sweeps",),
-    ("main", "sweep", "__init__", "__main__"),
+    ("main", "sweep", "benchmark", "__init__", "__main__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fedqsn_jax.reporting.console import EnduringConsole
 from fedqsn_jax.reporting.progress import Progress, make_progress
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 
@@ -41,7 +42,7 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         """Writes to standard output, or to a console of the caller's."""
-        self._console = console or Console()
+        self._console = console or EnduringConsole()
         self._plain = not self._console.is_terminal or self._console.options.ascii_only
 
     def message(self, text: str) -> None:

@@ -1,0 +1,19 @@
+"""The console through which a command speaks to its user."""
+
+import os
+
+from rich.console import Console
+
+
+class EnduringConsole(Console):
+    """A console that falls silent when nobody reads it any more, as after ``| head``.
+
+    By itself Rich ends the process then; a training run should not cost more than its output.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Lets all that is written to the same file, by whomever, go nowhere from here on."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
