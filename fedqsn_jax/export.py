@@ -10,12 +10,13 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedqsn_jax import ending
-from fedqsn_jax.command_line import Parser
-from fedqsn_jax.config import Config, ConfigError, resolve
-from fedqsn_jax.workdir import WorkDirectory
+
+if TYPE_CHECKING:
+    from fedqsn_jax.config import Config
+    from fedqsn_jax.workdir import WorkDirectory
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -44,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
+    # Imports stand here, and below, so that a Ctrl-C during them is no traceback.
+    from fedqsn_jax.command_line import Parser
+    from fedqsn_jax.config import ConfigError
+
     parser = Parser("Writes a run's hidden model so that the transformers library reads it.")
     parser.add_argument("--workdir", help="the directory of the run")
     parser.add_argument("--out", help="a new directory for the model; it is made private")
@@ -84,9 +89,11 @@ def export(workdir: Path, out: Path, round: int | None = None) -> int:
       CheckpointError: The checkpoint cannot be read.
     """
     from fedqsn_jax.checkpoint import Checkpoints
+    from fedqsn_jax.config import ConfigError
     from fedqsn_jax.lora import merge_configured
     from fedqsn_jax.masking import leaves_by_path
     from fedqsn_jax.models.pretrained import directory_of, nested, read_config, save_pretrained
+    from fedqsn_jax.workdir import WorkDirectory
 
     work = WorkDirectory(workdir)
     source, run = _read_run(work)
@@ -105,8 +112,10 @@ def export(workdir: Path, out: Path, round: int | None = None) -> int:
     return finished
 
 
-def _read_run(work: WorkDirectory) -> tuple[str, Config]:
+def _read_run(work: "WorkDirectory") -> tuple[str, "Config"]:
     """Where a run's pre-trained model came from, and its settings of adapters."""
+    from fedqsn_jax.config import ConfigError, resolve
+
     file = work.path / "config.json"
     try:
         values = json.loads(file.read_text())
