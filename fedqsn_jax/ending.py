@@ -108,23 +108,26 @@ def run_as_process(main: Callable[[], int]) -> NoReturn:
 def _end(number: int, frame: FrameType | None) -> None:
     """Handles SIGINT: ends the process at once, but for what has to be cleaned up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for action in reversed(_cleanups):
-        with contextlib.suppress(Exception):
-            action()
-    line = f"{_interruption()}\n"
-    with contextlib.suppress(OSError):
+    try:
+        for action in reversed(_cleanups):
+            with contextlib.suppress(Exception):
+                action()
+        line = f"{_interruption()}\n"
         # A progress bar hides the cursor, and leaves it behind its last line.
         line = f"{_SHOW_CURSOR}\n{line}" if os.isatty(2) else line
         # Not through sys.stderr, in the middle of whose work this may be.
         os.write(2, line.encode())
-    _leave(INTERRUPTED)
+    finally:
+        # Whatever goes wrong: an exception from here might be forgotten like any other.
+        _leave(INTERRUPTED)
 
 
 def _leave(code: int) -> NoReturn:
     """Ends the process without shutting down Python, during which JAX's threads may crash it."""
-    with contextlib.suppress(Exception):
+    try:
         sys.stdout.flush()
-    os._exit(code)
+    finally:
+        os._exit(code)
 
 
 def _interruption() -> str:
