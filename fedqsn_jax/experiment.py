@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 import signal
-import sys
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from fedqsn_jax.config import LANGUAGE, Config
 from fedqsn_jax.configured import root_key
 from fedqsn_jax.costs import expected_costs, tensor_rows
 from fedqsn_jax.data.held_out import HeldOut
+from fedqsn_jax.ending import tell
 from fedqsn_jax.image_problem import load_image_problem
 from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.pretraining import pretrain
@@ -120,12 +120,12 @@ def _run(
 ) -> None:
     """The run in a directory that is ours alone."""
     config, settings = experiment.config, experiment.config.checkpoint
+    stopped = threading.Event()
     with (
-        _stop_signals() as stopped,
+        _stops_at(signal.SIGTERM, stopped),
         Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints,
     ):
         restored = _restore(experiment, checkpoints)
-        processes.by_leader(lambda: work.write_config(config))
         display.message(f"{work.path}: only you may read it; it holds the hidden model")
         if restored is not None and _is_finished(restored, config, work):
             display.message(
@@ -140,6 +140,11 @@ def _run(
                 state, history = restored
                 display.message(f"resumed after round {int(state.round)}")
             else:
+                if work.metrics.exists():
+                    display.warning(
+                        f"there is no checkpoint in {work.checkpoints}: the run starts again at "
+                        f"round 1"
+                    )
                 problem = experiment.problem
                 params = pretrain(
                     config,
@@ -152,12 +157,14 @@ def _run(
                 # Two processes' devices may round differently: the leader's model is the model.
                 state = initial_state(experiment.simulation, processes.from_leader(params))
                 history = [first_entry(experiment.simulation, state, experiment.held_out)]
-            state = _train(experiment, state, history, work, checkpoints, display, stopped)
+            # Before the rounds Ctrl-C does not wait: there is nothing of this run to be saved.
+            with _stops_at(signal.SIGINT, stopped):
+                state = _train(experiment, state, history, work, checkpoints, display, stopped)
     finished = int(state.round)
     if finished == config.rounds:
         processes.by_leader(lambda: _finish(experiment, work, state, history, display))
     else:
-        display.message(f"stopped after round {finished}; the same command goes on from there")
+        display.message(f"stopped after round {finished}; the same command resumes there")
 
 
 def _is_finished(
@@ -248,6 +255,7 @@ def _train(
     finished = int(state.round)
 
     def begin() -> None:
+        work.write_config(config)
         metrics.rewrite(history)
         board.rewrite(history)
 
@@ -289,26 +297,23 @@ def _train(
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Turns SIGTERM and the first Ctrl-C into a request to stop at the next boundary."""
-    stopped = threading.Event()
-    kinds = (signal.SIGTERM, signal.SIGINT)
+def _stops_at(kind: signal.Signals, stopped: threading.Event) -> Iterator[None]:
+    """Turns the first signal of a kind into a request to stop at the next boundary."""
 
     def request(number: int, frame: FrameType | None) -> None:
         stopped.set()
-        print("stopping after the rounds that are running; once more: at once", file=sys.stderr)
         # A second one acts as it would have without us.
-        signal.signal(number, previous[number])
+        signal.signal(kind, previous)
+        tell("stopping after the rounds that are running; once more: at once")
 
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield
         return
-    previous: dict[int, Any] = {kind: signal.signal(kind, request) for kind in kinds}
+    previous: Any = signal.signal(kind, request)
     try:
-        yield stopped
+        yield
     finally:
-        for kind in kinds:
-            signal.signal(kind, previous[kind])
+        signal.signal(kind, previous)
 
 
 def _finish(

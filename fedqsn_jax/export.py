@@ -8,14 +8,15 @@ reads the run's latest checkpoint, or that of a round, and writes ``model.safete
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedqsn_jax.command_line import Parser
-from fedqsn_jax.config import Config, ConfigError, resolve
-from fedqsn_jax.workdir import WorkDirectory
+from fedqsn_jax import ending
+
+if TYPE_CHECKING:
+    from fedqsn_jax.config import Config
+    from fedqsn_jax.workdir import WorkDirectory
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,8 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: What follows the program's name; by default the process's own.
 
     Returns:
-      The exit code: 0; 2 after a mistake of the user's, which is told in one line.
+      The exit code: 0; `ending.REFUSED` or `ending.INTERRUPTED`, told in one line.
     """
+    return ending.answered(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    # Imports stand here, and below, so that a Ctrl-C during them is no traceback.
+    from fedqsn_jax.command_line import Parser
+    from fedqsn_jax.config import ConfigError
+
     parser = Parser("Writes a run's hidden model so that the transformers library reads it.")
     parser.add_argument("--workdir", help="the directory of the run")
     parser.add_argument("--out", help="a new directory for the model; it is made private")
@@ -51,13 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"no --{name}: name a directory")
         # Only now, so that mistakes are answered without waiting for JAX.
         from fedqsn_jax.checkpoint import CheckpointError
+        from fedqsn_jax.reporting.display import Display
     except ConfigError as error:
-        return _refuse(error)
+        return ending.refuse(error)
     try:
         finished = export(Path(options.workdir), Path(options.out), options.round)
     except (ConfigError, CheckpointError) as error:
-        return _refuse(error)
-    print(f"{options.out}: the hidden model after round {finished}; only you may read it")
+        return ending.refuse(error)
+    Display().message(
+        f"{options.out}: the hidden model after round {finished}; only you may read it"
+    )
     return 0
 
 
@@ -77,9 +89,11 @@ def export(workdir: Path, out: Path, round: int | None = None) -> int:
       CheckpointError: The checkpoint cannot be read.
     """
     from fedqsn_jax.checkpoint import Checkpoints
+    from fedqsn_jax.config import ConfigError
     from fedqsn_jax.lora import merge_configured
     from fedqsn_jax.masking import leaves_by_path
     from fedqsn_jax.models.pretrained import directory_of, nested, read_config, save_pretrained
+    from fedqsn_jax.workdir import WorkDirectory
 
     work = WorkDirectory(workdir)
     source, run = _read_run(work)
@@ -98,8 +112,10 @@ def export(workdir: Path, out: Path, round: int | None = None) -> int:
     return finished
 
 
-def _read_run(work: WorkDirectory) -> tuple[str, Config]:
+def _read_run(work: "WorkDirectory") -> tuple[str, "Config"]:
     """Where a run's pre-trained model came from, and its settings of adapters."""
+    from fedqsn_jax.config import ConfigError, resolve
+
     file = work.path / "config.json"
     try:
         values = json.loads(file.read_text())
@@ -134,10 +150,5 @@ def _settings_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse(error: Exception) -> int:
-    print(f"fedqsn_jax: {error}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.run_as_process(main)

@@ -1,21 +1,18 @@
 """The main job: ``python -m fedqsn_jax.main --config=configs/digits.py --workdir=DIR``."""
 
 import argparse
-import os
-import signal
-import sys
+import functools
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
+
+from fedqsn_jax import ending
 
 if TYPE_CHECKING:
     from fedqsn_jax import processes
     from fedqsn_jax.config import Config
-
-INTERRUPTED = 128 + signal.SIGINT
-"""The exit code after a second Ctrl-C, by the shell's convention."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,12 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: What follows the program's name; by default the process's own.
 
     Returns:
-      The exit code: 0; 2 after a mistake of the user's, which is told in one line; `INTERRUPTED`.
+      The exit code: 0; `ending.REFUSED` or `ending.INTERRUPTED`, told in one line; of several
+      processes 1 where another one is gone.
     """
-    try:
-        return _main(arguments)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return ending.answered(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -38,6 +33,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     from fedqsn_jax import processes
     from fedqsn_jax.command_line import Parser, chosen_fields, read_config
     from fedqsn_jax.config import Config, ConfigError, flatten
+    from fedqsn_jax.workdir import WorkDirectory
 
     parser = Parser(
         "Federated learning in which the model is the secret.",
@@ -63,10 +59,17 @@ def _main(arguments: Sequence[str] | None) -> int:
         if not options.workdir and not options.dry_run:
             raise ConfigError("no --workdir: name the directory of the run")
         several = processes.read_settings(vars(options))
+        if options.workdir:
+            work = WorkDirectory(Path(options.workdir))
+            if not several:
+                # A run looks again; by then JAX and the data have taken their seconds.
+                work.check(config)
+            if not options.dry_run:
+                ending.remaining_after_interruption(work.what_remains)
         if several:
-            return _run_among(several, config, chosen_fields(overrides), options)
+            _run_among(several, config, chosen_fields(overrides), options)
     except ConfigError as error:
-        return _refuse(error)
+        return ending.refuse(error)
     return _run(config, chosen_fields(overrides), options)
 
 
@@ -104,14 +107,11 @@ def _run(
             experiment.run(config, directory, display, chosen)
     except ConfigError as error:
         leave()
-        return _refuse(error)
+        return ending.refuse(error)
     except CheckpointError as error:
         if error.__cause__ is not None:
             suspect(error.__cause__)
-        return _refuse(error)
-    except KeyboardInterrupt:
-        print("fedqsn_jax: interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+        return ending.refuse(error)
     leave()
     return 0
 
@@ -121,8 +121,8 @@ def _run_among(
     config: "Config",
     chosen: Sequence[str],
     options: argparse.Namespace,
-) -> int:
-    """Runs as one of several processes; does not return from an end that the others do not share.
+) -> NoReturn:
+    """Runs as one of several processes, and ends this one.
 
     Raises:
       ConfigError: The processes do not come together.
@@ -131,12 +131,6 @@ def _run_among(
     from fedqsn_jax.lifeline import SILENCE_SECONDS
 
     lifeline = processes.connect(several, config)
-    left = False
-
-    def leave() -> None:
-        nonlocal left
-        left = True
-        processes.leave(lifeline)
 
     def suspect(error: BaseException) -> None:
         # Where a process is gone, a collective operation of the others fails, in a round or while
@@ -145,7 +139,7 @@ def _run_among(
             time.sleep(SILENCE_SECONDS + 5)
 
     try:
-        code = _run(config, chosen, options, leave, suspect)
+        code = _run(config, chosen, options, functools.partial(processes.leave, lifeline), suspect)
     except Exception as error:
         import jax
 
@@ -153,17 +147,10 @@ def _run_among(
             suspect(error)
         traceback.print_exc()
         code = 1
-    if not left:
-        # JAX would wait for the others before it lets go. The closed lifeline tells them.
-        sys.stdout.flush()
-        os._exit(code)
-    return code
-
-
-def _refuse(error: Exception) -> int:
-    print(f"fedqsn_jax: {error}", file=sys.stderr)
-    return 2
+    # Before it lets go JAX would wait for the others, who learn of it from the closed lifeline; or
+    # ask process 0, which is gone, until Python has shut down.
+    ending.leave(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.run_as_process(main)

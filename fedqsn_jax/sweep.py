@@ -1,12 +1,11 @@
 """A sweep: ``python -m fedqsn_jax.sweep --config=configs/digits.py --sweep=FILE --workdir=DIR``."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedqsn_jax.main import INTERRUPTED
+from fedqsn_jax import ending
 
 if TYPE_CHECKING:
     from fedqsn_jax.sweeps.grid import Plan
@@ -19,13 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: What follows the program's name; by default the process's own.
 
     Returns:
-      The exit code: 0; 2 after a mistake of the user's, which is told in one line; `INTERRUPTED`.
+      The exit code: 0; `ending.REFUSED` or `ending.INTERRUPTED`, told in one line.
     """
-    try:
-        return _main(arguments)
-    except KeyboardInterrupt:
-        print("fedqsn_jax: interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+    return ending.answered(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -67,8 +62,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         plan = make_plan(config, grids, chosen_fields(overrides))
         _run(plan, options)
     except ConfigError as error:
-        print(f"fedqsn_jax: {error}", file=sys.stderr)
-        return 2
+        return ending.refuse(error)
     return 0
 
 
@@ -76,6 +70,7 @@ def _run(plan: "Plan", options: argparse.Namespace) -> None:
     from fedqsn_jax.experiment import keep_compiled_programs
     from fedqsn_jax.reporting.sweep_display import SweepDisplay
     from fedqsn_jax.sweeps import run
+    from fedqsn_jax.sweeps.results import SweepDirectory
 
     if options.compilation_cache:
         keep_compiled_programs(options.compilation_cache)
@@ -85,8 +80,9 @@ def _run(plan: "Plan", options: argparse.Namespace) -> None:
         groups = run.check(plan, directory, int(options.at_once))
         display.groups([(len(points), reason) for points, reason in groups], plan.repeated)
     else:
+        ending.remaining_after_interruption(SweepDirectory(directory).what_remains)
         run.run(plan, directory, display, int(options.at_once))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.run_as_process(main)

@@ -4,12 +4,13 @@ import dataclasses
 import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fedqsn_jax.config import Config, ConfigError, flatten, resolve, to_dict
+from fedqsn_jax.ending import cleaning_up
 
 try:
     import fcntl
@@ -60,15 +61,19 @@ class WorkDirectory:
         """Makes sure, without writing anything, that the directory can serve this configuration.
 
         Raises:
-          ConfigError: It belongs to another configuration, holds other things, or cannot be
-            written.
+          ConfigError: Another run is at work in it, it belongs to another configuration, holds
+            other things, or cannot be written.
         """
+        check_free(self.path)
+        self._check(config)
+
+    def _check(self, config: Config) -> None:
         try:
-            self._check(config)
+            self._check_contents(config)
         except OSError as error:
             raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
 
-    def _check(self, config: Config) -> None:
+    def _check_contents(self, config: Config) -> None:
         path = self.path
         check_writable(path)
         stored = self._stored()
@@ -81,10 +86,23 @@ class WorkDirectory:
             return
         self._compare(stored, config)
 
+    def what_remains(self) -> str:
+        """Returns what an interrupted run leaves to the same command, in words.
+
+        It may be called at any time: it waits for no save, and only reads names. (A checkpoint is a
+        directory that is called by its round, once it is whole.)
+        """
+        names = [path.name for path in self.checkpoints.glob("*")]
+        rounds = [int(name) for name in names if name.isdecimal()]
+        if not rounds:
+            return "nothing was saved, the same command starts again"
+        return f"the same command resumes after round {max(rounds)}, the last that was saved"
+
     @contextmanager
     def claim(self, config: Config) -> Iterator[None]:
         """Creates the directory, or makes an existing one private, and keeps other runs out of it.
 
+        A directory that was created, and in which nothing was written, is removed at the end.
         Other runs are kept out while the ``with`` block runs, by a lock on the directory itself: it
         leaves nothing behind, and ends with the process however that ends. It is advisory; file
         systems that have no such locks are taken as they are.
@@ -95,7 +113,7 @@ class WorkDirectory:
         """
         with claim_directory(self.path):
             # Another run may have been at work since the caller has looked.
-            self.check(config)
+            self._check(config)
             yield
 
     def config(self) -> Config:
@@ -169,6 +187,19 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"--workdir={path}: {nearest} cannot be written")
 
 
+def check_free(path: Path) -> None:
+    """Makes sure that no run is at work in a directory, if there is one.
+
+    Raises:
+      ConfigError: One is, or the file system refuses.
+    """
+    try:
+        if path.is_dir():
+            os.close(_lock(path, shared=True))
+    except OSError as error:
+        raise _unavailable(path, error) from error
+
+
 @contextmanager
 def claim_directory(path: Path) -> Iterator[None]:
     """Makes a directory private and ours while the ``with`` block runs; see `WorkDirectory.claim`.
@@ -176,27 +207,45 @@ def claim_directory(path: Path) -> Iterator[None]:
     Raises:
       ConfigError: Another run is at work in it, or the file system refuses.
     """
-    try:
-        path.mkdir(mode=_MODE, parents=True, exist_ok=True)
-        path.chmod(_MODE)
-        descriptor = _lock(path)
-    except OSError as error:
-        reason = error.strerror
-        if error.errno == errno.EWOULDBLOCK:
-            reason = "another run is at work in it; wait for its end, or name another directory"
-        raise ConfigError(f"--workdir={path}: {reason}") from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+    created = [each for each in (path, *path.parents) if not each.exists()]
+    with cleaning_up(lambda: _remove_empty(created)):
+        try:
+            path.mkdir(mode=_MODE, parents=True, exist_ok=True)
+            path.chmod(_MODE)
+            descriptor = _lock(path)
+        except OSError as error:
+            raise _unavailable(path, error) from error
+        try:
+            yield
+        finally:
+            os.close(descriptor)
 
 
-def _lock(directory: Path) -> int:
-    """Locks a directory until the descriptor that it returns is closed; EWOULDBLOCK if it is."""
+def _remove_empty(directories: Sequence[Path]) -> None:
+    """Removes directories, innermost first, as far as they are there and empty."""
+    with suppress(OSError):
+        for directory in directories:
+            directory.rmdir()
+
+
+def _unavailable(path: Path, error: OSError) -> ConfigError:
+    reason = error.strerror
+    if error.errno == errno.EWOULDBLOCK:
+        reason = "another run is at work in it; wait for its end, or name another directory"
+    return ConfigError(f"--workdir={path}: {reason}")
+
+
+def _lock(directory: Path, shared: bool = False) -> int:
+    """Locks a directory until the descriptor that it returns is closed; EWOULDBLOCK if it is.
+
+    Args:
+      directory: Which.
+      shared: Whether others may have such a lock too: enough to see that nobody has one alone.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         # Others mean that the file system has no such locks.
         if error.errno == errno.EWOULDBLOCK:

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedqsn_jax import benchmark, workloads
+from fedqsn_jax import benchmark, measuring, workloads
 from fedqsn_jax.models.emnist_cnn import EmnistCNN
 
 
 def test_the_population_is_the_peers_one():
-    data = benchmark.make_population()
+    data = workloads.make_population()
     rows = np.diff(np.asarray(data.offsets))
     assert len(rows) == 100
     assert rows.sum() == 10258
@@ -31,8 +31,8 @@ def test_the_network_has_its_published_size():
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_report(tmp_path, monkeypatch, capsys):
-    small = benchmark.make_population(clients=3, mean=25)
-    monkeypatch.setattr(benchmark, "make_population", lambda: small)
+    small = workloads.make_population(clients=3, mean=25)
+    monkeypatch.setattr(workloads, "make_population", lambda: small)
     out = tmp_path / "report.json"
     arguments = ["--workload=dense", "--calls=2", "--rounds_per_call=1", f"--out={out}"]
     assert benchmark.main(arguments) == 0
@@ -61,7 +61,7 @@ def test_reports_of_large_rounds(tmp_path, monkeypatch, capsys):
         # As with two GPUs, busy for so long in two calls of one round each.
         yield [0.75, 0.25]
 
-    monkeypatch.setattr(benchmark, "traced", traced)
+    monkeypatch.setattr(measuring, "traced", traced)
     assert benchmark.main(arguments) == 0
     report = json.loads(out.read_text())
     assert list(report["cohorts"]) == ["2"]

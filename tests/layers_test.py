@@ -7,9 +7,9 @@ PACKAGE = Path(__file__).parent.parent / "fedqsn_jax"
 
 # Lowest first; a module may import those on lines above its own, and its own folder's.
 FLOORS = (
-    ("types", "patterns", "schedule"),
+    ("types", "patterns", "schedule", "ending"),
     ("randomness", "config", "placement"),
-    ("lifeline", "device_time"),
+    ("lifeline", "device_time", "failed_reads"),
     ("tasks", "quantization", "checkpoint", "reporting", "command_line", "workdir", "processes"),
     ("client_optimizer", "generation", "masking", "text_scores"),
     ("lora", "trainable"),
@@ -27,10 +27,9 @@ FLOORS = (
     ("running", "costs", "workloads", "problem"),
     ("prompted_problem", "written_texts"),
     ("image_problem", "language_problem"),
-    ("experiment", "own_model", "benchmark", "export", "trained"),
+    ("experiment", "own_model", "measuring", "export", "trained"),
     ("sweeps",),
-    ("main", "__init__"),
-    ("sweep",),
+    ("main", "sweep", "benchmark", "__init__", "__main__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

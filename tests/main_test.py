@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 
 import jax
@@ -231,7 +232,9 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys, monkeyp
         assert "seed = 9 (there: 0)" in message
         message = refusal(capsys, [*arguments, *mode, "--config.rounds=2"])
         assert "rounds = 2" in message
-    with WorkDirectory(directory).claim(trained.config):
+    with WorkDirectory(directory).claim(trained.config), monkeypatch.context() as patch:
+        # Before JAX, data and model are waited for.
+        patch.setattr("fedqsn_jax.main._run", None)
         message = refusal(capsys, [*arguments, "--config.rounds=6"])
         assert "another run is at work in it" in message
     after = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
@@ -250,12 +253,48 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys, monkeyp
     assert "lower client.batch_size = " in message
     assert message.endswith("; the checkpoint of round 4 stands\n")
 
-    # It does: the same command goes on from there.
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedqsn_jax.experiment.run_rounds", interrupted)
+        assert main([*arguments, "--config.rounds=6"]) == 130
+    assert capsys.readouterr().err == (
+        "fedqsn_jax: interrupted; the same command resumes after round 4, the last that was saved\n"
+    )
+
+    # It does.
     assert main([*arguments, "--config.rounds=6"]) == 0
     assert "resumed after round 4" in capsys.readouterr().out
     longer = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert longer[:3] == history
     assert [entry["round"] for entry in longer] == [0, 2, 4, 6]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_run_that_was_interrupted_before_its_rounds_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        # Up to here there is nothing that a stop at the next boundary would save.
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("fedqsn_jax.experiment.first_entry", interrupted)
+    directory = tmp_path / "new" / "run"
+    assert main([*SMALL, f"--workdir={directory}"]) == 130
+    output, error = capsys.readouterr()
+    assert error == ("fedqsn_jax: interrupted; nothing was saved, the same command starts again\n")
+    assert "warning" not in output
+    assert list(tmp_path.iterdir()) == []
+
+    # Checkpoints that someone has removed are no silent new beginning.
+    directory.mkdir(parents=True)
+    work = WorkDirectory(directory)
+    work.write_config(command_line.read_config("configs/digits.py", SMALL[1:]))
+    work.metrics.write_text('{"round": 0}\n{"round": 2}\n')
+    assert main([*SMALL, f"--workdir={directory}"]) == 130
+    expected = f"warning: there is no checkpoint in {work.checkpoints}: the run starts again at"
+    assert capsys.readouterr().out.count(expected) == 1
+    assert work.metrics.read_text().count("\n") == 2
 
 
 def test_compiled_programs_are_kept_and_found_again(tmp_path, monkeypatch):

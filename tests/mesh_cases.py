@@ -10,10 +10,10 @@ import sys
 import jax
 import numpy as np
 
-from fedqsn_jax.benchmark import timed_calls
 from fedqsn_jax.config import resolve
 from fedqsn_jax.data.federated import from_clients
 from fedqsn_jax.data.streamed import HostData
+from fedqsn_jax.measuring import timed_calls
 from fedqsn_jax.running import initial_state, place, run_rounds
 from fedqsn_jax.simulation import make_simulation
 from fedqsn_jax.tasks import classification

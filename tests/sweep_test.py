@@ -168,7 +168,9 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on(at_once, tmp_path, ca
     with monkeypatch.context() as patch:
         patch.setattr(SweepDirectory, "append", stop_after_it)
         assert main(arguments) == 130
-    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "fedqsn_jax: interrupted; finished points are kept, the same command runs the others\n"
+    )
     before = files.records.read_text()
     kept = before.count("\n")
     assert kept == max(2, at_once)

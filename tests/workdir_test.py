@@ -1,5 +1,6 @@
 """The directory of a run: one run at a time, and the configuration that made it."""
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -26,13 +27,20 @@ def claim(directory, config=None):
         pass
 
 
+def look(directory):
+    WorkDirectory(directory).check(Config())
+
+
 def test_a_second_run_is_refused_while_the_first_is_at_work(tmp_path):
     """Whichever process it is in; and a process that is killed leaves no lock behind."""
     directory = tmp_path / "new" / "run"
     with WorkDirectory(directory).claim(Config()):
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-        with pytest.raises(ConfigError, match=r"new/run: another run is at work in it; [^\n]*$"):
-            claim(directory)
+        for use in (claim, look):
+            with pytest.raises(
+                ConfigError, match=r"new/run: another run is at work in it; [^\n]*$"
+            ):
+                use(directory)
     claim(directory)
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(directory)],
@@ -42,11 +50,46 @@ def test_a_second_run_is_refused_while_the_first_is_at_work(tmp_path):
     )
     with process:
         assert process.stdout.readline() == "claimed\n"
-        with pytest.raises(ConfigError, match="another run is at work"):
-            claim(directory)
+        for use in (claim, look):
+            with pytest.raises(ConfigError, match="another run is at work"):
+                use(directory)
         process.kill()
-    claim(directory)
+    for use in (claim, look):
+        use(directory)
     assert list(directory.iterdir()) == []
+
+
+def test_a_directory_in_which_nothing_happened_is_removed(tmp_path):
+    """With those above it that were made for it; not one that was there before."""
+    before = tmp_path / "before"
+    before.mkdir()
+    directory = before / "new" / "run"
+    look(directory)
+    assert not directory.parent.exists()
+    for error in (None, KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), WorkDirectory(directory).claim(Config()):
+            assert directory.exists()
+            if error:
+                raise error
+        assert list(before.iterdir()) == []
+    with WorkDirectory(before).claim(Config()):
+        pass
+    assert before.exists()
+    with WorkDirectory(directory).claim(Config()):
+        WorkDirectory(directory).write_config(Config())
+    assert [path.name for path in directory.iterdir()] == ["config.json"]
+
+
+def test_what_remains_after_an_interruption(tmp_path):
+    work = WorkDirectory(tmp_path / "run")
+    nothing = "nothing was saved, the same command starts again"
+    assert work.what_remains() == nothing
+    # As Orbax names what it is still writing.
+    (work.checkpoints / "60.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert work.what_remains() == nothing
+    for name in ("5", "50"):
+        (work.checkpoints / name).mkdir()
+    assert work.what_remains() == "the same command resumes after round 50, the last that was saved"
 
 
 def test_what_happened_since_the_first_look_counts(tmp_path):

@@ -24,6 +24,7 @@ from fedqsn_jax.data.splits import Rows, make_splits, take
 from fedqsn_jax.data.text_formats import FORMATS, TextFormat, generation_example, own_format
 from fedqsn_jax.data.text_sources import Row, TextSource, open_source
 from fedqsn_jax.data.tokenization import TextTokenizer
+from fedqsn_jax.reporting.console import EnduringConsole
 
 OWN = "own"
 """The task whose columns are named by the user."""
@@ -122,7 +123,7 @@ def load(
     _check_lengths(kind, options, tokenizer)
     train_source = open_source(settings.train, config.directory)
     test_source = _test_source(settings, config, kind)
-    console = console or Console(file=sys.stderr)
+    console = console or EnduringConsole(file=sys.stderr)
 
     def arrays(source: TextSource) -> tuple[Rows, int]:
         return _arrays(source, settings, kind, options, tokenizer, console)

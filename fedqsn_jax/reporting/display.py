@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fedqsn_jax.reporting.console import standard_console
 from fedqsn_jax.reporting.progress import Progress, make_progress
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 
@@ -277,16 +278,6 @@ class Display:
     def _natural_width(self, table: Table) -> int:
         unlimited = self._console.options.update(width=10_000)
         return self._console.measure(table, options=unlimited).maximum
-
-
-def standard_console() -> Console:
-    """Returns a console on standard output; in a notebook one that is like a pipe.
-
-    There rich would make an HTML output of its own of every line, and has no live display. That a
-    notebook's kernel asks for colours (``FORCE_COLOR``) does not make it a terminal.
-    """
-    console = Console()
-    return Console(force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
 def silent_display() -> Display:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_jax.config import ConfigError, flatten
+from fedqsn_jax.ending import cleaning_up
 from fedqsn_jax.reporting.estimates import Setting, estimate
 from fedqsn_jax.reporting.files import replacing
 from fedqsn_jax.reporting.writers import to_plain, write_json
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point
-from fedqsn_jax.workdir import check_writable, claim_directory
+from fedqsn_jax.workdir import check_free, check_writable, claim_directory
 
 Record = dict[str, Any]
 """A finished point: ``settings``, ``seed`` and ``metrics``."""
@@ -36,8 +37,13 @@ class SweepDirectory:
         """Makes sure, without writing anything, that the directory can serve this sweep.
 
         Raises:
-          ConfigError: It belongs to another sweep, holds other things, or cannot be written.
+          ConfigError: Another one is at work in it, it belongs to another sweep, holds other
+            things, or cannot be written.
         """
+        check_free(self.path)
+        self._check(plan)
+
+    def _check(self, plan: Plan) -> None:
         check_writable(self.path)
         if not self.path.exists() or not any(self.path.iterdir()):
             return
@@ -62,14 +68,20 @@ class SweepDirectory:
     def claim(self, plan: Plan) -> Iterator[None]:
         """Creates the directory, keeps other sweeps out of it, and writes what it is for.
 
+        If no point is finished in the ``with`` block, or was before, nothing of that remains.
+
         Raises:
           ConfigError: Another one is at work in it, or it does not serve this sweep (any more).
         """
-        with claim_directory(self.path):
-            self.check(plan)
+        with claim_directory(self.path), cleaning_up(self._forget_nothing_done):
+            self._check(plan)
             if not self._definition.exists():
                 write_json(self._definition, _definition(plan))
             yield
+
+    def _forget_nothing_done(self) -> None:
+        if not self.records.exists():
+            self._definition.unlink(missing_ok=True)
 
     def read(self) -> list[Record]:
         """Returns the finished points, in the order in which they were finished."""
@@ -81,6 +93,12 @@ class SweepDirectory:
             if line.endswith("\n"):
                 records.append(json.loads(line))
         return records
+
+    def what_remains(self) -> str:
+        """Returns what an interrupted sweep leaves to the same command, in words."""
+        if not self.read():
+            return "no point was finished, the same command starts again"
+        return "finished points are kept, the same command runs the others"
 
     def append(self, records: Sequence[Record]) -> None:
         """Adds finished points; they are on the disk when this returns.

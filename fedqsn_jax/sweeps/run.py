@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.ending import cleaning_up
 from fedqsn_jax.experiment import Experiment
 from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.reporting.estimates import Setting
@@ -77,26 +78,30 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
         display.start(len(plan.points), len(missing), len(groups), plan.repeated, str(directory))
         total = sum(point.config.rounds for point in plan.points)
         done = total - sum(point.config.rounds for point in missing)
-        try:
-            with display.sweep_progress(total, done, len(plan.points), len(records)) as progress:
-                for points in by_program(missing):
-                    for batch, rounds, entries in _run_program(points, at_once, sources):
-                        if entries is None:
-                            progress.update(done + rounds)
-                            continue
-                        new = [record_of(*pair) for pair in zip(batch, entries, strict=True)]
-                        files.append(new)
-                        records += new
-                        done += rounds
-                        for record in new:
-                            progress.update(done, len(records), record)
-        finally:
-            # Also of what an interruption leaves, wherever it came.
-            records = files.read()
-            settings = over_seeds(records, _order(plan))
-            if settings:
-                files.write_tables(records, settings)
-        _report(files, settings, display)
+        with (
+            # Also of what an interruption leaves, wherever it comes.
+            cleaning_up(lambda: _write_tables(files, plan)),
+            display.sweep_progress(total, done, len(plan.points), len(records)) as progress,
+        ):
+            for points in by_program(missing):
+                for batch, rounds, entries in _run_program(points, at_once, sources):
+                    if entries is None:
+                        progress.update(done + rounds)
+                        continue
+                    new = [record_of(*pair) for pair in zip(batch, entries, strict=True)]
+                    files.append(new)
+                    records += new
+                    done += rounds
+                    for record in new:
+                        progress.update(done, len(records), record)
+        _report(files, over_seeds(records, _order(plan)), display)
+
+
+def _write_tables(files: SweepDirectory, plan: Plan) -> None:
+    records = files.read()
+    settings = over_seeds(records, _order(plan))
+    if settings:
+        files.write_tables(records, settings)
 
 
 def by_program(points: Sequence[Point]) -> list[list[Point]]:
@@ -137,7 +142,7 @@ def _run_program(
 
 
 def _what_stands() -> str:
-    return "finished points are kept, the same command goes on"
+    return "finished points are kept, the same command runs the others"
 
 
 def _run_batch(

@@ -39,7 +39,7 @@ _PEER_DATA = (
     "y = [c['y'] for c in d]; pixels = sum(float(np.abs(c['x']).sum(dtype=float)) for c in d);"
 ) + _FACTS
 _OUR_DATA = (
-    "import json, numpy as np; from fedqsn_jax.benchmark import make_population as make;"
+    "import json, numpy as np; from fedqsn_jax.workloads import make_population as make;"
     "d = make(); x, y = (np.asarray(d.examples[n]) for n in ('image', 'label'));"
     "y = np.split(y, np.asarray(d.offsets)[1:-1]); pixels = float(np.abs(x).sum(dtype=float));"
 ) + _FACTS

@@ -1,0 +1,138 @@
+"""How a command ends: its exit codes, and Ctrl-C.
+
+Python's own answer to Ctrl-C, a KeyboardInterrupt wherever the main thread happens to be, does not
+serve a command that uses JAX. Raised inside a callback, such as the one that JAX has the garbage
+collector call, it is printed and forgotten, and the command runs to its end. And an interpreter
+that shuts down while JAX's threads are at work may crash. So the process of a command ends in the
+handler of the signal: it cleans up, says what remains, and shuts nothing down.
+
+Called from Python, a command knows nothing of all that: its KeyboardInterrupt comes as everywhere,
+and becomes the exit code that its ``main`` returns.
+
+Only the standard library is used, and little of it: the handler has to be there before anything
+slow is imported.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+REFUSED = 2
+"""The exit code after a mistake of the user's."""
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code after a Ctrl-C that could not wait, by the shell's convention."""
+
+_SHOW_CURSOR = "\x1b[?25h"
+
+_cleanups: list[Callable[[], object]] = []
+_what_remains: list[Callable[[], str]] = []
+
+
+def refuse(error: Exception) -> int:
+    """Tells a mistake of the user's in a line; returns `REFUSED`."""
+    tell(f"fedqsn_jax: {error}")
+    return REFUSED
+
+
+def tell(line: str) -> None:
+    """Prints a line to standard error, if anyone still reads it."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def answered(command: Callable[[], int]) -> int:
+    """Runs a command; a KeyboardInterrupt becomes a line and `INTERRUPTED`.
+
+    Args:
+      command: Returns its exit code.
+    """
+    outer = _what_remains[:]
+    try:
+        return command()
+    except KeyboardInterrupt:
+        tell(_interruption())
+        return INTERRUPTED
+    finally:
+        _what_remains[:] = outer
+
+
+def remaining_after_interruption(text: Callable[[], str]) -> None:
+    """Sets what is said of an interruption from here on, until the command ends.
+
+    Args:
+      text: Gives it when it is needed, in the words that follow ``interrupted;``.
+    """
+    _what_remains.append(text)
+
+
+@contextlib.contextmanager
+def cleaning_up(action: Callable[[], object]) -> Iterator[None]:
+    """Does something at the end of the ``with`` block, also where Ctrl-C ends the process in it.
+
+    Args:
+      action: What to do. Doing it twice does no harm; it waits for nothing, and works wherever the
+        main thread is.
+    """
+    _cleanups.append(action)
+    try:
+        yield
+    finally:
+        try:
+            action()
+        finally:
+            _cleanups.remove(action)
+
+
+def run_as_process(main: Callable[[], int]) -> NoReturn:
+    """Runs a command as what this process is for, and ends the process.
+
+    Args:
+      main: The command; it takes its arguments from the process and returns the exit code.
+    """
+    # Not where Ctrl-C is ignored, as in a shell's background jobs, or a debugger has its own.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    code = main()
+    # All is said and done; what is left is Python's shutdown.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if code == INTERRUPTED:
+        leave(code)
+    sys.exit(code)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Handles SIGINT: ends the process at once, but for what has to be cleaned up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for action in reversed(_cleanups):
+            with contextlib.suppress(Exception):
+                action()
+        line = f"{_interruption()}\n"
+        # A progress bar hides the cursor, and leaves it behind its last line.
+        line = f"{_SHOW_CURSOR}\n{line}" if os.isatty(2) else line
+        # Not through sys.stderr, in the middle of whose work this may be.
+        os.write(2, line.encode())
+    finally:
+        # Whatever goes wrong: an exception from here might be forgotten like any other.
+        leave(INTERRUPTED)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process without shutting down Python, during which JAX's threads may crash it."""
+    try:
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def _interruption() -> str:
+    text = ""
+    if _what_remains:
+        with contextlib.suppress(OSError):
+            text = f"; {_what_remains[-1]()}"
+    return f"fedqsn_jax: interrupted{text}"
