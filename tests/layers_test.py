@@ -24,7 +24,7 @@ FLOORS = (
     ("configured",),
     ("pretraining", "round_memory", "unused"),
     ("simulation",),
-    ("running", "costs", "workloads", "problem"),
+    ("running", "costs", "workloads", "problem", "own_rows"),
     ("prompted_problem", "written_texts"),
     ("image_problem", "language_problem"),
     ("experiment", "own_model", "measuring", "export", "trained"),
