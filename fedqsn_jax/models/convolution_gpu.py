@@ -36,7 +36,7 @@ def current_precision(dtype: Any) -> jax.lax.Precision:
     To be called where the convolution is, not in its backward pass: that may be traced after the
     context of ``jax.default_matmul_precision`` has ended.
     """
-    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    asked = jax.config.values["jax_default_matmul_precision"]
     exact = str(asked).lower() in ("highest", "float32", "f32_f32_f32") and dtype == jnp.float32
     return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
 
