@@ -24,7 +24,10 @@ _ROOM = (1.0, 1.25, 1.5, 2.0, 3.0)
 """Candidates for the room to come and go, by the number of places that become free on average."""
 
 _LONGEST_PLAY = 16
-"""Clients a place of the largest candidate, beyond which a round is not played through."""
+"""Clients a place, beyond which a round is not played through, but reckoned in proportion."""
+
+_FINEST = 32
+"""Steps of the longest client, beyond which several are played as one."""
 
 
 class Schedule(NamedTuple):
@@ -83,20 +86,22 @@ def choose_schedule(
       client_bytes: What a client's step moves, about.
       arrival_bytes: What a client's trained parameters take.
     """
-    played = min(clients, _LONGEST_PLAY * max(candidates))
-    # As a round is expected to draw them: evenly spread over the population's.
-    ranks = (np.arange(played) + 0.5) / played
-    drawn = np.sort(steps)[(ranks * len(steps)).astype(int)] if len(steps) else steps
-    busy = drawn[drawn > 0]
+    busy = steps[steps > 0]
+    best, least = Schedule(min(candidates), min(candidates), 0), math.inf
     if not busy.size:
-        return Schedule(min(candidates), min(candidates), 0)
-    best, least = Schedule(min(candidates), 1, 0), math.inf
+        return best
+    mean = float(busy.mean())
+    coarse = math.ceil(int(busy.max()) / _FINEST)
+    ascending = np.sort(-(-steps // coarse))
     for places in sorted(candidates):
-        freed = places / float(busy.mean())
-        for refills in sorted({min(math.ceil(room * freed), places) for room in _ROOM}):
-            turns = count_turns(drawn, places, refills)
+        # As a round is expected to draw them: evenly spread over the population's.
+        played = min(clients, _LONGEST_PLAY * places)
+        drawn = ascending[((np.arange(played) + 0.5) / played * len(steps)).astype(int)]
+        for refills in sorted({min(math.ceil(room * places / mean), places) for room in _ROOM}):
+            turns = coarse * count_turns(drawn, places, min(coarse * refills, places))
+            turns = round(turns * clients / played)
             # A client that comes or goes is read and written once more.
             a_turn = LAUNCH_BYTES + places * client_bytes + 2 * refills * arrival_bytes
             if turns * a_turn < least:
                 best, least = Schedule(places, refills, turns), turns * a_turn
-    return best._replace(turns=round(best.turns * clients / played))
+    return best

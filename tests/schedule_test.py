@@ -73,7 +73,7 @@ def test_a_cohort_takes_the_turns_that_are_counted(places, refills):
 def test_the_cheapest_of_the_candidates_is_taken():
     steps = np.array([20] + [4] * 99)
     settings = {"client_bytes": 2**21, "arrival_bytes": 2**20}
-    chosen = choose_schedule(steps, 100, [5, 10, 20, 40, 80], **settings)
+    chosen = choose_schedule(steps, 100, [7, 10, 20, 40, 80], **settings)
 
     def cost(places, refills):
         a_turn = LAUNCH_BYTES + places * 2**21 + refills * 2**21
@@ -81,7 +81,7 @@ def test_the_cheapest_of_the_candidates_is_taken():
 
     least = min(
         cost(places, refills)
-        for places in (5, 10, 20, 40, 80)
+        for places in (7, 10, 20, 40, 80)
         for refills in {math.ceil(places * room * 100 / 416) for room in (1, 1.25, 1.5, 2, 3)}
     )
     assert chosen.turns == count_turns(steps, chosen.places, chosen.refills)
@@ -103,5 +103,8 @@ def test_a_sample_of_the_population_stands_for_a_larger_round():
     many = choose_schedule(steps, 20000, [50], **settings)
     ideal = 20000 * steps.mean() / 50
     assert ideal <= many.turns <= 1.1 * ideal
+    # Ten times the steps take ten times as long, though several are played as one.
+    longer = choose_schedule(10 * steps, 20000, [50], **settings)
+    assert 10 * ideal <= longer.turns <= 1.1 * 10 * ideal
     nobody = choose_schedule(np.zeros(5, int), 5, [2, 4], **settings)
     assert (nobody.places, nobody.turns) == (2, 0)
