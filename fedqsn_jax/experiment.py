@@ -110,6 +110,9 @@ def run(config: Config, directory: Path, display: Display, chosen: Collection[st
     work = WorkDirectory(directory)
     processes.by_leader(lambda: work.check(config))
     experiment = processes.together(lambda: prepare(config))
+    # It was chosen by the memory that each found on its own devices.
+    at_once = experiment.simulation.choice.axis.chunk_size
+    processes.require_same("cohort.chunk_size = 0, so that each chose its own", str(at_once))
     with contextlib.ExitStack() as claim:
         processes.by_leader(lambda: claim.enter_context(work.claim(config)))
         _run(experiment, work, display, chosen)

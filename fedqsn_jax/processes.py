@@ -181,6 +181,22 @@ def any_of(flag: bool) -> bool:
     return any(_exchange("set" if flag else ""))
 
 
+def require_same(what: str, value: str) -> None:
+    """Raises ConfigError in every process where they differ in something.
+
+    Args:
+      what: What it is, for people.
+      value: This process's.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    values = _exchange(value)
+    if len(set(values)) > 1:
+        raise ConfigError(f"{what}: the processes have {', '.join(values)}; allowed is one for all")
+
+
 def from_leader(tree: Value) -> Value:
     """Returns the leader's values of a pytree of arrays and keys; elsewhere only shapes matter."""
     import jax

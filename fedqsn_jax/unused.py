@@ -79,7 +79,23 @@ def _of_method(config: Config) -> list[tuple[str, str]]:
         (_STRAGGLERS, config.participation.stragglers, "participation.stragglers = 0"),
         ((_EPOCHS,), not config.client.steps, f"{_STEPS} = {config.client.steps}"),
     ]
+    needs += _of_optimizers(config)
     return [(name, why) for names, used, why in needs if not used for name in names]
+
+
+def _of_optimizers(config: Config) -> list[tuple[tuple[str, ...], bool, str]]:
+    """Settings that some optimizers have, whether they do here, and the setting that decides it."""
+    needs = []
+    for section, training in (("client", config.client), ("pretraining", config.pretraining)):
+        name, schedule = training.optimizer, training.schedule
+        by_name = f"{section}.optimizer = {name!r}"
+        needs += [
+            ((f"{section}.momentum",), name == "sgd", by_name),
+            ((f"{section}.weight_decay",), name == "adamw", by_name),
+            ((f"{section}.warmup",), schedule != "constant", f"{section}.schedule = {schedule!r}"),
+        ]
+    name = config.server.optimizer
+    return [*needs, (("server.momentum",), name == "sgd", f"server.optimizer = {name!r}")]
 
 
 def _of_problem(config: Config) -> list[tuple[str, str]]:

@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from fedqsn_jax import processes
 from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.config import ConfigError
 from fedqsn_jax.main import main
@@ -164,3 +166,15 @@ def test_settings_come_from_the_command_line_and_behind_it_the_environment():
     ):
         with pytest.raises(ConfigError, match=message):
             read_settings(options, environment)
+
+
+def test_processes_that_would_run_differently_are_told_so(monkeypatch):
+    processes.require_same("cohort.chunk_size", "34")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for other, wrong in (("34", False), ("30", True)):
+        monkeypatch.setattr(processes, "_exchange", lambda mine, other=other: [mine, other])
+        if not wrong:
+            processes.require_same("cohort.chunk_size", "34")
+            continue
+        with pytest.raises(ConfigError, match=r"^cohort.chunk_size: the processes have 34, 30; "):
+            processes.require_same("cohort.chunk_size", "34")

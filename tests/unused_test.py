@@ -65,6 +65,10 @@ def test_settings_of_the_method_are_told_where_the_user_chose_them():
         ({"fedsp.prompts": 3}, "algorithm = 'fedqsn'"),
         ({"lora.alpha": 4.0}, "lora.rank = 0"),
         ({"participation.straggler_share": 0.1}, "participation.stragglers = 0"),
+        ({"client.optimizer": "adam", "client.momentum": 0.9}, "client.optimizer = 'adam'"),
+        ({"pretraining.weight_decay": 0.1}, "pretraining.optimizer = 'sgd'"),
+        ({"client.warmup": 0.5}, "client.schedule = 'constant'"),
+        ({"server.optimizer": "yogi", "server.momentum": 0.9}, "server.optimizer = 'yogi'"),
     ],
 )
 def test_what_leaves_a_setting_without_effect_is_said(values, why):
@@ -79,6 +83,13 @@ def test_settings_that_are_used_are_not_told():
         "fedsn": {"p1": 0.1, "p2": 0.0, "sampling": "fixed_count"},
         "fedq": {"bits": 3, "block_size": 8, "codebook": "uniform", "blocks": "row"},
         "fedlpp": {"lora.rank": 4, "lora.alpha": 2.0, "bits": 3},
+        "fedavg": {
+            "client.optimizer": "adamw",
+            "client.weight_decay": 0.1,
+            "client.schedule": "linear",
+            "client.warmup": 0.5,
+            "server.momentum": 0.9,
+        },
     }
     for algorithm, values in used.items():
         config = with_fields(Config(), {"algorithm": algorithm, **values})
