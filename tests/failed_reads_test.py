@@ -101,8 +101,8 @@ def test_a_checkpoint_with_several_tensors_that_cannot_be_read_is_one_error(
     monkeypatch.setattr("fedqsn_jax.checkpoint.ocp.load_checkpointables", read)
     (tmp_path / "5" / "state").mkdir(parents=True)
     (tmp_path / "5" / "_CHECKPOINT_METADATA").write_text("{}")
-    with Checkpoints(tmp_path, keep_latest=1, keep_best=0) as checkpoints:
-        with pytest.raises(CheckpointError, match="damaged"):
-            checkpoints.read("params")
+    checkpoints = Checkpoints(tmp_path, keep_latest=1, keep_best=0)
+    with checkpoints, pytest.raises(CheckpointError, match="damaged"):
+        checkpoints.read("params")
     gc.collect()
     assert (passed_on, caplog.records) == ([], [])
