@@ -74,7 +74,9 @@ class WorkDirectory:
         self.check_fit(config)
 
     def check_fit(self, config: Config) -> None:
-        """Makes sure of the same, but for other runs, which may be at work in the directory.
+        """Makes sure that the directory is, or could become, one of this configuration's.
+
+        Nothing is written, and a run may be at work in it meanwhile.
 
         Raises:
           ConfigError: It belongs to another configuration, holds other things, or cannot be
@@ -224,6 +226,9 @@ def claim_directory(path: Path) -> Iterator[None]:
     try:
         descriptor = _make_and_lock(path, created)
     except OSError as error:
+        if not os.path.exists(path):
+            # Nobody has locked it, and those above it are nobody's yet.
+            remove_empty(created - {path})
         raise _unavailable(path, error) from error
     try:
         # Only of what is locked: another's directory may be as empty. And before others may lock.

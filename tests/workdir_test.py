@@ -1,7 +1,9 @@
 """The directory of a run: one run at a time, and the configuration that made it."""
 
 import contextlib
+import errno
 import os
+import pathlib
 import stat
 import subprocess
 import sys
@@ -130,6 +132,17 @@ def test_a_directory_that_is_removed_every_time_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(workdir, "_is_at", lambda descriptor, path: False)
     with pytest.raises(ConfigError, match="others make and remove it all the time"):
         claim(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made_leaves_none_above_it(tmp_path, monkeypatch):
+    def fail_in_the_end(path, **options):
+        os.makedirs(path.parent)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", fail_in_the_end)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        claim(tmp_path / "new" / "above" / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_who_only_looks_keeps_nobody_out(tmp_path, monkeypatch):

@@ -43,7 +43,9 @@ class SweepDirectory:
         self.check_fit(plan)
 
     def check_fit(self, plan: Plan) -> None:
-        """Makes sure of the same, but for other sweeps, which may be at work in the directory.
+        """Makes sure that the directory is, or could become, one of this sweep's.
+
+        Nothing is written, and the sweep may be at work in it meanwhile.
 
         Raises:
           ConfigError: It belongs to another sweep, holds other things, or cannot be written.
