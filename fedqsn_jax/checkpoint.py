@@ -31,7 +31,7 @@ import numpy as np
 from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
-from fedqsn_jax.failed_reads import expect_failures
+from fedqsn_jax.failed_reads import failures_told_once
 
 State = TypeVar("State")
 """A pytree of arrays: jax arrays of plain dtypes and typed pseudo-random keys."""
@@ -307,10 +307,10 @@ class Checkpoints:
 
 def _load(path: Path, *items: str) -> dict[str, Any]:
     """Reads in this process, without waiting for others."""
-    expect_failures(path)
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
-    with ocp.Context(multiprocessing_options=alone if jax.process_count() > 1 else None):
+    context = ocp.Context(multiprocessing_options=alone if jax.process_count() > 1 else None)
+    with failures_told_once(path), context:
         return ocp.load_checkpointables(path, dict.fromkeys(items))
 
 

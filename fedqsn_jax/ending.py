@@ -17,6 +17,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
@@ -29,8 +30,19 @@ INTERRUPTED = 128 + signal.SIGINT
 
 _SHOW_CURSOR = "\x1b[?25h"
 
+
+class _Remains(threading.local):
+    """What the commands of a thread say of an interruption, the innermost command's last.
+
+    Signals are handled in the main thread, where the command of the process runs.
+    """
+
+    def __init__(self) -> None:
+        self.texts: list[Callable[[], str]] = []
+
+
 _cleanups: list[Callable[[], object]] = []
-_what_remains: list[Callable[[], str]] = []
+_remains = _Remains()
 
 
 def refuse(error: Exception) -> int:
@@ -51,23 +63,24 @@ def answered(command: Callable[[], int]) -> int:
     Args:
       command: Returns its exit code.
     """
-    outer = _what_remains[:]
+    outer = _remains.texts[:]
     try:
         return command()
     except KeyboardInterrupt:
         tell(_interruption())
         return INTERRUPTED
     finally:
-        _what_remains[:] = outer
+        _remains.texts = outer
 
 
 def remaining_after_interruption(text: Callable[[], str]) -> None:
     """Sets what is said of an interruption from here on, until the command ends.
 
     Args:
-      text: Gives it when it is needed, in the words that follow ``interrupted;``.
+      text: Gives it when it is needed, in the words that follow ``interrupted;``. Where it fails,
+        nothing more is said than that.
     """
-    _what_remains.append(text)
+    _remains.texts.append(text)
 
 
 @contextlib.contextmanager
@@ -99,7 +112,8 @@ def run_as_process(main: Callable[[], int]) -> NoReturn:
         signal.signal(signal.SIGINT, _end)
     code = main()
     # All is said and done; what is left is Python's shutdown.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if code == INTERRUPTED:
         leave(code)
     sys.exit(code)
@@ -109,7 +123,8 @@ def _end(number: int, frame: FrameType | None) -> None:
     """Handles SIGINT: ends the process at once, but for what has to be cleaned up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        for action in reversed(_cleanups):
+        # A copy: actions, and other threads, may clean up after something of their own.
+        for action in _cleanups[::-1]:
             with contextlib.suppress(Exception):
                 action()
         line = f"{_interruption()}\n"
@@ -132,7 +147,8 @@ def leave(code: int) -> NoReturn:
 
 def _interruption() -> str:
     text = ""
-    if _what_remains:
-        with contextlib.suppress(OSError):
-            text = f"; {_what_remains[-1]()}"
+    if _remains.texts:
+        # It looks at files, which may be damaged in any way.
+        with contextlib.suppress(Exception):
+            text = f"; {_remains.texts[-1]()}"
     return f"fedqsn_jax: interrupted{text}"

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -76,6 +76,8 @@ def dry_run(
 ) -> None:
     """Shows the model's tensors and mask sites, bytes and memory; trains and writes nothing.
 
+    A run may be at work in the directory meanwhile.
+
     Args:
       config: What would run.
       directory: Where, if that is known.
@@ -86,7 +88,7 @@ def dry_run(
       ConfigError: The run would be refused.
     """
     if directory is not None:
-        processes.by_leader(lambda: WorkDirectory(directory).check(config))
+        processes.by_leader(lambda: WorkDirectory(directory).check_fit(config))
     _show(processes.together(lambda: prepare(config)), display, chosen)
 
 
@@ -301,18 +303,27 @@ def _train(
 
 @contextlib.contextmanager
 def _stops_at(kind: signal.Signals, stopped: threading.Event) -> Iterator[None]:
-    """Turns the first signal of a kind into a request to stop at the next boundary."""
+    """Turns the first signal of a kind into a request to stop at the next boundary.
+
+    Not a signal that is ignored, as a shell lets its background jobs ignore Ctrl-C, nor one that
+    is handled by something other than Python.
+    """
 
     def request(number: int, frame: FrameType | None) -> None:
         stopped.set()
         # A second one acts as it would have without us.
         signal.signal(kind, previous)
-        tell("stopping after the rounds that are running; once more: at once")
+        # This may be in the middle of a write to the same stream, which refuses another one; and
+        # whatever is raised here would end the round.
+        with contextlib.suppress(Exception):
+            tell("stopping after the rounds that are running; once more: at once")
 
-    if threading.current_thread() is not threading.main_thread():
+    previous = signal.getsignal(kind)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or previous in (signal.SIG_IGN, None):
         yield
         return
-    previous: Any = signal.signal(kind, request)
+    signal.signal(kind, request)
     try:
         yield
     finally:

@@ -6,9 +6,10 @@ reads the run's latest checkpoint, or that of a round, and writes ``model.safete
 ``config.json`` and the tokenizer's files, which come from where the run's pre-trained model did.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """What is copied beside the model, where it exists."""
+
+_MODEL_FILES = ("config.json", "model.safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +79,8 @@ def _main(arguments: Sequence[str] | None) -> int:
 def export(workdir: Path, out: Path, round: int | None = None) -> int:
     """Writes the hidden model of a run that started from a pre-trained language model.
 
+    An export that fails or is interrupted leaves nothing in ``out``.
+
     Args:
       workdir: The directory of the run.
       out: Where to write; a new or empty directory.
@@ -105,11 +110,36 @@ def export(workdir: Path, out: Path, round: int | None = None) -> int:
     config = read_config(directory)
     tensors = leaves_by_path(merge_configured(run, nested(tensors)))
     overrides = {k: v for k, v in _settings_of(tensors).items() if hasattr(config, k)}
-    save_pretrained(out, read_config(directory, **overrides), nested(tensors))
-    for name in TOKENIZER_FILES:
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, out / name)
+    with _all_or_nothing(out):
+        save_pretrained(out, read_config(directory, **overrides), nested(tensors))
+        for name in TOKENIZER_FILES:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, out / name)
     return finished
+
+
+@contextlib.contextmanager
+def _all_or_nothing(out: Path) -> Iterator[None]:
+    """Leaves no file of a model where the block or the process ends before all are written.
+
+    Args:
+      out: Where the block writes; empty, or a directory that the block makes. In that case it is
+        removed too, with those above it that were made for it.
+    """
+    from fedqsn_jax.workdir import missing_directories, remove_empty
+
+    created = missing_directories(out)
+    complete = False
+
+    def forget() -> None:
+        if not complete:
+            for name in (*_MODEL_FILES, *TOKENIZER_FILES):
+                (out / name).unlink(missing_ok=True)
+            remove_empty(created)
+
+    with ending.cleaning_up(forget):
+        yield
+        complete = True
 
 
 def _read_run(work: "WorkDirectory") -> tuple[str, "Config"]:

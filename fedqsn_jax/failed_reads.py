@@ -7,51 +7,82 @@ told by asyncio, with another, when their tasks are collected. That happens at a
 the error has been answered, and says nothing that the error does not.
 """
 
+import contextlib
 import logging
+import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 _lock = threading.Lock()
+_expected: tuple[str, ...] = ()
+"""How the names begin of what is being read, or could not be read; replaced as a whole."""
 
 
 class _UnretrievedFailures(logging.Filter):
     """Drops asyncio's records of failures that name a file in one of the directories."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.directories: set[str] = set()
-
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if error is None or "exception was never retrieved" not in record.getMessage():
             return True
-        return not any(directory in str(error) for directory in self.directories)
+        return not any(directory in str(error) for directory in _expected)
 
 
 class _ClosedLoops:
     """An unraisable hook that leaves out reads that could not tell a closed loop of their end."""
 
     def __init__(self, hook: Callable[["sys.UnraisableHookArgs"], Any]) -> None:
-        self._hook = hook
+        self.hook = hook
 
     def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
         error = unraisable.exc_value
         closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
         # Without an object: called by no Python code, but by a thread of TensorStore's.
-        if not (closed and unraisable.object is None):
-            self._hook(unraisable)
+        if not (_expected and closed and unraisable.object is None):
+            self.hook(unraisable)
 
 
 _failures = _UnretrievedFailures()
 
 
-def expect_failures(directory: Path) -> None:
-    """Leaves out, from here on, what follows a failure to read from a directory; nothing else."""
+@contextlib.contextmanager
+def failures_told_once(directory: Path) -> Iterator[None]:
+    """Leaves out what follows the failure of a read, which the ``with`` block lets through.
+
+    Two things are left out while the block runs, since the threads do not wait for its end; and
+    where it has failed, from then on, since they may end at any time. What asyncio logs of
+    exceptions that were never retrieved, if they name a file in the directory. And what Python
+    tells of a ``RuntimeError("Event loop is closed")`` that no object of Python's has raised: it
+    does not name a directory, so this holds for all of the process. After a read without a failure
+    nothing is left out.
+
+    Args:
+      directory: What the block reads.
+    """
+    prefix = f"{directory}{os.sep}"
+    _expect(add=prefix)
+    # Not in a finally: a failure is still to be followed by the others.
+    yield
+    _expect(remove=prefix)
+
+
+def _expect(add: str | None = None, remove: str | None = None) -> None:
+    global _expected
     with _lock:
-        _failures.directories.add(str(directory))
-        logging.getLogger("asyncio").addFilter(_failures)
-        if not isinstance(sys.unraisablehook, _ClosedLoops):
-            sys.unraisablehook = _ClosedLoops(sys.unraisablehook)
+        left = list(_expected)
+        if remove is not None:
+            left.remove(remove)
+        _expected = (*left, *([] if add is None else [add]))
+        logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+        if _expected:
+            logger.addFilter(_failures)
+            if not isinstance(hook, _ClosedLoops):
+                sys.unraisablehook = _ClosedLoops(hook)
+        else:
+            logger.removeFilter(_failures)
+            # Under another hook ours stays, and lets everything through.
+            if isinstance(hook, _ClosedLoops):
+                sys.unraisablehook = hook.hook

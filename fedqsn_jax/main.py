@@ -63,7 +63,7 @@ def _main(arguments: Sequence[str] | None) -> int:
             work = WorkDirectory(Path(options.workdir))
             if not several:
                 # A run looks again; by then JAX and the data have taken their seconds.
-                work.check(config)
+                (work.check_fit if options.dry_run else work.check)(config)
             if not options.dry_run:
                 ending.remaining_after_interruption(work.what_remains)
         if several:

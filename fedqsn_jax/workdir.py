@@ -4,7 +4,8 @@ import dataclasses
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ except ImportError:  # Not everywhere; there, two runs are not kept apart.
 
 _CONFIG_FILE = "config.json"
 _MODE = 0o700
+
+_ATTEMPTS = 10
+"""How often a directory is made that others remove meanwhile; each of them does so once."""
+
+_LOOK_SECONDS = 0.1
+"""Longer than anyone takes to look whether a directory is free."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +68,20 @@ class WorkDirectory:
         """Makes sure, without writing anything, that the directory can serve this configuration.
 
         Raises:
-          ConfigError: Another run is at work in it, it belongs to another configuration, holds
-            other things, or cannot be written.
+          ConfigError: Another run is at work in it, or as `check_fit` does.
         """
         check_free(self.path)
-        self._check(config)
+        self.check_fit(config)
 
-    def _check(self, config: Config) -> None:
+    def check_fit(self, config: Config) -> None:
+        """Makes sure that the directory is, or could become, one of this configuration's.
+
+        Nothing is written, and a run may be at work in it meanwhile.
+
+        Raises:
+          ConfigError: It belongs to another configuration, holds other things, or cannot be
+            written.
+        """
         try:
             self._check_contents(config)
         except OSError as error:
@@ -113,7 +127,7 @@ class WorkDirectory:
         """
         with claim_directory(self.path):
             # Another run may have been at work since the caller has looked.
-            self._check(config)
+            self.check_fit(config)
             yield
 
     def config(self) -> Config:
@@ -136,10 +150,11 @@ class WorkDirectory:
         Raises:
           ConfigError: The file system refuses.
         """
+        temporary = self.path / f".{_CONFIG_FILE}.new"
         try:
-            temporary = self.path / f".{_CONFIG_FILE}.new"
-            temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-            temporary.replace(self.path / _CONFIG_FILE)
+            with cleaning_up(lambda: temporary.unlink(missing_ok=True)):
+                temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+                temporary.replace(self.path / _CONFIG_FILE)
         except OSError as error:
             raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
 
@@ -207,24 +222,64 @@ def claim_directory(path: Path) -> Iterator[None]:
     Raises:
       ConfigError: Another run is at work in it, or the file system refuses.
     """
-    created = [each for each in (path, *path.parents) if not each.exists()]
-    with cleaning_up(lambda: _remove_empty(created)):
+    created: set[Path] = set()
+    try:
+        descriptor = _make_and_lock(path, created)
+    except OSError as error:
+        if not os.path.exists(path):
+            # Nobody has locked it, and those above it are nobody's yet.
+            remove_empty(created - {path})
+        raise _unavailable(path, error) from error
+    try:
+        # Only of what is locked: another's directory may be as empty. And before others may lock.
+        with cleaning_up(lambda: remove_empty(created)):
+            yield
+    finally:
+        os.close(descriptor)
+
+
+def _make_and_lock(path: Path, created: set[Path]) -> int:
+    """Makes a directory, and locks it as `_lock` does.
+
+    Whoever had it before may remove it between any two of the steps.
+
+    Args:
+      path: The directory.
+      created: What did not exist, it and those above it, is added here.
+    """
+    for attempt in range(_ATTEMPTS):
+        created |= missing_directories(path)
         try:
             path.mkdir(mode=_MODE, parents=True, exist_ok=True)
             path.chmod(_MODE)
             descriptor = _lock(path)
-        except OSError as error:
-            raise _unavailable(path, error) from error
-        try:
-            yield
-        finally:
-            os.close(descriptor)
+        except FileNotFoundError:
+            if attempt + 1 == _ATTEMPTS:
+                raise
+            continue
+        if _is_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, "others make and remove it all the time")
 
 
-def _remove_empty(directories: Sequence[Path]) -> None:
-    """Removes directories, innermost first, as far as they are there and empty."""
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether a path still names what was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def missing_directories(path: Path) -> set[Path]:
+    """Returns which of a directory and those above it do not exist."""
+    return {each for each in (path, *path.parents) if not each.exists()}
+
+
+def remove_empty(directories: Iterable[Path]) -> None:
+    """Removes directories, innermost first, up to the first that is not there or not empty."""
     with suppress(OSError):
-        for directory in directories:
+        for directory in sorted(directories, reverse=True):
             directory.rmdir()
 
 
@@ -238,6 +293,8 @@ def _unavailable(path: Path, error: OSError) -> ConfigError:
 def _lock(directory: Path, shared: bool = False) -> int:
     """Locks a directory until the descriptor that it returns is closed; EWOULDBLOCK if it is.
 
+    Those who only look have a shared lock for a moment, which keeps nobody out.
+
     Args:
       directory: Which.
       shared: Whether others may have such a lock too: enough to see that nobody has one alone.
@@ -245,7 +302,12 @@ def _lock(directory: Path, shared: bool = False) -> int:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         if fcntl is not None:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            try:
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOOK_SECONDS)
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
         # Others mean that the file system has no such locks.
         if error.errno == errno.EWOULDBLOCK:

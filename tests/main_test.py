@@ -237,6 +237,10 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys, monkeyp
         patch.setattr("fedqsn_jax.main._run", None)
         message = refusal(capsys, [*arguments, "--config.rounds=6"])
         assert "another run is at work in it" in message
+    with WorkDirectory(directory).claim(trained.config):
+        # What writes nothing disturbs nobody.
+        assert main([*arguments, "--config.rounds=6", "--dry_run"]) == 0
+    capsys.readouterr()
     after = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     assert after == before
 

@@ -9,7 +9,7 @@ from sweep_cases import CONFIG, sweep_file
 
 from fedqsn_jax import command_line
 from fedqsn_jax.command_line import read_config
-from fedqsn_jax.config import Config
+from fedqsn_jax.config import Config, ConfigError
 from fedqsn_jax.sweep import main
 from fedqsn_jax.sweeps import run
 from fedqsn_jax.sweeps.grid import make_plan, read_grids
@@ -222,6 +222,38 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on(at_once, tmp_path, ca
     assert main(arguments) == 0
     assert files.read() == records
     assert json.loads((directory / "sweep.json").read_text())["grids"] == [GRID]
+
+
+def test_a_sweep_that_is_at_work_can_be_looked_at_but_not_run(tmp_path, capsys):
+    directory, option = tmp_path / "sweep", sweep_file(tmp_path, GRID)
+    arguments = [*CONFIG, option, f"--workdir={directory}"]
+    plan = make_plan(read_config("configs/digits.py", CONFIG[1:]), [GRID])
+    with SweepDirectory(directory).claim(plan):
+        assert main([*arguments, "--dry_run"]) == 0
+        assert "4 points" in capsys.readouterr().out
+        assert "another run is at work in it" in refusal(capsys, arguments)
+        assert [path.name for path in directory.iterdir()] == ["sweep.json"]
+    assert not directory.exists()
+
+
+def test_a_refused_sweep_leaves_the_other_ones_definition(tmp_path):
+    """As where both found an empty directory, and the other one claimed it first."""
+    (tmp_path / "sweep.json").write_text("{}")
+    plan = make_plan(Config(), [GRID])
+    claim = SweepDirectory(tmp_path).claim(plan)
+    with pytest.raises(ConfigError, match="it was made by another sweep"), claim:
+        pass
+    assert (tmp_path / "sweep.json").read_text() == "{}"
+
+
+def test_what_remains_is_told_of_damaged_results_too(tmp_path):
+    files = SweepDirectory(tmp_path)
+    nothing = "no point was finished, the same command starts again"
+    assert files.what_remains() == nothing
+    files.records.write_text('{"half')
+    assert files.what_remains() == nothing
+    files.records.write_text("damaged\n")
+    assert files.what_remains().startswith("finished points are kept")
 
 
 def test_a_directory_that_cannot_serve(tmp_path, capsys):

@@ -1,7 +1,9 @@
 """The directory of a run: one run at a time, and the configuration that made it."""
 
 import contextlib
+import errno
 import os
+import pathlib
 import stat
 import subprocess
 import sys
@@ -41,6 +43,7 @@ def test_a_second_run_is_refused_while_the_first_is_at_work(tmp_path):
                 ConfigError, match=r"new/run: another run is at work in it; [^\n]*$"
             ):
                 use(directory)
+        WorkDirectory(directory).check_fit(Config())
     claim(directory)
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(directory)],
@@ -78,6 +81,81 @@ def test_a_directory_in_which_nothing_happened_is_removed(tmp_path):
     with WorkDirectory(directory).claim(Config()):
         WorkDirectory(directory).write_config(Config())
     assert [path.name for path in directory.iterdir()] == ["config.json"]
+
+
+def test_who_comes_second_removes_nothing_of_the_first(tmp_path, monkeypatch):
+    """Also where both have found no directory, and one has made it and the other locked it."""
+    directory, lock = tmp_path / "new" / "run", workdir._lock
+    with contextlib.ExitStack() as first:
+
+        def be_overtaken(path, shared=False):
+            monkeypatch.setattr(workdir, "_lock", lock)
+            first.enter_context(WorkDirectory(directory).claim(Config()))
+            return lock(path, shared)
+
+        monkeypatch.setattr(workdir, "_lock", be_overtaken)
+        with pytest.raises(ConfigError, match="another run is at work"):
+            claim(directory)
+        WorkDirectory(directory).write_config(Config())
+    assert WorkDirectory(directory).config() == Config()
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_directory_that_its_last_run_removes_meanwhile_is_made_again(
+    tmp_path, monkeypatch, locked
+):
+    directory, lock, removals = tmp_path / "new" / "run", workdir._lock, []
+
+    def remove(path):
+        if len(removals) < 2:
+            path.rmdir()
+            path.parent.rmdir()
+            removals.append(path)
+
+    def lock_what_is_removed(path):
+        if not locked:
+            remove(path)
+        descriptor = lock(path)
+        remove(path)
+        return descriptor
+
+    monkeypatch.setattr(workdir, "_lock", lock_what_is_removed)
+    with WorkDirectory(directory).claim(Config()):
+        assert len(removals) == 2
+        monkeypatch.setattr(workdir, "_lock", lock)
+        with pytest.raises(ConfigError, match="another run is at work"):
+            claim(directory)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_removed_every_time_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "_is_at", lambda descriptor, path: False)
+    with pytest.raises(ConfigError, match="others make and remove it all the time"):
+        claim(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made_leaves_none_above_it(tmp_path, monkeypatch):
+    def fail_in_the_end(path, **options):
+        os.makedirs(path.parent)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", fail_in_the_end)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        claim(tmp_path / "new" / "above" / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_only_looks_keeps_nobody_out(tmp_path, monkeypatch):
+    looking = workdir._lock(tmp_path, shared=True)
+    waits = []
+
+    def look_to_the_end(seconds):
+        waits.append(seconds)
+        os.close(looking)
+
+    monkeypatch.setattr(workdir.time, "sleep", look_to_the_end)
+    claim(tmp_path)
+    assert len(waits) == 1
 
 
 def test_what_remains_after_an_interruption(tmp_path):

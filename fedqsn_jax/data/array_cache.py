@@ -10,6 +10,7 @@ import numpy as np
 
 from fedqsn_jax.config import ConfigError
 from fedqsn_jax.data.splits import Rows
+from fedqsn_jax.ending import cleaning_up
 
 _MODE = 0o700
 
@@ -65,10 +66,7 @@ def _write(file: Path, arrays: Rows) -> None:
     # Unlike files that are replaced by one run, this one may be written by several at a time, so
     # the temporary name must be unique.
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
+    with cleaning_up(lambda: Path(temporary).unlink(missing_ok=True)):
         with os.fdopen(descriptor, "wb") as stream:
             np.savez(stream, allow_pickle=False, **arrays)
         os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise

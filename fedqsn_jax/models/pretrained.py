@@ -23,6 +23,7 @@ from fedqsn_jax.models.encoder import EncoderConfig
 from fedqsn_jax.models.hugging_face import PretrainedError, Settings, Tensor
 from fedqsn_jax.models.language import FAMILIES, LanguageConfig, make_language_model
 from fedqsn_jax.randomness import fold_in_name
+from fedqsn_jax.reporting.files import replacing
 from fedqsn_jax.types import Key, Params
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -176,10 +177,10 @@ def save_pretrained(directory: str | Path, config: LanguageConfig, params: Param
     }
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        save_file(arrays, directory / f"{_WEIGHTS}.new", metadata={"format": "pt"})
-        (directory / f"{_WEIGHTS}.new").replace(directory / _WEIGHTS)
-        text = json.dumps(config.to_settings(), indent=2) + "\n"
-        (directory / _CONFIG).write_text(text)
+        with replacing(directory / _WEIGHTS) as temporary:
+            save_file(arrays, temporary, metadata={"format": "pt"})
+        with replacing(directory / _CONFIG) as temporary:
+            temporary.write_text(json.dumps(config.to_settings(), indent=2) + "\n")
     except OSError as error:
         raise PretrainedError(f"{directory}: {error.strerror}") from error
 

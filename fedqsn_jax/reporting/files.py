@@ -5,13 +5,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedqsn_jax.ending import cleaning_up
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a path to write to; what is written there takes the place of ``path`` at the end.
 
     The content is on the disk before the name changes, so that not even a loss of power leaves a
-    file in part. An exception inside the block leaves ``path`` as it was, and nothing beside it.
+    file in part. An exception inside the block, or Ctrl-C, leaves ``path`` as it was, and nothing
+    beside it.
 
     Args:
       path: The file to replace or to create; its directory exists.
@@ -21,7 +24,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(path)
     temporary = final.with_name(f".{final.name}.new")
-    try:
+    with cleaning_up(lambda: temporary.unlink(missing_ok=True)):
         yield temporary
         descriptor = os.open(temporary, os.O_RDONLY)
         try:
@@ -29,6 +32,3 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             os.close(descriptor)
         os.replace(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -37,13 +37,19 @@ class SweepDirectory:
         """Makes sure, without writing anything, that the directory can serve this sweep.
 
         Raises:
-          ConfigError: Another one is at work in it, it belongs to another sweep, holds other
-            things, or cannot be written.
+          ConfigError: Another one is at work in it, or as `check_fit` does.
         """
         check_free(self.path)
-        self._check(plan)
+        self.check_fit(plan)
 
-    def _check(self, plan: Plan) -> None:
+    def check_fit(self, plan: Plan) -> None:
+        """Makes sure that the directory is, or could become, one of this sweep's.
+
+        Nothing is written, and the sweep may be at work in it meanwhile.
+
+        Raises:
+          ConfigError: It belongs to another sweep, holds other things, or cannot be written.
+        """
         check_writable(self.path)
         if not self.path.exists() or not any(self.path.iterdir()):
             return
@@ -73,11 +79,13 @@ class SweepDirectory:
         Raises:
           ConfigError: Another one is at work in it, or it does not serve this sweep (any more).
         """
-        with claim_directory(self.path), cleaning_up(self._forget_nothing_done):
-            self._check(plan)
-            if not self._definition.exists():
-                write_json(self._definition, _definition(plan))
-            yield
+        with claim_directory(self.path):
+            # Before anything that could remove what another sweep has written.
+            self.check_fit(plan)
+            with cleaning_up(self._forget_nothing_done):
+                if not self._definition.exists():
+                    write_json(self._definition, _definition(plan))
+                yield
 
     def _forget_nothing_done(self) -> None:
         if not self.records.exists():
@@ -96,7 +104,7 @@ class SweepDirectory:
 
     def what_remains(self) -> str:
         """Returns what an interrupted sweep leaves to the same command, in words."""
-        if not self.read():
+        if not self.records.exists() or b"\n" not in self.records.read_bytes():
             return "no point was finished, the same command starts again"
         return "finished points are kept, the same command runs the others"
 

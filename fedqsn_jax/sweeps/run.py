@@ -24,6 +24,8 @@ def check(
 ) -> list[tuple[list[Point], str]]:
     """Makes sure that every point that is left can be run; trains and writes nothing.
 
+    The sweep itself may be at work meanwhile.
+
     Args:
       plan: The sweep.
       directory: Where, if that is known.
@@ -40,7 +42,7 @@ def check(
     sources = sources or Sources()
     if directory is not None:
         files = SweepDirectory(directory)
-        files.check(plan)
+        files.check_fit(plan)
         records = files.read()
     groups = []
     for points in by_program(_missing(plan, records)):
@@ -69,9 +71,10 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
         another sweep.
       OutOfMemoryError: The device ran out of memory; finished points are kept.
     """
+    files = SweepDirectory(directory)
+    files.check(plan)
     sources = Sources()
     groups = check(plan, directory, at_once, sources)
-    files = SweepDirectory(directory)
     with files.claim(plan):
         records = files.read()
         missing = _missing(plan, records)
