@@ -151,6 +151,10 @@ def _run(
                         f"round 1"
                     )
                 problem = experiment.problem
+                if config.pretraining.steps:
+                    display.message(
+                        f"the server trains on its own rows first, {config.pretraining.steps} steps"
+                    )
                 params = pretrain(
                     config,
                     problem.pretraining_apply,
@@ -161,6 +165,7 @@ def _run(
                 )
                 # Two processes' devices may round differently: the leader's model is the model.
                 state = initial_state(experiment.simulation, processes.from_leader(params))
+                display.message("every view is evaluated before the first round")
                 history = [first_entry(experiment.simulation, state, experiment.held_out)]
             # Before the rounds Ctrl-C does not wait: there is nothing of this run to be saved.
             with _stops_at(signal.SIGINT, stopped):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from fedqsn_jax.command_line import one_line
 from fedqsn_jax.config import ClientConfig, Config, ConfigError, resolve
 from fedqsn_jax.configured import root_key
 from fedqsn_jax.costs import expected_costs, tensor_rows
@@ -187,6 +188,12 @@ def _outputs(
         raise ValueError(
             f"model: there is no {error} in its parameters, or in a batch, which has "
             f"{', '.join(sorted(example))}"
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"model: it fails on a batch, which is a dictionary with "
+            f"{', '.join(sorted(example))}, without a key, "
+            f"as in evaluation: {one_line(error)}"
         ) from error
     if not isinstance(outputs, jax.ShapeDtypeStruct):
         raise ValueError(

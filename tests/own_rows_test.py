@@ -120,6 +120,11 @@ def test_names_that_are_read_must_be_there():
         ("mlp", "model: of type str; allowed are"),
         (({}, lambda p, batch, key: p), "model: of type tuple; allowed are"),
         ((lambda p, b, k: (b["image"], 1), {}), "model: it returns a value of type tuple"),
+        (
+            (lambda p, b, k: b @ p["w"], {"w": jnp.ones(4)}),
+            "with image, label, without a key",
+        ),
+        ((lambda p, b, k: jax.random.fold_in(k, 0), {}), "without a key, as in evaluation: "),
         ((lambda p, b, k: b["image"].sum(-1), {}), "model: its outputs have the shape [1]"),
     ],
 )

@@ -15,7 +15,7 @@ from fedqsn_jax.data.packing import PackingOptions, pack
 from fedqsn_jax.data.prompts import make_prompts
 from fedqsn_jax.data.text import TextSettings
 from fedqsn_jax.data.text_formats import FORMATS
-from fedqsn_jax.data.text_sources import Row
+from fedqsn_jax.data.text_sources import Row, open_source
 from fedqsn_jax.data.tokenization import load_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -320,6 +320,12 @@ def test_the_cache_saves_the_work(tmp_path, tokenized):
         assert np.array_equal(array, second.splits.clients.examples[name])
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_one_files_bytes_are_other_rows_as_another_kind(tmp_path):
+    file = tmp_path / "rows"
+    file.write_text('{"a": 1}\n')
+    assert open_source(f"tsv:{file}").digest() != open_source(f"jsonl:{file}").digest()
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,8 @@ def open_source(spec: str, directory: str = "", split: str = "train") -> TextSou
         if empty:
             raise ConfigError(f"{path}: it has no rows")
 
-    return TextSource(spec, lambda: _digest([path]), rows)
+    # The same bytes are other rows by another kind.
+    return TextSource(spec, lambda: _digest([path], kind), rows)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
