@@ -1,5 +1,9 @@
 """FedSP (arXiv 2311.06805): clients tune soft prompts on a small model, for a large one they lack.
 
+Prompts are keys and values which all tokens attend to beside their own, in several layers (P-tuning
+v2, arXiv 2110.07602). The layers that the small model applies stand for the full model's last ones,
+in order: there the prompts are, in both.
+
 The server keeps the full encoder. Clients hold an auxiliary model: some of its layers, applied once
 or several times, which the server first distils on rows of its own. In a round a client trains, on
 its data, first these layers and then the prompts, each with the other frozen; only the prompts
@@ -12,7 +16,8 @@ To a round all of it is one tree of parameters, of which some are never sent:
 - ``model``: the full encoder, but for its classifier. It never leaves the server.
 - ``auxiliary``: the same with the few layers. It is sent, and what became of it stays with clients:
   they keep nothing, and every round starts from the distilled one.
-- ``prompts``, ``[count, width]``, and ``classifier``: sent, and returned where they are tuned.
+- ``prompts``, float32 ``[prompted layers, 2, count, heads, size]``, keys and values, and
+  ``classifier``: sent, and returned where they are tuned.
 
 What computes with such a tree uses the full encoder where the tree has it, and otherwise the
 auxiliary model; so the global view is the server's, and every other view is a client's.
@@ -33,6 +38,7 @@ import optax
 from fedqsn_jax.client import ClientResult, ClientUpdate, Training, make_client_update
 from fedqsn_jax.client_optimizer import ClientOptimizer
 from fedqsn_jax.data.federated import single_client
+from fedqsn_jax.models.attention import Prefix
 from fedqsn_jax.models.encoder import Encoder, EncoderConfig
 from fedqsn_jax.models.transformer import Execution
 from fedqsn_jax.proxy import Proxy, whole_proxy
@@ -46,6 +52,7 @@ PromptedApply = Callable[[Params, Array | None, Batch, Key | None], tuple[Array,
 Hidden states are the last ones of the tokens, float32 ``[rows, length, width]``."""
 
 _MODEL, _AUXILIARY, _PROMPTS, _CLASSIFIER = "model", "auxiliary", "prompts", "classifier"
+_KEY_STDDEV, _VALUE_STDDEV = 2.0, 0.1
 
 
 def prompted_encoder(config: EncoderConfig, execution: Execution | None = None) -> PromptedApply:
@@ -61,13 +68,28 @@ def prompted_encoder(config: EncoderConfig, execution: Execution | None = None) 
             batch.get("mask"),
             batch.get("token_types"),
             train=key is not None,
-            prompts=prompts,
+            prefixes=None if prompts is None else prefixes_of(prompts, config.layers),
             rngs=None if key is None else {"dropout": key},
             mutable=["hidden"],
         )
         return logits, sown["hidden"]["last"][0]
 
     return apply
+
+
+def prefixes_of(prompts: Array, layers: int) -> Prefix:
+    """Returns every layer's keys and values, of which only the last layers' are attended to.
+
+    Args:
+      prompts: ``[prompted layers, 2, count, heads, size]``.
+      layers: The number of the model's layers, no less than those.
+
+    Returns:
+      The prefixes, each tensor with a leading axis of ``layers``.
+    """
+    others = layers - len(prompts)
+    padded = jnp.pad(prompts, ((others, 0), *[(0, 0)] * (prompts.ndim - 1)))
+    return Prefix(padded[:, 0], padded[:, 1], jnp.arange(layers) >= others)
 
 
 def auxiliary_encoder(
@@ -111,26 +133,37 @@ def take_layers(params: Params, layers: Sequence[int]) -> Params:
     return {**params, "layers": stack}
 
 
-def add_prompts(key: Key, params: Params, count: int, layers: Sequence[int]) -> Params:
+def add_prompts(
+    key: Key, params: Params, count: int, layers: Sequence[int], passes: int = 1
+) -> Params:
     """Makes the tree of parameters of an encoder classifier's; see the module's description.
 
     Args:
-      key: The key of the prompts, which are as large as word embeddings. (A layer norm follows, so
-        the size matters to the rate only.)
-      params: The encoder's parameters.
-      count: The number of prompts.
+      key: The key of the prompts. Untrained ones have large keys, so that each is attended to by
+        some tokens rather than by all alike, and small values, so that they change little.
+      params: The encoder's parameters; the prompts have its shapes, and nothing else of it.
+      count: The number of prompts, in each of the layers that have them.
       layers: The auxiliary model's layers; see `take_layers`.
+      passes: How often these are applied.
 
     Raises:
-      ValueError: There are no such layers.
+      ValueError: There are no such layers, or the auxiliary model applies more than there are.
     """
     body = {name: each for name, each in params.items() if name != _CLASSIFIER}
-    table = params["token_embed"]["embedding"]
-    noise = jax.random.normal(key, (count, table.shape[1]))
+    auxiliary = take_layers(body, layers)
+    depth, _, heads, size = params["layers"]["attention"]["key"]["kernel"].shape
+    prompted = passes * len(layers)
+    if prompted > depth:
+        raise ValueError(
+            f"passes = {passes} of {len(layers)} layers: allowed are no more layers in all than "
+            f"the model's {depth}"
+        )
+    noise = jax.random.normal(key, (prompted, 2, count, heads, size))
+    sizes = jnp.asarray([_KEY_STDDEV, _VALUE_STDDEV]).reshape(2, 1, 1, 1)
     return {
         _MODEL: body,
-        _AUXILIARY: take_layers(body, layers),
-        _PROMPTS: (jnp.std(table) * noise).astype(table.dtype),
+        _AUXILIARY: auxiliary,
+        _PROMPTS: noise * jnp.expand_dims(sizes, 0),
         _CLASSIFIER: params[_CLASSIFIER],
     }
 
@@ -247,8 +280,8 @@ def distil(
       steps: Number of steps.
       batch_size: Rows a step.
       temperature: See `distillation_loss`.
-      noise: Both models see the prompts with normal noise of up to this size, relative to theirs,
-        drawn for each step: clients will move them, and there too the models should agree.
+      noise: Both models see the prompts with normal noise of up to this standard deviation, drawn
+        for each step: clients will move them, and there too the models should agree.
 
     Returns:
       The tree with new layers of the auxiliary model, and the mean loss of the steps.
@@ -260,7 +293,7 @@ def distil(
         moved = prompts
         if noise and key is not None:
             size_key, noise_key = jax.random.split(fold_in_name(key, "noise"))
-            size = noise * jnp.std(prompts) * jax.random.uniform(size_key)
+            size = noise * jax.random.uniform(size_key)
             moved = prompts + size * jax.random.normal(noise_key, prompts.shape)
         goal = full_apply({**params[_MODEL], **classifier}, moved, batch, None)
         return auxiliary_apply({**auxiliary, **classifier}, moved, batch, None), goal

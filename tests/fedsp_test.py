@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
 from language_cases import CONFIGS, VOCAB, batch_of, jit, random_params
 
 from fedqsn_jax.aggregation import make_aggregator
@@ -52,7 +53,12 @@ def whole(full, prompts):
 
 @pytest.fixture(scope="module")
 def prompts():
-    return jnp.asarray(np.random.default_rng(5).normal(0, 0.5, (2, CONFIG.width)), jnp.float32)
+    """Two keys and values in the last layer."""
+    return drawn((1, 2, 2, CONFIG.heads, CONFIG.width // CONFIG.heads), seed=5)
+
+
+def drawn(shape, seed):
+    return jnp.asarray(np.random.default_rng(seed).normal(0, 1, shape), jnp.float32)
 
 
 def rows(count, seed):
@@ -61,42 +67,86 @@ def rows(count, seed):
     return {"tokens": tokens, "label": (tokens[:, 1] % 3).astype(np.int32)}
 
 
-def test_prompts_are_embeddings_that_tokens_attend_to(full, prompts):
-    """As two more tokens would be whose embeddings they are, up to position and type."""
-    apply, batch = jit(prompted_encoder(CONFIG), static_argnums=3), batch_of()
-    logits, hidden = apply(full, prompts, batch, None)
-    assert hidden.shape == (3, 6, CONFIG.width)
-    table = full["token_embed"]["embedding"]
-    extended = {
-        **full,
-        "token_embed": {"embedding": jnp.concatenate([table, prompts])},
-        "position_embed": {
-            "embedding": jnp.pad(full["position_embed"]["embedding"][:14], ((2, 0), (0, 0)))
-        },
-        "type_embed": {
-            "embedding": jnp.stack(
-                [full["type_embed"]["embedding"][0], jnp.zeros(CONFIG.width, jnp.float32)]
+def encoded_by_hand(params, batch, seen_too, positions_from):
+    """An encoder's last hidden states in NumPy.
+
+    ``seen_too`` has hidden states ``[count, width]`` for some layers: there tokens attend to them
+    beside each other, as if they were tokens whose own output nobody wants.
+    """
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    tokens, mask = np.asarray(batch["tokens"]), np.asarray(batch["mask"])
+
+    def normed(x, norm):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-12) * norm["scale"] + norm["bias"]
+
+    def dense(x, layer):
+        return x @ layer["kernel"] + layer["bias"]
+
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0) + positions_from
+    hidden = params["token_embed"]["embedding"][tokens] + params["type_embed"]["embedding"][0]
+    hidden = normed(hidden + params["position_embed"]["embedding"][positions], params["embed_norm"])
+    for index in range(CONFIG.layers):
+        layer = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
+        attention, extra = layer["attention"], seen_too.get(index, np.zeros((0, CONFIG.width)))
+        keys_of = np.concatenate([np.broadcast_to(extra, (len(tokens), *extra.shape)), hidden], 1)
+        query, key, value = (
+            np.einsum("rtw,whs->rths", states, attention[name]["kernel"]) + attention[name]["bias"]
+            for name, states in (("query", hidden), ("key", keys_of), ("value", keys_of))
+        )
+        scores = np.einsum("rqhs,rkhs->rhqk", query, key) / np.sqrt(CONFIG.width // CONFIG.heads)
+        visible = np.concatenate([np.ones((len(tokens), len(extra)), bool), mask], axis=1)
+        odds = np.exp(scores) * visible[:, None, None]
+        odds /= odds.sum(axis=-1, keepdims=True)
+        attended = np.einsum("rhqk,rkhs->rqhs", odds, value)
+        out = np.einsum("rqhs,hsw->rqw", attended, attention["out"]["kernel"])
+        hidden = normed(hidden + out + attention["out"]["bias"], layer["attention_norm"])
+        inner = dense(hidden, layer["mlp"]["up"])
+        inner = inner * (1 + scipy.special.erf(inner / np.sqrt(2))) / 2
+        hidden = normed(hidden + dense(inner, layer["mlp"]["down"]), layer["mlp_norm"])
+    return hidden
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("prompted", [1, 2], ids=["the last layer", "all layers"])
+def test_prompts_are_keys_and_values_that_tokens_attend_to(family, prompted):
+    """As the projections of hidden states are that stand beside the tokens in these layers."""
+    config = dataclasses.replace(CONFIGS[family].with_dropout(0.0), classes=3)
+    params, batch = random_params(config), batch_of()
+    states = {layer: np.asarray(drawn((3, 8), layer)) for layer in range(2 - prompted, 2)}
+    prompts = jnp.stack(
+        [
+            jnp.stack(
+                [
+                    jnp.einsum("cw,whs->chs", states[layer], each["kernel"][layer])
+                    + jnp.expand_dims(each["bias"][layer], 0)
+                    for each in (params["layers"]["attention"][name] for name in ("key", "value"))
+                ]
             )
-        },
-    }
-    # Rows whose padding is on the right only: otherwise prompts would not come first.
-    put = jnp.broadcast_to(jnp.arange(VOCAB, VOCAB + 2), (2, 2))
-    longer = {
-        "tokens": jnp.concatenate([put, batch["tokens"][:2]], axis=1),
-        "mask": jnp.pad(batch["mask"][:2], ((0, 0), (2, 0)), constant_values=True),
-        "token_types": jnp.pad(jnp.zeros((2, 6), jnp.int32), ((0, 0), (2, 0)), constant_values=1),
-    }
-    wider = prompted_encoder(dataclasses.replace(CONFIG, vocab_size=VOCAB + 2))
-    _, expected = jit(wider, static_argnums=3)(extended, None, longer, None)
-    real = np.asarray(batch["mask"][:2])
-    np.testing.assert_allclose(hidden[:2][real], expected[:, 2:][real], rtol=1e-4, atol=1e-5)
-    plain, plain_hidden = apply(full, None, batch, None)
-    assert np.abs(plain_hidden - hidden).max() > 100 * 1e-5, "they do make a difference"
-    assert (plain != logits).all()
+            for layer in sorted(states)
+        ]
+    )
+    apply = jit(prompted_encoder(config), static_argnums=3)
+    _, hidden = apply(params, prompts, batch, None)
+    expected = encoded_by_hand(params, batch, states, config.first_position)
+    real = np.asarray(batch["mask"])
+    np.testing.assert_allclose(hidden[real], expected[real], rtol=1e-4, atol=1e-5)
+    _, plain = apply(params, None, batch, None)
+    expected = encoded_by_hand(params, batch, {}, config.first_position)
+    np.testing.assert_allclose(plain[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert np.abs(plain - hidden).max() > 0.01, "they do make a difference"
 
 
-def test_the_auxiliary_model_is_some_of_the_layers(full, prompts):
-    """Applied twice, one layer is an encoder of two that are alike."""
+def test_training_with_dropout_attends_to_prompts_too(full, prompts):
+    """At a rate at which nothing is dropped it is what the other path gives."""
+    dropping, batch = CONFIG.with_dropout(1e-9), batch_of()
+    trained = jit(prompted_encoder(dropping))(full, prompts, batch, KEY)
+    plain = jit(FULL, static_argnums=3)(full, prompts, batch, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), trained, plain)
+
+
+def test_the_auxiliary_model_is_some_of_the_layers(full):
+    """Applied twice, one layer is an encoder of two that are alike; each has prompts of its own."""
     small = take_layers(full, [1])
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_array_equal(ours[0], theirs[1]),
@@ -104,13 +154,24 @@ def test_the_auxiliary_model_is_some_of_the_layers(full, prompts):
         full["layers"],
     )
     assert small["classifier"] is full["classifier"]
-    batch = batch_of()
+    batch, prompts = batch_of(), drawn((2, 2, 3, 2, 4), seed=6)
     twice = jit(auxiliary_encoder(CONFIG, 1, 2), static_argnums=3)(small, prompts, batch, None)
     alike = jit(FULL, static_argnums=3)(take_layers(full, [1, 1]), prompts, batch, None)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), twice, alike)
     for layers in ([], [2], [-1]):
         with pytest.raises(ValueError, match=r"^layers = .*: allowed are one or more of 0 to 1$"):
             take_layers(full, layers)
+
+
+def test_untrained_prompts_have_the_small_models_depth_and_nothing_of_the_model(full):
+    """One layer of prompts for each layer that clients apply, no more than the full model has."""
+    prompts = add_prompts(KEY, full, 64, [1], passes=2)["prompts"]
+    assert prompts.shape == (2, 2, 64, 2, 4)
+    np.testing.assert_allclose(prompts.std(axis=(0, 2, 3, 4)), [2, 0.1], rtol=0.1)
+    unknown = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), full)
+    assert (add_prompts(KEY, unknown, 64, [1], passes=2)["prompts"] == prompts).all()
+    with pytest.raises(ValueError, match=r"^passes = 2 of 2 layers: .* the model's 2$"):
+        add_prompts(KEY, full, 64, [0, 1], passes=2)
 
 
 def test_distillation_loss_by_hand():

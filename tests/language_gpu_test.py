@@ -7,9 +7,10 @@ import pytest
 from language_cases import jit
 
 from fedqsn_jax.models import gpu_blocks
+from fedqsn_jax.models.attention import Prefix
 from fedqsn_jax.models.attention_gpu import Heads, attend_packed
 from fedqsn_jax.models.dropout import drop, words_of
-from fedqsn_jax.models.encoder import EncoderConfig
+from fedqsn_jax.models.encoder import Encoder, EncoderConfig
 from fedqsn_jax.models.gelu_gpu import biased_gelu
 from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.models.norm_gpu import Branch, add_and_norm
@@ -107,18 +108,25 @@ def test_gelu_is_the_exact_one():
     assert_same(ours, theirs, 2e-6)
 
 
-def test_an_encoder_is_the_same_with_and_without_them(monkeypatch):
-    """In bfloat16, in which they are used; logits and gradients of every tensor."""
+@pytest.mark.parametrize("prompted", [False, True])
+def test_an_encoder_is_the_same_with_and_without_them(monkeypatch, prompted):
+    """In bfloat16, in which they are used; logits and gradients of every tensor.
+
+    Attention to further keys and values is not among them, and is computed without.
+    """
     config = EncoderConfig("roberta", 20, 64, 2, 2, 128, positions=32, pad_token_id=1, classes=3)
     tokens = jnp.asarray(np.random.default_rng(0).integers(2, 20, (2, 16)), jnp.int32)
-    batch = {"tokens": tokens, "mask": jnp.arange(16)[None] < jnp.array([[16], [11]])}
+    mask = jnp.arange(16)[None] < jnp.array([[16], [11]])
+    shape = (2, 3, 2, 32)
+    prefixes = Prefix(normal(*shape, seed=1), normal(*shape, seed=2), jnp.array([False, True]))
 
     def results(execution):
-        model = make_language_model(config, execution)
+        module = Encoder(config, execution)
         params = make_language_model(config).init(jax.random.key(0))
 
         def loss(params):
-            logits = model.apply_fn(params, batch, None).astype(jnp.float32)
+            further = {"prefixes": prefixes} if prompted else {}
+            logits = module.apply({"params": params}, tokens, mask, **further)
             return (logits * normal(2, 3)).sum(), logits
 
         return jit(jax.grad(loss, has_aux=True))(params)

@@ -32,6 +32,20 @@ class Slots(NamedTuple):
     used: Array
 
 
+class Prefix(NamedTuple):
+    """Keys and values of a layer that stand for no token: all tokens of all rows attend to them.
+
+    Attributes:
+      key: ``[count, heads, size]``.
+      value: The same.
+      seen: Whether they are attended to at all, bool scalar.
+    """
+
+    key: Array
+    value: Array
+    seen: Array
+
+
 class Attention(nn.Module):
     """Attention with query, key, value and output projections.
 
@@ -74,6 +88,7 @@ class Attention(nn.Module):
         source: Array | None = None,
         key_value: tuple[Array, Array] | None = None,
         slots: Slots | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Attends.
 
@@ -86,12 +101,14 @@ class Attention(nn.Module):
           key_value: Keys and values themselves, ``[rows, keys, heads, size]``, in place of a
             source.
           slots: A cache to write the keys and values to, and to attend to.
+          prefix: Further keys and values, for attention that is not causal; ``mask`` and ``bias``
+            are about the others.
 
         Returns:
           ``[rows, queries, width]``, and with slots all layers' cached keys and values.
         """
         dropout_key = self.make_rng("dropout") if self.train and self.rate > 0 else None
-        to_itself = source is None and key_value is None and slots is None
+        to_itself = source is None and key_value is None and slots is None and prefix is None
         if to_itself and rotation is None and bias is None and self._packs(hidden, mask):
             attended, cached = self._attend_packed(hidden, mask, dropout_key), None
         else:
@@ -101,6 +118,8 @@ class Attention(nn.Module):
                 all_keys, key = caches.write(slots.key, slots.layer, slots.used, key)
                 all_values, value = caches.write(slots.value, slots.layer, slots.used, value)
                 cached = all_keys, all_values
+            if prefix is not None:
+                key, value, mask = with_prefix(prefix, key, value, mask)
             attended = attend(
                 query,
                 key,
@@ -192,6 +211,34 @@ class Attention(nn.Module):
             kernel_init=nn.initializers.normal(stddev),
             name=name,
         )
+
+
+def with_prefix(
+    prefix: Prefix, key: Array, value: Array, mask: Array | None
+) -> tuple[Array, Array, Array]:
+    """Puts a prefix before the keys and values of every row.
+
+    Args:
+      prefix: The prefix, of ``count`` keys.
+      key: ``[rows, keys, heads, size]``.
+      value: The same.
+      mask: bool, broadcasts to ``[rows, heads, queries, keys]``, or None.
+
+    Returns:
+      Keys, values and mask with ``count + keys`` in place of ``keys``.
+    """
+    rows, keys = key.shape[:2]
+    if mask is None:
+        mask = jnp.ones((1, 1, 1, keys), bool)
+    seen = jnp.broadcast_to(prefix.seen, (*mask.shape[:-1], len(prefix.key)))
+    mask = jnp.broadcast_to(mask, (*mask.shape[:-1], keys))
+
+    def put(first: Array, then: Array) -> Array:
+        repeated = jnp.broadcast_to(first.astype(then.dtype), (rows, *first.shape))
+        return jnp.concatenate([repeated, then], axis=1)
+
+    mask = jnp.concatenate([seen, mask], axis=-1)
+    return put(prefix.key, key), put(prefix.value, value), mask
 
 
 def attend(

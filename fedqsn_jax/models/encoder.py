@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fedqsn_jax.models import gpu_blocks, norm_gpu
-from fedqsn_jax.models.attention import Attention
+from fedqsn_jax.models.attention import Attention, Prefix
 from fedqsn_jax.models.cache import positions_of
 from fedqsn_jax.models.dropout import Dropout, drop, words_of
 from fedqsn_jax.models.hugging_face import (
@@ -221,7 +221,7 @@ class Encoder(nn.Module):
         mask: Array | None = None,
         token_types: Array | None = None,
         train: bool = False,
-        prompts: Array | None = None,
+        prefixes: Prefix | None = None,
     ) -> Array:
         """Returns float32 logits ``[rows, classes]``, or ``[rows, width]`` without classes.
 
@@ -233,8 +233,7 @@ class Encoder(nn.Module):
           mask: bool or integer, the same shape: which tokens are real; None: all are.
           token_types: int32, the same shape; None: all are of type 0.
           train: Whether dropout acts.
-          prompts: Soft prompts ``[count, width]``, which every row's tokens attend to: they go
-            before the tokens in place of embeddings, and have no position and no type.
+          prefixes: Keys and values of every layer, each tensor with a leading layer axis.
 
         Raises:
           ValueError: The sequences are longer than the model's positions.
@@ -255,18 +254,12 @@ class Encoder(nn.Module):
             hidden += type_embed.repeated(0, tokens.shape)
         else:
             hidden += type_embed(token_types)
-        count = 0 if prompts is None else len(prompts)
-        if prompts is not None:
-            before = jnp.broadcast_to(prompts.astype(hidden.dtype), (len(tokens), *prompts.shape))
-            hidden = jnp.concatenate([before, hidden], axis=1)
-            if seen is not None:
-                seen = jnp.pad(seen, ((0, 0), (0, 0), (0, 0), (count, 0)), constant_values=True)
         hidden = nn.LayerNorm(config.norm_epsilon, dtype, name="embed_norm")(hidden)
         hidden = Dropout(config.hidden_dropout, train)(hidden)
         layers = stack(_Layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
-        (hidden, _), _ = layers((hidden, hidden), None, seen)
-        hidden = hidden[:, count:].astype(jnp.float32)
+        (hidden, _), _ = layers((hidden, hidden), prefixes, seen)
+        hidden = hidden.astype(jnp.float32)
         self.sow("hidden", "last", hidden)
         return self._classify(hidden, mask, train)
 
@@ -292,7 +285,7 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: tuple[Array, Array], each: None, mask: Array | None
+        self, hidden: tuple[Array, Array], each: Prefix | None, mask: Array | None
     ) -> tuple[tuple[Array, Array], None]:
         config, fuses = self.config, self._fuses()
         attention = Attention(
@@ -307,7 +300,7 @@ class _Layer(nn.Module):
             name="attention",
         )
         stream, read = hidden
-        attended, _ = attention(read, mask)
+        attended, _ = attention(read, mask, prefix=each)
         stream, read = self._added(stream, attended, ("attention", "out"), "attention_norm")
         mlp = Mlp(
             config.inner,
