@@ -145,13 +145,13 @@ class FedSPConfig:
     The settings of ``client`` are those of the prompts, and of its steps both have a share.
     """
 
-    prompts: int = _field(8, _range(1), "prompt vectors")
+    prompts: int = _field(8, _range(1), "keys and values in each layer that has prompts")
     tuned: tuple[str, ...] = _field(TUNED[:1], _one_of(*TUNED), "what clients tune and return")
-    layers: tuple[int, ...] = _field((0,), _range(0), "the model's layers that clients get")
+    layers: tuple[int, ...] = _field((-1,), None, "the model's layers that clients get")
     passes: int = _field(1, _range(1), "times that these are applied, one after the other")
     distillation_steps: int = _field(300, _range(0), "steps that make them like the whole model")
     distillation_rate: float = _field(1e-3, _range(0), "Adam's peak rate in these steps")
-    distillation_noise: float = _field(0.5, _range(0), "of the prompts there, relative to theirs")
+    distillation_noise: float = _field(0.0, _range(0), "of the prompts there, standard deviation")
     temperature: float = _field(1.0, _range(1e-3), "of both models' logits in these steps")
     auxiliary_share: float = _field(0.5, _range(0, 1), "of a client's steps, for the small model")
     auxiliary_rate: float = _field(1e-4, _range(0), "Adam's rate in them")

@@ -120,15 +120,18 @@ def take_layers(params: Params, layers: Sequence[int]) -> Params:
 
     Args:
       params: The full encoder's parameters.
-      layers: The layers to take, from 0 on, in the order in which they are applied.
+      layers: The layers to take, in the order in which they are applied: from 0 on, or counted
+        from the last, -1, backwards.
 
     Raises:
       ValueError: There is none, or the encoder has no such layer.
     """
     depth = jax.tree.leaves(params["layers"])[0].shape[0]
-    if not layers or not all(0 <= layer < depth for layer in layers):
-        raise ValueError(f"layers = {tuple(layers)}: allowed are one or more of 0 to {depth - 1}")
-    taken = jnp.asarray(layers, jnp.int32)
+    if not layers or not all(-depth <= layer < depth for layer in layers):
+        raise ValueError(
+            f"layers = {tuple(layers)}: allowed are one or more of {-depth} to {depth - 1}"
+        )
+    taken = jnp.asarray(layers, jnp.int32) % depth
     stack = jax.tree.map(lambda leaf: jnp.take(leaf, taken, axis=0), params["layers"])
     return {**params, "layers": stack}
 

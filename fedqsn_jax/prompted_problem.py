@@ -54,9 +54,7 @@ def prompted_problem(
     settings = config.fedsp
     try:
         key = fold_in_name(root_key(config), "prompts")
-        whole = add_prompts(
-            key, params, settings.prompts, settings.layers, settings.passes
-        )
+        whole = add_prompts(key, params, settings.prompts, settings.layers, settings.passes)
     except ValueError as error:
         raise ConfigError(f"fedsp.{error}") from error
 

@@ -142,7 +142,9 @@ def test_training_with_dropout_attends_to_prompts_too(full, prompts):
     dropping, batch = CONFIG.with_dropout(1e-9), batch_of()
     trained = jit(prompted_encoder(dropping))(full, prompts, batch, KEY)
     plain = jit(FULL, static_argnums=3)(full, prompts, batch, None)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), trained, plain)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), trained, plain
+    )
 
 
 def test_the_auxiliary_model_is_some_of_the_layers(full):
@@ -158,8 +160,10 @@ def test_the_auxiliary_model_is_some_of_the_layers(full):
     twice = jit(auxiliary_encoder(CONFIG, 1, 2), static_argnums=3)(small, prompts, batch, None)
     alike = jit(FULL, static_argnums=3)(take_layers(full, [1, 1]), prompts, batch, None)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), twice, alike)
-    for layers in ([], [2], [-1]):
-        with pytest.raises(ValueError, match=r"^layers = .*: allowed are one or more of 0 to 1$"):
+    last = take_layers(full, [-1])
+    jax.tree.map(np.testing.assert_array_equal, last, small)
+    for layers in ([], [2], [-3]):
+        with pytest.raises(ValueError, match=r"^layers = .*: allowed are one or more of -2 to 1$"):
             take_layers(full, layers)
 
 

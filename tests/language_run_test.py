@@ -159,7 +159,7 @@ def test_prompts_are_tuned_for_a_model_that_stays_with_the_server(bert, tmp_path
     jax.tree.map(np.testing.assert_array_equal, start["model"], end["model"])
     jax.tree.map(np.testing.assert_array_equal, start["auxiliary"], end["auxiliary"])
     assert (start["prompts"] != end["prompts"]).all()
-    # Up go 8 keys and values of 16 entries and a classifier of 16 x 2 and 2, and a few bytes of a header.
+    # Up go 8 keys and values of 16 entries and a classifier of 16 x 2 and 2, and a short header.
     assert 0 <= last["bytes/up_per_client"] - 4 * (2 * 8 * 16 + 16 * 2 + 2) <= 64
     assert export([f"--workdir={run}", f"--out={tmp_path / 'out'}"]) == 2
     assert "prompts" in capsys.readouterr().err
@@ -233,7 +233,11 @@ MISTAKES = {
     ),
     "no such layer": (
         [*FEDSP, "--config.fedsp.layers=(2,)"],
-        "fedsp.layers = (2,): allowed are one or more of 0 to 1",
+        "fedsp.layers = (2,): allowed are one or more of -2 to 1",
+    ),
+    "more layers than there are": (
+        [*FEDSP, "--config.fedsp.passes=3"],
+        "fedsp.passes = 3 of 1 layers: allowed are no more layers in all than the model's 2",
     ),
     "cuDNN in float32": (["--config.model.attention=cudnn"], "allowed is bfloat16"),
 }
