@@ -151,7 +151,7 @@ class FedSPConfig:
     passes: int = _field(1, _range(1), "times that these are applied, one after the other")
     distillation_steps: int = _field(300, _range(0), "steps that make them like the whole model")
     distillation_rate: float = _field(1e-3, _range(0), "Adam's peak rate in these steps")
-    distillation_noise: float = _field(0.0, _range(0), "of the prompts there, standard deviation")
+    distillation_noise: float = _field(1.0, _range(0), "of the prompts there, standard deviation")
     temperature: float = _field(1.0, _range(1e-3), "of both models' logits in these steps")
     auxiliary_share: float = _field(0.5, _range(0, 1), "of a client's steps, for the small model")
     auxiliary_rate: float = _field(1e-4, _range(0), "Adam's rate in them")

@@ -158,9 +158,10 @@ def test_prompts_are_tuned_for_a_model_that_stays_with_the_server(bert, tmp_path
     start, end = (load(run, round).params for round in (0, 2))
     jax.tree.map(np.testing.assert_array_equal, start["model"], end["model"])
     jax.tree.map(np.testing.assert_array_equal, start["auxiliary"], end["auxiliary"])
-    assert (start["prompts"] != end["prompts"]).all()
-    # Up go 8 keys and values of 16 entries and a classifier of 16 x 2 and 2, and a short header.
-    assert 0 <= last["bytes/up_per_client"] - 4 * (2 * 8 * 16 + 16 * 2 + 2) <= 64
+    # Some changes are less than the last place.
+    assert (start["prompts"] != end["prompts"]).mean() > 0.9
+    # Up go 8 keys and values of 16 entries, and a few bytes of a header.
+    assert 0 <= last["bytes/up_per_client"] - 4 * 2 * 8 * 16 <= 64
     assert export([f"--workdir={run}", f"--out={tmp_path / 'out'}"]) == 2
     assert "prompts" in capsys.readouterr().err
 

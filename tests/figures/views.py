@@ -46,17 +46,27 @@ LORA = {
     "fedqsn p=.1, all": ["fedqsn", *_ADAPTERS],
     "fedqsn p=.3, all": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3", *_ADAPTERS],
 }
+_ADAM = ["--config.client.optimizer=adam"]
 FEDSP = {
-    "prompts and classifier": ["fedsp"],
-    "prompts": ["fedsp", "--config.fedsp.tuned=('prompts',)", "--config.client.learning_rate=0.01"],
-    "classifier": ["fedsp", "--config.fedsp.tuned=('classifier',)"],
-    "prompts and classifier, alternating": ["fedsp", "--config.fedsp.auxiliary_share=0.5"],
-    "prompts and classifier, 6 passes": [
-        *("fedsp", "--config.fedsp.passes=6", "--config.fedsp.distillation_steps=1000"),
+    "prompts": ["fedsp"],
+    "prompts, Adam": ["fedsp", *_ADAM, "--config.client.learning_rate=0.03"],
+    "prompts, no noise": ["fedsp", "--config.fedsp.distillation_noise=0"],
+    "prompts, the first layer": ["fedsp", "--config.fedsp.layers=(0,)"],
+    "prompts, 6 passes": ["fedsp", "--config.fedsp.passes=6"],
+    "prompts, alternating": [
+        *("fedsp", "--config.fedsp.auxiliary_share=0.5", "--config.client.steps=32"),
     ],
-    "prompts and classifier, 1000 labelled rows": ["fedsp", "--config.pretraining.steps=96"],
-    "prompts and classifier, 64 labelled rows": [
+    "prompts, 64 labelled rows": [
         *("fedsp", "--config.pretraining.steps=96", "--config.pretraining.rows=64"),
+        "--config.client.learning_rate=30",
+    ],
+    "prompts and classifier": [
+        *("fedsp", "--config.fedsp.tuned=('prompts','classifier')"),
+        *(*_ADAM, "--config.client.learning_rate=0.003"),
+    ],
+    "classifier": [
+        *("fedsp", "--config.fedsp.tuned=('classifier',)"),
+        *(*_ADAM, "--config.client.learning_rate=0.003"),
     ],
 }
 SETTINGS = {
