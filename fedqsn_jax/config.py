@@ -142,7 +142,9 @@ class LoraConfig:
 class FedSPConfig:
     """FedSP's prompts and the small model on which clients tune them, at ``client.learning_rate``.
 
-    The settings of ``client`` are those of the prompts, and of its steps both have a share.
+    The settings of ``client`` are those of the prompts, and of its steps both have a share. Layers
+    count from 0 on, or from the last, -1, back. Those that the small model applies, passes times
+    layers of them, stand for the full model's last ones, which are the layers that have prompts.
     """
 
     prompts: int = _field(8, _range(1), "keys and values in each layer that has prompts")

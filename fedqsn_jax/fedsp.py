@@ -162,11 +162,11 @@ def add_prompts(
             f"the model's {depth}"
         )
     noise = jax.random.normal(key, (prompted, 2, count, heads, size))
-    sizes = jnp.asarray([_KEY_STDDEV, _VALUE_STDDEV]).reshape(2, 1, 1, 1)
+    stddev = jnp.asarray([_KEY_STDDEV, _VALUE_STDDEV]).reshape(1, 2, 1, 1, 1)
     return {
         _MODEL: body,
         _AUXILIARY: auxiliary,
-        _PROMPTS: noise * jnp.expand_dims(sizes, 0),
+        _PROMPTS: stddev * noise,
         _CLASSIFIER: params[_CLASSIFIER],
     }
 
