@@ -161,8 +161,8 @@ class Attention(nn.Module):
         rows, length, width = hidden.shape
         parts = [self.variables["params"][name] for name in ("query", "key", "value")]
         dtype = self.execution.dtype
-        kernels = [part["kernel"].astype(dtype).reshape(width, -1) for part in parts]
-        packed = hidden.astype(dtype) @ jnp.concatenate(kernels, axis=1)
+        kernels = [part["kernel"].reshape(width, -1) for part in parts]
+        packed = hidden.astype(dtype) @ jnp.concatenate(kernels, axis=1).astype(dtype)
         if self.biases:
             biases = jnp.concatenate([part["bias"].reshape(-1) for part in parts])
         else:

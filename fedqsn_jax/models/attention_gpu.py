@@ -33,8 +33,7 @@ _LONGEST = 128
 _HEAD_SIZES = (32, 64)
 _LOG2_E = math.log2(math.e)
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-_FORWARD_WARPS = 4
-_BACKWARD_WARPS = 8
+_WARPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,7 @@ def attend_packed(
         jax.ShapeDtypeStruct((rows * length, width), packed.dtype),
         grid=(rows, heads.count),
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=_FORWARD_WARPS, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         name="attention",
     )(_flat(packed), bias, seen, words)
     return attended.reshape(rows, length, width)
@@ -113,7 +112,7 @@ def _attend_backward(heads, interpret, residuals, cotangent):
         ),
         grid=(rows, heads.count),
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=_BACKWARD_WARPS, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         name="attention_gradient",
     )(_flat(packed), bias, seen, words, _flat(cotangent))
     return gradient.reshape(packed.shape), sums.sum(axis=0).astype(bias.dtype), None, None

@@ -2,11 +2,13 @@
 
 A bias, dropout, the sum with the residual stream and its layer norm are one pass over memory, and
 so are all their gradients: the sums over tokens, of which biases' and scales' gradients consist,
-are taken where the values are in registers anyway.
+are taken where the values are in registers anyway. The width is loaded in pieces of a power of two
+that fill it, as padding it to the next one would leave a quarter of the threads idle at 768.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,9 +29,11 @@ from fedqsn_jax.models.gpu_blocks import (
 from fedqsn_jax.types import Array
 
 _WIDEST = 2048
+_MOST_PIECES = 8
 # Measured on an H200 with 8192 tokens of 768 entries.
-_TOKENS = 2
-_WARPS = 4
+_FORWARD_TOKENS = 16
+_BACKWARD_TOKENS = 2
+_ENTRIES_OF_WARP = 768
 _BACKWARD_PROGRAMS = 512
 
 
@@ -48,7 +52,13 @@ class Branch:
 
 def fits(width: int, dtype: Any) -> bool:
     """Whether the kernels here do a norm over so many entries."""
-    return width <= _WIDEST and width % 8 == 0 and jnp.dtype(dtype) == jnp.bfloat16
+    few = width // _piece(width) <= _MOST_PIECES
+    return width <= _WIDEST and few and width % 8 == 0 and jnp.dtype(dtype) == jnp.bfloat16
+
+
+def _piece(width: int) -> int:
+    """The largest power of two that divides the width."""
+    return width & -width
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -82,26 +92,27 @@ def add_and_norm(
 
 
 def _add_and_norm_forward(branch, interpret, hidden, change, bias, scale, offset, words):
-    shape = _Shape(hidden.shape)
+    shape = _Shape(hidden.shape, _FORWARD_TOKENS)
     flat = jax.ShapeDtypeStruct((shape.tokens, shape.width), hidden.dtype)
-    operands = [shape.flat(hidden), shape.flat(change), bias, scale, offset]
+    # Side by side: an operand that is a part of a larger array would first be copied.
+    vectors = jnp.concatenate([bias, scale, offset])
     normed, total = pl.pallas_call(
         functools.partial(_forward_kernel, branch, shape),
         (flat, flat),
-        grid=(-(-shape.tokens // _TOKENS),),
+        grid=(shape.blocks,),
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
+        compiler_params=shape.compiler_params,
         name="add_and_norm",
-    )(*operands, *_streams(branch, words, hidden.shape))
+    )(shape.flat(hidden), shape.flat(change), vectors, *_streams(branch, words, hidden.shape))
     normed = normed.reshape(hidden.shape)
-    return (normed, normed), (total, bias, scale, offset, words)
+    return (normed, normed), (total, vectors, words)
 
 
 def _add_and_norm_backward(branch, interpret, residuals, cotangents):
-    total, bias, scale, offset, words = residuals
-    shape = _Shape(cotangents[0].shape)
+    total, vectors, words = residuals
+    shape = _Shape(cotangents[0].shape, _BACKWARD_TOKENS)
     flat = jax.ShapeDtypeStruct(total.shape, total.dtype)
-    programs = min(_BACKWARD_PROGRAMS, -(-shape.tokens // _TOKENS))
+    programs = min(_BACKWARD_PROGRAMS, shape.blocks)
     *gradients, sums = pl.pallas_call(
         functools.partial(_backward_kernel, branch, shape, programs),
         (
@@ -110,22 +121,20 @@ def _add_and_norm_backward(branch, interpret, residuals, cotangents):
         ),
         grid=(programs,),
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
+        compiler_params=shape.compiler_params,
         name="add_and_norm_gradient",
     )(
         total,
         *map(shape.flat, cotangents),
-        scale,
+        vectors,
         *_streams(branch, words, cotangents[0].shape),
     )
     to_hidden, to_change = gradients[0], gradients[-1]
-    to_bias, to_scale, to_offset = sums.reshape(3, programs, shape.width).sum(axis=1)
+    to_vectors = sums.reshape(3, programs, shape.width).sum(axis=1)
     return (
         to_hidden.reshape(cotangents[0].shape),
         to_change.reshape(cotangents[0].shape),
-        to_bias.astype(bias.dtype),
-        to_scale.astype(scale.dtype),
-        to_offset.astype(offset.dtype),
+        *to_vectors,
         None,
     )
 
@@ -141,81 +150,100 @@ def _streams(branch: Branch, words: Array, shape: tuple[int, ...]) -> list[Array
 class _Shape:
     """Of the activations, and of the blocks of it that a program takes."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        rows, self.length, self.width = shape
-        self.tokens = rows * self.length
-        self.block = _TOKENS, power_of_two(self.width)
+    def __init__(self, shape: tuple[int, ...], block: int) -> None:
+        rows, length, self.width = shape
+        self.tokens, self.block = rows * length, block
+        self.blocks = -(-self.tokens // block)
+        self.piece = _piece(self.width)
+        self.pieces = self.width // self.piece
+
+    @property
+    def compiler_params(self) -> triton.CompilerParams:
+        warps = self.block * -(-self.width // _ENTRIES_OF_WARP)
+        return triton.CompilerParams(num_warps=min(power_of_two(warps), 16), num_stages=1)
 
     def flat(self, values: Array) -> Array:
         return values.reshape(self.tokens, self.width)
 
+    def columns(self) -> list[Array]:
+        """Of each piece."""
+        return [span(each * self.piece, self.piece) for each in range(self.pieces)]
+
 
 class _Block:
-    """Some tokens, as a program loads them."""
+    """Some tokens, as a program loads them: values are lists, with ``[tokens, piece]`` of each."""
 
     def __init__(self, branch: Branch, shape: _Shape, first: Any) -> None:
         self.branch, self.shape = branch, shape
-        self.tokens, self.columns = span(first, shape.block[0]), span(0, shape.block[1])
-        self.real = None if shape.width == shape.block[1] else self.columns < shape.width
-        whole = self.real is None and shape.tokens % (_TOKENS * _BACKWARD_PROGRAMS) == 0
-        inside = column_of(self.tokens < shape.tokens, shape.block)
-        if self.real is not None:
-            inside &= row_of(self.real, shape.block)
-        self.inside = None if whole else inside
+        self.tokens, self.columns = span(first, shape.block), shape.columns()
+        self.size = shape.block, shape.piece
+        whole = shape.tokens % (_BACKWARD_TOKENS * _BACKWARD_PROGRAMS) == 0
+        self.exist = None if whole else self.tokens < shape.tokens
+        self.inside = None if self.exist is None else column_of(self.exist, self.size)
 
-    def load(self, ref: Any) -> Array:
+    def load(self, ref: Any) -> list[Array]:
         """Float32 values of the tokens."""
-        return load_block(ref, self.tokens, self.columns, self.inside).astype(jnp.float32)
+        return [
+            load_block(ref, self.tokens, columns, self.inside).astype(jnp.float32)
+            for columns in self.columns
+        ]
 
-    def store(self, ref: Any, values: Array) -> None:
-        store_block(ref, self.tokens, self.columns, self.inside, values)
+    def store(self, ref: Any, values: list[Array]) -> None:
+        for columns, each in zip(self.columns, values, strict=True):
+            store_block(ref, self.tokens, columns, self.inside, each)
 
-    def vector(self, ref: Any) -> Array:
-        """What is the same for all tokens, repeated."""
-        values = load_span(ref, self.columns, self.real).astype(jnp.float32)
-        return row_of(values, self.shape.block)
+    def vector(self, ref: Any, which: int) -> list[Array]:
+        """One of the vectors that lie side by side, repeated for all tokens."""
+        first = which * self.shape.width
+        return [row_of(load_span(ref, first + each, None), self.size) for each in self.columns]
 
-    def mean(self, values: Array) -> Array:
-        """Over the width, repeated; values outside must be zero."""
-        return column_of(values.sum(axis=1) / self.shape.width, self.shape.block)
+    def repeat(self, values: Array) -> Array:
+        """What is one number a token, for all entries of a piece."""
+        return column_of(values, self.size)
 
-    def normed(self, values: Array) -> tuple[Array, Array]:
-        """Values with mean zero and variance one, zero outside, and what they were divided by."""
-        centred = values - self.mean(values)
-        if self.real is not None:
-            centred = jnp.where(row_of(self.real, self.shape.block), centred, 0)
-        inverse = jax.lax.rsqrt(self.mean(centred * centred) + self.branch.epsilon)
-        return centred * inverse, inverse
+    def mean(self, values: list[Array]) -> Array:
+        """Over the width, repeated."""
+        total = functools.reduce(jnp.add, (each.sum(axis=1) for each in values))
+        return self.repeat(total / self.shape.width)
 
-    def drop(self, streams: tuple[Any, ...], values: Array) -> Array:
+    def normed(self, values: list[Array]) -> tuple[list[Array], Array]:
+        """Values with mean zero and variance one, and what they were multiplied by."""
+        mean = self.mean(values)
+        centred = _each(lambda x: x - mean, values)
+        inverse = jax.lax.rsqrt(self.mean(_each(jnp.square, centred)) + self.branch.epsilon)
+        return _each(lambda x: x * inverse, centred), inverse
+
+    def drop(self, streams: tuple[Any, ...], values: list[Array]) -> list[Array]:
         """Drops entries: the same ones each time."""
         if not streams:
             return values
-        exist = None if self.inside is None else self.tokens < self.shape.tokens
-        stream = column_of(load_span(streams[0], self.tokens, exist), values.shape)
-        columns = row_of(self.columns.astype(jnp.uint32), values.shape)
-        kept = is_kept(stream, columns, self.branch.rate)
-        return jnp.where(kept, values * kept_scale(self.branch.rate), 0)
+        stream = self.repeat(load_span(streams[0], self.tokens, self.exist))
+        rate = self.branch.rate
+        scale = kept_scale(rate)
+
+        def dropped(columns: Array, each: Array) -> Array:
+            kept = is_kept(stream, row_of(columns.astype(jnp.uint32), self.size), rate)
+            return jnp.where(kept, each * scale, 0)
+
+        return _each(dropped, self.columns, values)
+
+
+_BIAS, _SCALE, _OFFSET = range(3)
 
 
 def _forward_kernel(
-    branch: Branch,
-    shape: _Shape,
-    hidden: Any,
-    change: Any,
-    bias: Any,
-    scale: Any,
-    offset: Any,
-    *rest: Any,
+    branch: Branch, shape: _Shape, hidden: Any, change: Any, vectors: Any, *rest: Any
 ) -> None:
     *streams, normed, total = rest
-    block = _Block(branch, shape, pl.program_id(0) * _TOKENS)
-    changed = block.load(change) + block.vector(bias)
+    block = _Block(branch, shape, pl.program_id(0) * shape.block)
+    changed = _each(jnp.add, block.load(change), block.vector(vectors, _BIAS))
+    changed = block.drop(tuple(streams), changed)
     # Rounded as it is kept: the backward pass takes the same norm again.
-    values = (block.load(hidden) + block.drop(tuple(streams), changed)).astype(total.dtype)
+    values = _each(lambda x, y: (x + y).astype(total.dtype), block.load(hidden), changed)
     block.store(total, values)
-    values, _ = block.normed(values.astype(jnp.float32))
-    block.store(normed, values * block.vector(scale) + block.vector(offset))
+    values, _ = block.normed(_each(lambda x: x.astype(jnp.float32), values))
+    scale, offset = block.vector(vectors, _SCALE), block.vector(vectors, _OFFSET)
+    block.store(normed, _each(lambda x, factor, more: x * factor + more, values, scale, offset))
 
 
 def _backward_kernel(
@@ -225,34 +253,40 @@ def _backward_kernel(
     total: Any,
     cotangent: Any,
     other_cotangent: Any,
-    scale: Any,
+    vectors: Any,
     *rest: Any,
 ) -> None:
     streams = rest[:1] if branch.rate else ()
     to_hidden, *to_change, sums_ref = rest[len(streams) :]
     program = pl.program_id(0)
-    steps = -(-shape.tokens // (_TOKENS * programs))
+    steps = -(-shape.blocks // programs)
 
-    def add_tokens(step: Any, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        block = _Block(branch, shape, (program * steps + step) * _TOKENS)
+    def add_tokens(step: Any, sums: list[list[Array]]) -> list[list[Array]]:
+        block = _Block(branch, shape, (program * steps + step) * shape.block)
         values, inverse = block.normed(block.load(total))
-        flowing = block.load(cotangent) + block.load(other_cotangent)
-        scaled = flowing * block.vector(scale)
-        gradient = scaled - block.mean(scaled) - values * block.mean(scaled * values)
-        gradient *= inverse
+        flowing = _each(jnp.add, block.load(cotangent), block.load(other_cotangent))
+        scaled = _each(jnp.multiply, flowing, block.vector(vectors, _SCALE))
+        mean = block.mean(scaled)
+        along = block.mean(_each(jnp.multiply, scaled, values))
+        gradient = _each(lambda x, value: (x - mean - value * along) * inverse, scaled, values)
         block.store(to_hidden, gradient)
         dropped = block.drop(streams, gradient)
         if to_change:
             block.store(to_change[0], dropped)
-        bias_sum, scale_sum, offset_sum = sums
-        if block.inside is not None:
-            dropped = jnp.where(block.inside, dropped, 0)
-        return bias_sum + dropped, scale_sum + flowing * values, offset_sum + flowing
+        inside = block.inside
+        if inside is not None:
+            dropped = _each(lambda x: jnp.where(inside, x, 0), dropped)
+        to_scale = _each(jnp.multiply, flowing, values)
+        return jax.tree.map(jnp.add, sums, [dropped, to_scale, flowing])
 
-    zeros = jnp.zeros(shape.block, jnp.float32)
-    sums = jax.lax.fori_loop(0, steps, add_tokens, (zeros, zeros, zeros))
-    columns = span(0, shape.block[1])
-    inside = None if shape.width == shape.block[1] else (columns < shape.width)[None]
-    for index, values in enumerate(sums):
-        row = jnp.full((1,), index * programs, jnp.int32) + program
-        store_block(sums_ref, row, columns, inside, values.sum(axis=0)[None])
+    zeros = [jnp.zeros((shape.block, shape.piece), jnp.float32)] * shape.pieces
+    sums = jax.lax.fori_loop(0, steps, add_tokens, [zeros] * 3)
+    for which, pieces in enumerate(sums):
+        row = jnp.full((1,), which * programs, jnp.int32) + program
+        for columns, values in zip(shape.columns(), pieces, strict=True):
+            store_block(sums_ref, row, columns, None, values.sum(axis=0)[None])
+
+
+def _each(function: Callable[..., Array], *values: list[Array]) -> list[Array]:
+    """Applies a function to every piece."""
+    return [function(*pieces) for pieces in zip(*values, strict=True)]

@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--unroll", type=int, default=0)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script")
     options = parser.parse_args()
@@ -174,7 +175,7 @@ def main() -> None:
         return
     sizes = options.unroll or 12, options.batch or 64, options.length
     for dtype in options.dtypes:
-        for dropout in (0.0, 0.1):
+        for dropout in options.dropout:
             exact = "highest" if dtype == "float32-highest" else None
             with jax.default_matmul_precision(exact):
                 run = training(dropout, dtype.removesuffix("-highest"), *sizes, STEPS)
