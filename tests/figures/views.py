@@ -24,27 +24,36 @@ from fedqsn_jax.experiment import prepare
 from fedqsn_jax.pretraining import pretrain
 from fedqsn_jax.running import first_entry, initial_state, run_rounds
 
+_P2 = ["--config.p1=0.2", "--config.p2=0.2"]
+_P3 = ["--config.p1=0.3", "--config.p2=0.3"]
+_RESIDUAL = ["--config.sites=residual"]
 DIGITS = {
     "fedavg": ["fedavg"],
     "fedsn p=.2": ["fedsn"],
     "fedq": ["fedq"],
     "fedqsn p=.2": ["fedqsn"],
-    "fedqsn p=.3": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3"],
+    "fedqsn p=.3": ["fedqsn", *_P3],
 }
 SST2 = {
     "fedavg": ["fedavg"],
     "fedqsn p=.1, all": ["fedqsn"],
-    "fedqsn p=.1, residual": ["fedqsn", "--config.sites=residual"],
-    "fedqsn p=.2, all": ["fedqsn", "--config.p1=0.2", "--config.p2=0.2"],
-    "fedqsn p=.3, all": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3"],
+    "fedqsn p=.2, all": ["fedqsn", *_P2],
+    "fedqsn p=.3, all": ["fedqsn", *_P3],
     "fedqsn p=.1, all, 2 bits": ["fedqsn", "--config.bits=2"],
+    "fedqsn p=.1, residual": ["fedqsn", *_RESIDUAL],
+    "fedqsn p=.2, residual": ["fedqsn", *_RESIDUAL, *_P2],
+    "fedqsn p=.3, residual": ["fedqsn", *_RESIDUAL, *_P3],
+    "fedqsn p=.1, residual, 2 bits": ["fedqsn", *_RESIDUAL, "--config.bits=2"],
 }
 _ADAPTERS = ["--config.lora.rank=8", "--config.client.learning_rate=0.001"]
 LORA = {
     "fedavg, public base": ["fedavg", "--config.lora.public_base=True", *_ADAPTERS],
     "fedlpp": ["fedlpp", *_ADAPTERS],
     "fedqsn p=.1, all": ["fedqsn", *_ADAPTERS],
-    "fedqsn p=.3, all": ["fedqsn", "--config.p1=0.3", "--config.p2=0.3", *_ADAPTERS],
+    "fedqsn p=.2, all": ["fedqsn", *_P2, *_ADAPTERS],
+    "fedqsn p=.3, all": ["fedqsn", *_P3, *_ADAPTERS],
+    "fedqsn p=.1, all, 2 bits": ["fedqsn", "--config.bits=2", *_ADAPTERS],
+    "fedqsn p=.1, residual": ["fedqsn", *_RESIDUAL, *_ADAPTERS],
 }
 _ADAM = ["--config.client.optimizer=adam"]
 FEDSP = {
