@@ -15,26 +15,23 @@ usual for RoBERTa on GLUE. A GPU is wanted. Neither the accuracy nor the time of
 been measured; the time of one of RoBERTa-base's steps is in the README.
 """
 
-from fedqsn_jax.config import ALGORITHMS, as_released, default_config
+from fedqsn_jax.config import as_released, default_config
+from fedqsn_jax.variants import Variant, read_variant
 
 TASKS = ("rte", "sst2", "mrpc", "qqp", "qnli", "mnli")
 HUB_NAMES = {"roberta-base": "FacebookAI/roberta-base", "roberta-large": "FacebookAI/roberta-large"}
 
 
-def get_config(variant: str = "sst2,roberta-base"):
+def get_config(variant: str = "sst2"):
     """Returns the configuration of a variant: a task, a model, an algorithm, with commas."""
+    default = Variant("sst2", HUB_NAMES["roberta-base"])
+    chosen = read_variant(variant, default, TASKS, HUB_NAMES)
     config = default_config()
+    config.algorithm = chosen.algorithm
     config.data.name = "text"
-    config.data.task = "sst2"
+    config.data.task = chosen.task
     config.model.name = "language"
-    config.model.pretrained = HUB_NAMES["roberta-base"]
-    for choice in variant.split(","):
-        if choice in TASKS:
-            config.data.task = choice
-        elif choice in ALGORITHMS:
-            config.algorithm = choice
-        elif choice != "released":
-            config.model.pretrained = HUB_NAMES.get(choice, choice)
+    config.model.pretrained = chosen.model
     config.data.train = f"tfds:glue/{config.data.task}"
     config.data.private_rows = 500
     config.data.clients = 25
@@ -62,6 +59,6 @@ def get_config(variant: str = "sst2,roberta-base"):
     config.bits = 4
     config.block_size = 64
     config.sites = "residual"
-    if "released" in variant.split(","):
+    if chosen.released:
         as_released(config)
     return config

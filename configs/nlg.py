@@ -18,7 +18,8 @@ Neither scores nor the time of a whole run have been measured; memory and speed 
 XL and a LLaMA of a billion parameters are in the README.
 """
 
-from fedqsn_jax.config import ALGORITHMS, as_released, default_config
+from fedqsn_jax.config import as_released, default_config
+from fedqsn_jax.variants import Variant, read_variant
 
 SOURCES = {"e2e": "tfds:e2e_cleaned", "dart": "tfds:dart", "viggo": "", "dialogsum": ""}
 HUB_NAMES = {
@@ -28,20 +29,16 @@ HUB_NAMES = {
 }
 
 
-def get_config(variant: str = "e2e,gpt2-medium"):
+def get_config(variant: str = "e2e"):
     """Returns the configuration of a variant: a task, a model, an algorithm, with commas."""
+    default = Variant("e2e", HUB_NAMES["gpt2-medium"])
+    chosen = read_variant(variant, default, SOURCES, HUB_NAMES)
     config = default_config()
+    config.algorithm = chosen.algorithm
     config.data.name = "text"
-    config.data.task = "e2e"
+    config.data.task = chosen.task
     config.model.name = "language"
-    config.model.pretrained = HUB_NAMES["gpt2-medium"]
-    for choice in variant.split(","):
-        if choice in SOURCES:
-            config.data.task = choice
-        elif choice in ALGORITHMS:
-            config.algorithm = choice
-        elif choice != "released":
-            config.model.pretrained = HUB_NAMES.get(choice, choice)
+    config.model.pretrained = chosen.model
     config.data.train = SOURCES[config.data.task]
     config.data.private_rows = 500
     config.data.clients = 25
@@ -71,6 +68,6 @@ def get_config(variant: str = "e2e,gpt2-medium"):
     config.bits = 4
     config.block_size = 64
     config.sites = "residual"
-    if "released" in variant.split(","):
+    if chosen.released:
         as_released(config)
     return config
