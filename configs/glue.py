@@ -11,8 +11,9 @@ once in an environment with TensorFlow (``tfds build glue/sst2 --file_format=arr
 user's own files: ``--config.data.train=tsv:train.tsv --config.data.test=tsv:dev.tsv``.
 
 Numbers of clients, rounds and epochs are all that the authors' code shows; rate and batch are those
-usual for RoBERTa on GLUE. A GPU is wanted. Neither the accuracy nor the time of a whole run has
-been measured; the time of one of RoBERTa-base's steps is in the README.
+usual for RoBERTa on GLUE. Dropout is 0.1, for server and clients, as in RoBERTa's own
+configuration. A GPU is wanted. Neither the accuracy nor the time of a whole run was measured; the
+time of one of RoBERTa-base's steps is in the README.
 """
 
 from fedqsn_jax.config import as_released, default_config
@@ -23,7 +24,7 @@ HUB_NAMES = {"roberta-base": "FacebookAI/roberta-base", "roberta-large": "Facebo
 
 
 def get_config(variant: str = "sst2"):
-    """Returns the configuration of a variant: a task, a model, an algorithm, with commas."""
+    """Returns the configuration of a variant; see `variants.read_variant`."""
     default = Variant("sst2", HUB_NAMES["roberta-base"])
     chosen = read_variant(variant, default, TASKS, HUB_NAMES)
     config = default_config()

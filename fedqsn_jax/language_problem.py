@@ -79,11 +79,12 @@ def load_language_problem(config: Config) -> Problem:
         notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
     if data.cut:
         notes.append(f"{data.cut} rows lost tokens beyond data.length = {data.kind.length}")
-    params = jax.tree.map(jnp.asarray, pretrained.params)
+    params, files = jax.tree.map(jnp.asarray, pretrained.params), description_files(directory)
     if isinstance(pretrained.config, EncoderConfig) and config.algorithm == "fedsp":
-        return prompted_problem(
+        problem = prompted_problem(
             config, data.splits, pretrained.config, params, execution, task, tuple(notes)
         )
+        return problem._replace(files=files)
     return Problem(
         data.splits,
         params,
@@ -93,7 +94,7 @@ def load_language_problem(config: Config) -> Problem:
         task,
         _texts(config, clients, tokenizer, data.prompts),
         notes=tuple(notes),
-        files=description_files(directory),
+        files=files,
     )
 
 

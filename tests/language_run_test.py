@@ -16,6 +16,7 @@ from fedqsn_jax.models.encoder import EncoderConfig
 from fedqsn_jax.models.gpt2 import GPT2Config
 from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.models.pretrained import load_pretrained, save_pretrained
+from fedqsn_jax.models.pretrained import read_config as read_settings
 from fedqsn_jax.trained import load
 
 VOCABULARY = len(MARKS) + len(WORDS)
@@ -165,6 +166,7 @@ def test_prompts_are_tuned_for_a_model_that_stays_with_the_server(bert, tmp_path
     assert last["attacker_2/loss"] != first["attacker_2/loss"]
     start, end = (load(run, round).params for round in (0, 2))
     jax.tree.map(np.testing.assert_array_equal, start["model"], end["model"])
+    assert read_settings(run / "model").layers == 2
     jax.tree.map(np.testing.assert_array_equal, start["auxiliary"], end["auxiliary"])
     # Some changes are less than the last place.
     assert (start["prompts"] != end["prompts"]).mean() > 0.9

@@ -288,6 +288,8 @@ def test_hub_names_without_network_or_library_say_what_to_do(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     message = error_of(directory_of, "FacebookAI/roberta-base")
+    # Relative names of directories count from where one is, which a user may have to be told.
+    assert f"model FacebookAI/roberta-base: no such directory in {Path.cwd()}, and the" in message
     assert "the hub name 'FacebookAI/roberta-base' cannot be downloaded (Name or" in message
     assert message.endswith(
         "pass a directory with config.json, model.safetensors and tokenizer.json by "

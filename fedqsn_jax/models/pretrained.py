@@ -72,6 +72,7 @@ def directory_of(source: str | Path) -> Path:
         return Path(source)
     if not _HUB_NAME.fullmatch(str(source)):
         raise PretrainedError(f"model {source}: no such directory")
+    absent = f"model {source}: no such directory in {Path.cwd()}"
     advice = (
         f"pass a directory with {_CONFIG}, {_WEIGHTS} and {TOKENIZER_FILES[0]} by "
         f"--config.model.pretrained=DIR"
@@ -80,8 +81,8 @@ def directory_of(source: str | Path) -> Path:
         import huggingface_hub
     except ImportError as error:
         raise PretrainedError(
-            f"model {source}: no such directory, and to download the hub name {source!r} "
-            f"huggingface_hub must be installed; or {advice}"
+            f"{absent}, and to download the hub name {source!r} huggingface_hub must be "
+            f"installed; or {advice}"
         ) from error
     try:
         # Other formats of the same weights lie beside these, and others' exports in folders.
@@ -94,8 +95,7 @@ def directory_of(source: str | Path) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PretrainedError(
-            f"model {source}: no such directory, and the hub name {source!r} cannot be downloaded "
-            f"({reason[0]}); {advice}"
+            f"{absent}, and the hub name {source!r} cannot be downloaded ({reason[0]}); {advice}"
         ) from error
 
 
