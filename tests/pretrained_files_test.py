@@ -109,7 +109,7 @@ def zeros(*shape, dtype=np.float32):
         (
             "bert",
             {"bert.embeddings.LayerNorm.gamma": zeros(16)},
-            "model.safetensors: tensor bert.embeddings.LayerNorm.",
+            "is also in model.safetensors, as bert.embeddings.LayerNorm.",
         ),
         (
             "bert",
