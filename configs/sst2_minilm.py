@@ -11,7 +11,16 @@ after the file's name run the same with another algorithm, ``:fedsp`` tunes prom
 stays with the server.
 
 21,000 rows are used: 1,000 are the server's own, and 20 clients have 1,000 each. The server trains
-all weights on its rows first.
+all weights on its rows first; with ``:fedsp`` it has no labels, trains nothing, and distils. Nobody
+uses dropout, though the model's own configuration has 0.1.
+
+A GPU is wanted. Accuracy on GLUE's 872 development rows, of these settings, mean of 3 seeds (one
+H200, JAX 0.11.2, 2026-11-25): before the first round .822; after the twelfth FedQSN's global model
+.839, the server's view .842, the proxies .823, five colluders .849, and FedAvg's model .873. A run
+of ``:fedsp`` with ``--config.evaluation.every=4`` takes a minute and a half on 2 CPU cores (JAX
+0.10.2, same day), mean of 3 seeds: .501 before the first round, .688 after the last; the small
+model that clients have .491 and .713. FedSN, FedQ and the time of a run on the GPU were not
+measured. Spreads, other sites, probabilities and bits, and adapters are in the README.
 """
 
 import importlib.util
@@ -72,7 +81,6 @@ def prompted(config) -> None:
     config.fedsp.auxiliary_share = 0.0
     config.fedsp.distillation_steps = 150
     config.fedsp.distillation_rate = 2e-3
-    config.rounds = 12
     config.client.steps = 16
     config.client.optimizer = "sgd"
     config.client.learning_rate = 1000.0

@@ -116,6 +116,9 @@ def _call(get_config: Callable[..., Any], path: str, argument: str) -> dict[str,
         raise ConfigError(f"--config={path}:{argument}: its get_config takes no argument")
     try:
         values = get_config(argument) if argument else get_config()
+    except ConfigError as error:
+        given = f"{path}:{argument}" if argument else path
+        raise ConfigError(f"--config={given}: {error}") from error
     except Exception as error:
         raise ConfigError(f"--config={path}: {one_line(error)}") from error
     if not isinstance(values, ml_collections.ConfigDict):

@@ -151,10 +151,8 @@ def _run(
                         f"round 1"
                     )
                 problem = experiment.problem
-                if config.pretraining.steps:
-                    display.message(
-                        f"the server trains on its own rows first, {config.pretraining.steps} steps"
-                    )
+                for line in _first_steps(config):
+                    display.message(line)
                 params = pretrain(
                     config,
                     problem.pretraining_apply,
@@ -175,6 +173,18 @@ def _run(
         processes.by_leader(lambda: _finish(experiment, work, state, history, display))
     else:
         display.message(f"stopped after round {finished}; the same command resumes there")
+
+
+def _first_steps(config: Config) -> Iterator[str]:
+    """What the server does before the first round, which may take a while, a line each."""
+    if config.pretraining.steps:
+        yield f"the server trains on its own rows first, {config.pretraining.steps} steps"
+    distillation = config.fedsp.distillation_steps
+    if config.algorithm == "fedsp" and distillation:
+        yield (
+            f"the server distils the small model that clients get on its own rows, "
+            f"{distillation} steps"
+        )
 
 
 def _is_finished(
@@ -266,6 +276,7 @@ def _train(
 
     def begin() -> None:
         work.write_config(config)
+        work.keep_files(experiment.problem.files)
         metrics.rewrite(history)
         board.rewrite(history)
 

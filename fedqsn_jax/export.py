@@ -3,7 +3,7 @@
   python -m fedqsn_jax.export --workdir=DIR --out=DIR2 [--round=N]
 
 reads the run's latest checkpoint, or that of a round, and writes ``model.safetensors``,
-``config.json`` and the tokenizer's files, which come from where the run's pre-trained model did.
+``config.json`` and the tokenizer's files, of which the run has kept those of its pre-trained model.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedqsn_jax import ending
 
@@ -19,20 +19,21 @@ if TYPE_CHECKING:
     from fedqsn_jax.config import Config
     from fedqsn_jax.workdir import WorkDirectory
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "tokenizer.model",
-    "generation_config.json",
-)
-"""What is copied beside the model, where it exists."""
-
 _MODEL_FILES = ("config.json", "model.safetensors")
+
+
+class Exported(NamedTuple):
+    """What was written.
+
+    Attributes:
+      round: The round whose model it is.
+      architecture: The transformers library's class that reads it.
+      unread: Names of tensors that this class has no place for, and ignores.
+    """
+
+    round: int
+    architecture: str
+    unread: tuple[str, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,16 +68,22 @@ def _main(arguments: Sequence[str] | None) -> int:
     except ConfigError as error:
         return ending.refuse(error)
     try:
-        finished = export(Path(options.workdir), Path(options.out), options.round)
+        exported = export(Path(options.workdir), Path(options.out), options.round)
     except (ConfigError, CheckpointError) as error:
         return ending.refuse(error)
-    Display().message(
-        f"{options.out}: the hidden model after round {finished}; only you may read it"
+    display = Display()
+    display.message(
+        f"{options.out}: the hidden model after round {exported.round}; only you may read it"
     )
+    if exported.unread:
+        display.message(
+            f"transformers' {exported.architecture} does not load {', '.join(exported.unread)}, "
+            f"which classify the mean of its hidden states; fedqsn_jax loads the directory whole"
+        )
     return 0
 
 
-def export(workdir: Path, out: Path, round: int | None = None) -> int:
+def export(workdir: Path, out: Path, round: int | None = None) -> Exported:
     """Writes the hidden model of a run that started from a pre-trained language model.
 
     An export that fails or is interrupted leaves nothing in ``out``.
@@ -86,9 +93,6 @@ def export(workdir: Path, out: Path, round: int | None = None) -> int:
       out: Where to write; a new or empty directory.
       round: The round of the checkpoint; None is the latest.
 
-    Returns:
-      The round.
-
     Raises:
       ConfigError: The directories are not what they should be.
       CheckpointError: The checkpoint cannot be read.
@@ -97,7 +101,12 @@ def export(workdir: Path, out: Path, round: int | None = None) -> int:
     from fedqsn_jax.config import ConfigError
     from fedqsn_jax.lora import merge_configured
     from fedqsn_jax.masking import leaves_by_path
-    from fedqsn_jax.models.pretrained import directory_of, nested, read_config, save_pretrained
+    from fedqsn_jax.models.pretrained import (
+        description_files,
+        nested,
+        read_config,
+        save_pretrained,
+    )
     from fedqsn_jax.workdir import WorkDirectory
 
     work = WorkDirectory(workdir)
@@ -106,25 +115,45 @@ def export(workdir: Path, out: Path, round: int | None = None) -> int:
         raise ConfigError(f"--out={out}: it is not empty; name a new or empty directory")
     with Checkpoints(work.checkpoints, keep_latest=1, keep_best=0) as checkpoints:
         tensors, _, finished = checkpoints.read("params", round)
-    directory = directory_of(source)
+    directory = _description(work, source)
     config = read_config(directory)
     tensors = leaves_by_path(merge_configured(run, nested(tensors)))
     overrides = {k: v for k, v in _settings_of(tensors).items() if hasattr(config, k)}
-    with _all_or_nothing(out):
-        save_pretrained(out, read_config(directory, **overrides), nested(tensors))
-        for name in TOKENIZER_FILES:
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, out / name)
-    return finished
+    config = read_config(directory, **overrides)
+    *beside, _ = description_files(directory)
+    with _all_or_nothing(out, [*_MODEL_FILES, *(file.name for file in beside)]):
+        save_pretrained(out, config, nested(tensors))
+        for file in beside:
+            shutil.copyfile(file, out / file.name)
+    written = config.to_settings()["architectures"][0]
+    return Exported(finished, written, getattr(config, "unread", ()))
+
+
+def _description(work: "WorkDirectory", source: str) -> Path:
+    """Where a run's model has its config.json and its tokenizer: the run's copy, or the source."""
+    from fedqsn_jax.config import ConfigError
+    from fedqsn_jax.models.pretrained import directory_of
+
+    if (work.model / "config.json").is_file():
+        return work.model
+    # Runs of earlier versions kept no copy.
+    try:
+        return directory_of(source)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--workdir={work.path}: the run has no copy of its model's config.json, and {error}; "
+            f"a relative directory is sought from here, so export where the run was started"
+        ) from error
 
 
 @contextlib.contextmanager
-def _all_or_nothing(out: Path) -> Iterator[None]:
+def _all_or_nothing(out: Path, names: Sequence[str]) -> Iterator[None]:
     """Leaves no file of a model where the block or the process ends before all are written.
 
     Args:
       out: Where the block writes; empty, or a directory that the block makes. In that case it is
         removed too, with those above it that were made for it.
+      names: The files that it writes there.
     """
     from fedqsn_jax.workdir import missing_directories, remove_empty
 
@@ -133,7 +162,7 @@ def _all_or_nothing(out: Path) -> Iterator[None]:
 
     def forget() -> None:
         if not complete:
-            for name in (*_MODEL_FILES, *TOKENIZER_FILES):
+            for name in names:
                 (out / name).unlink(missing_ok=True)
             remove_empty(created)
 

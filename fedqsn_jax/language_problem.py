@@ -18,7 +18,12 @@ from fedqsn_jax.generation import GenerationSettings, make_generator
 from fedqsn_jax.language_tasks import conditional_generation, sequence_classification
 from fedqsn_jax.models.encoder import EncoderConfig
 from fedqsn_jax.models.language import LanguageConfig, LanguageModel, make_language_model
-from fedqsn_jax.models.pretrained import directory_of, load_pretrained, read_config
+from fedqsn_jax.models.pretrained import (
+    description_files,
+    directory_of,
+    load_pretrained,
+    read_config,
+)
 from fedqsn_jax.models.t5 import T5Config
 from fedqsn_jax.models.transformer import Execution
 from fedqsn_jax.problem import Problem, Texts
@@ -68,16 +73,18 @@ def load_language_problem(config: Config) -> Problem:
     pretrained = load_pretrained(directory, key, **overrides)
     clients = make_language_model(pretrained.config, execution, config.client.dropout)
     server = make_language_model(pretrained.config, execution, config.pretraining.dropout)
-    task, notes = _task(config, data.kind, pretrained.config), []
+    task = _task(config, data.kind, pretrained.config)
+    notes = [tokenizer.note] if tokenizer.note else []
     if pretrained.fresh:
         notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
     if data.cut:
         notes.append(f"{data.cut} rows lost tokens beyond data.length = {data.kind.length}")
-    params = jax.tree.map(jnp.asarray, pretrained.params)
+    params, files = jax.tree.map(jnp.asarray, pretrained.params), description_files(directory)
     if isinstance(pretrained.config, EncoderConfig) and config.algorithm == "fedsp":
-        return prompted_problem(
+        problem = prompted_problem(
             config, data.splits, pretrained.config, params, execution, task, tuple(notes)
         )
+        return problem._replace(files=files)
     return Problem(
         data.splits,
         params,
@@ -87,6 +94,7 @@ def load_language_problem(config: Config) -> Problem:
         task,
         _texts(config, clients, tokenizer, data.prompts),
         notes=tuple(notes),
+        files=files,
     )
 
 

@@ -1,6 +1,7 @@
 """What a run learns: data, a model and what it is for."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from fedqsn_jax.data.federated import Splits
@@ -38,6 +39,7 @@ class Problem(NamedTuple):
       preparation: What the server does before the first round beside its own training; None:
         nothing.
       notes: What the user should know about how these came to be, a line each.
+      files: What lay beside a pre-trained model's weights; a run keeps copies for its export.
     """
 
     splits: Splits
@@ -49,3 +51,4 @@ class Problem(NamedTuple):
     texts: Texts | None = None
     preparation: Preparation | None = None
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()

@@ -4,14 +4,16 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fedqsn_jax.config import Config, ConfigError, flatten, resolve, to_dict
 from fedqsn_jax.ending import cleaning_up
+from fedqsn_jax.reporting.files import replacing
 
 try:
     import fcntl
@@ -58,6 +60,11 @@ class WorkDirectory:
     def tensorboard(self) -> Path:
         """TensorBoard's event files."""
         return self.path / "tensorboard"
+
+    @property
+    def model(self) -> Path:
+        """What lay beside the pre-trained model's weights: its config.json and its tokenizer."""
+        return self.path / "model"
 
     @property
     def picture(self) -> Path:
@@ -157,6 +164,22 @@ class WorkDirectory:
                 temporary.replace(self.path / _CONFIG_FILE)
         except OSError as error:
             raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
+
+    def keep_files(self, files: Sequence[Path]) -> None:
+        """Keeps copies of files in `model`, each whole or not at all, one after the other.
+
+        So the hidden model can be exported wherever its directory is by then.
+
+        Raises:
+          ConfigError: The file system refuses.
+        """
+        try:
+            for file in files:
+                self.model.mkdir(mode=_MODE, exist_ok=True)
+                with replacing(self.model / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: model: {error.strerror}") from error
 
     def _stored(self) -> dict[str, Any] | None:
         file = self.path / _CONFIG_FILE

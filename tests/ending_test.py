@@ -191,7 +191,7 @@ def interrupted_export(directory, monkeypatch):
 
 
 def interrupted_export_of_the_tokenizer(directory, monkeypatch):
-    monkeypatch.setattr(export, "TOKENIZER_FILES", ("config.json",))
+    monkeypatch.setattr(pretrained, "TOKENIZER_FILES", ("config.json",))
     monkeypatch.setattr(export.shutil, "copyfile", interrupt)
     export.export(directory.parent / "run", directory)
 

@@ -9,12 +9,14 @@ import pytest
 from text_cases import MARKS, WORDS, write_tokenizer
 
 from fedqsn_jax.command_line import read_config
+from fedqsn_jax.data import tokenization
 from fedqsn_jax.export import main as export
 from fedqsn_jax.main import main
 from fedqsn_jax.models.encoder import EncoderConfig
 from fedqsn_jax.models.gpt2 import GPT2Config
 from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.models.pretrained import load_pretrained, save_pretrained
+from fedqsn_jax.models.pretrained import read_config as read_settings
 from fedqsn_jax.trained import load
 
 VOCABULARY = len(MARKS) + len(WORDS)
@@ -117,6 +119,11 @@ def test_a_classifier_learns_and_is_exported(bert, tmp_path, capsys):
     assert main([*classify(bert), f"--workdir={run}", "--config.quantize_embeddings=True"]) == 0
     output = capsys.readouterr().out
     assert "drawn at random" in output
+    assert "the server trains on its own rows first, 60 steps" in output
+    assert "distils" not in output
+    # Wherever the model's directory is by then, the run can be exported.
+    for name in ("config.json", "tokenizer.json"):
+        assert (run / "model" / name).read_bytes() == (bert / name).read_bytes()
     assert "classifier/out/kernel" in output
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     # One word decides; sixty steps of the server's on eight rows are enough to see it.
@@ -149,6 +156,8 @@ def test_prompts_are_tuned_for_a_model_that_stays_with_the_server(bert, tmp_path
     output = " ".join("".join(capsys.readouterr()).split())
     assert "clients receive a small model that is made to be like the hidden one" in output
     assert "never sent" in output
+    assert "the server distils the small model that clients get on its own rows, 4 steps" in output
+    assert "the server trains" not in output
     first, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert (run / "accuracy.png").exists()
     assert last["proxy/loss"] == last["server/loss"] != first["proxy/loss"]
@@ -157,6 +166,7 @@ def test_prompts_are_tuned_for_a_model_that_stays_with_the_server(bert, tmp_path
     assert last["attacker_2/loss"] != first["attacker_2/loss"]
     start, end = (load(run, round).params for round in (0, 2))
     jax.tree.map(np.testing.assert_array_equal, start["model"], end["model"])
+    assert read_settings(run / "model").layers == 2
     jax.tree.map(np.testing.assert_array_equal, start["auxiliary"], end["auxiliary"])
     # Some changes are less than the last place.
     assert (start["prompts"] != end["prompts"]).mean() > 0.9
@@ -244,6 +254,15 @@ MISTAKES = {
 }
 
 
+def test_a_tokenizer_that_may_be_anothers_is_told(bert, monkeypatch, capsys):
+    # As if the vocabulary were so large that a few per cent were many tokens.
+    monkeypatch.setattr(tokenization, "_FEW", 0)
+    monkeypatch.setattr(tokenization, "_USUAL_SHARE", 1.01)
+    assert main([*classify(bert), "--dry_run"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "make sure that it belongs to this model" in output
+
+
 def test_a_decoder_has_no_classes_and_no_prompts(gpt2, bert, capsys):
     assert main([*classify(bert), f"--config.model.pretrained={gpt2}", "--dry_run"]) == 2
     assert "is a gpt2, which has no classifier; allowed are bert" in capsys.readouterr().err
@@ -264,6 +283,36 @@ def test_configurations_take_task_model_and_algorithm(name):
     config = read_config(f"configs/{name}", [])
     found = config.data.task, config.data.train, config.model.pretrained, config.algorithm
     assert found == CONFIGS[name]
+
+
+WORDS_THAT_DO_NOT_FIT = {
+    "glue.py:sst3,roberta-base": ("'sst3', 'roberta-base': taken for the model", "rte, sst2, mrpc"),
+    "glue.py:fedaveg,rte,roberta-base": ("'fedaveg', 'roberta-base': taken for the model", "fedsn"),
+    "glue.py:rte,sst2": ("'rte', 'sst2': taken for the task", "qnli, mnli"),
+    "glue.py:fedq,released,rte": ("'fedq', 'released': taken for the algorithm", "fedsp, released"),
+    "glue.py:rte,": ("'': taken for the model", "roberta-large, another name on the hub"),
+    "nlg.py:e2e,gpt2,mine": ("'gpt2', 'mine': taken for the model", "e2e, dart, viggo, dialogsum"),
+    "nlg.py:dart,fedavg,fedq": ("'fedavg', 'fedq': taken for the algorithm", "gpt2-xl, llama-3.2"),
+}
+
+
+@pytest.mark.parametrize("name", WORDS_THAT_DO_NOT_FIT)
+def test_words_that_say_the_same_thing_twice_are_refused(name, tmp_path, capsys):
+    assert main([f"--config=configs/{name}", f"--workdir={tmp_path / 'run'}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert f"--config=configs/{name}: " in captured.err
+    for expected in WORDS_THAT_DO_NOT_FIT[name]:
+        assert expected in captured.err
+
+
+def test_one_word_of_its_own_is_the_model():
+    config = read_config("configs/glue.py:sst3", [])
+    assert (config.data.task, config.model.pretrained) == ("sst2", "sst3")
+    config = read_config("configs/nlg.py", [])
+    assert (config.data.task, config.algorithm) == ("e2e", "fedqsn")
+    assert config.model.pretrained == "openai-community/gpt2-medium"
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

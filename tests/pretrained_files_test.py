@@ -95,6 +95,27 @@ def zeros(*shape, dtype=np.float32):
             "tensor classifier.bias is int64[3], but config.json says [3] of floating-point",
         ),
         ("llama_tied", {"lm_head.bias": zeros(40)}, "tensor lm_head.bias is unexpected"),
+        # Of a head's tensors only those that the family's own heads have are known.
+        (
+            "bert",
+            {"classifier.dense.weight": zeros(16, 16)},
+            "classifier.dense.weight is unexpected",
+        ),
+        ("bert", {"classifier.scale": zeros(3)}, "tensor classifier.scale is unexpected in a bert"),
+        ("bert", {"bert.pooler.dense.more": zeros(1)}, "bert.pooler.dense.more is unexpected"),
+        ("bert", {"lm_head.bias": zeros(40)}, "tensor lm_head.bias is unexpected in a bert"),
+        ("bert_base", {"cls.predictions.more": zeros(1)}, "cls.predictions.more is unexpected"),
+        ("roberta", {"classifier.weight": zeros(3, 16)}, "tensor classifier.weight is unexpected"),
+        (
+            "bert",
+            {"bert.embeddings.LayerNorm.gamma": zeros(16)},
+            "is also in model.safetensors, as bert.embeddings.LayerNorm.",
+        ),
+        (
+            "bert",
+            {"bert.embeddings.LayerNorm.weight": None, "bert.embeddings.LayerNorm.gamma": zeros(5)},
+            "tensor bert.embeddings.LayerNorm.gamma is float32[5], but config.json says [16]",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(copy, name, tensors, message):
@@ -108,6 +129,33 @@ def test_known_tensors_that_are_not_needed_are_passed_over(copy):
     jax.tree.map(np.testing.assert_array_equal, load(place).params, load(GOLDENS / "gpt2").params)
     place = copy("bert_base", tensors={"embeddings.position_ids": zeros(1, 32, dtype=np.int64)})
     assert load(place, pooling="mean").fresh == ("classifier/out/kernel", "classifier/out/bias")
+
+
+def test_heads_of_pre_training_are_passed_over(copy):
+    heads = {
+        "cls.predictions.bias": zeros(40),
+        "cls.predictions.transform.dense.weight": zeros(16, 16),
+        "cls.predictions.transform.LayerNorm.gamma": zeros(16),
+        "cls.seq_relationship.weight": zeros(2, 16),
+        "bert.pooler.dense.bias": zeros(16),
+    }
+    loaded = load(copy("bert", tensors=heads), classes=0, pooling="mean")
+    assert "classifier" not in loaded.params
+    heads = {"lm_head.layer_norm.weight": zeros(16), "roberta.pooler.dense.weight": zeros(16, 16)}
+    assert load(copy("roberta", tensors=heads), pooling="mean").fresh == ()
+
+
+def test_older_names_of_norms_mean_the_same(copy):
+    tensors = load_file(GOLDENS / "bert" / "model.safetensors")
+    older = {
+        name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): tensors[name]
+        for name in tensors
+        if "LayerNorm" in name
+    }
+    assert len(older) == 14
+    place = copy("bert", tensors=older | {name: None for name in tensors if "LayerNorm" in name})
+    assert set(older) < set(load_file(place / "model.safetensors"))
+    jax.tree.map(np.testing.assert_array_equal, load(place).params, load(GOLDENS / "bert").params)
 
 
 def test_an_output_layer_of_its_own_is_kept_whatever_the_configuration_says(copy):
@@ -155,6 +203,14 @@ def test_tensors_of_other_widths_become_float32(copy, dtype):
         ("bert", {"hidden_act": "swish"}, "hidden_act = 'swish': allowed: gelu, gelu_new"),
         ("bert", {"position_embedding_type": "relative_key"}, "allowed: absolute"),
         ("bert", {"layer_norm_eps": -1}, "layer_norm_eps = -1: allowed: a number of 0 or more"),
+        ("bert", {"hidden_dropout_prob": 1.0}, "hidden_dropout_prob = 1.0: allowed: a number of 0"),
+        ("bert", {"attention_probs_dropout_prob": 2}, "attention_probs_dropout_prob = 2"),
+        ("roberta", {"classifier_dropout": 1.5}, "classifier_dropout = 1.5: allowed: a number"),
+        ("gpt2", {"resid_pdrop": 1.5}, "resid_pdrop = 1.5: allowed: a number of 0 to below 1"),
+        ("gpt2", {"embd_pdrop": -0.1}, "embd_pdrop = -0.1: allowed: a number of 0"),
+        ("gpt2", {"attn_pdrop": True}, "attn_pdrop = True: allowed: a number of 0"),
+        ("llama", {"attention_dropout": 1}, "attention_dropout = 1"),
+        ("t5", {"dropout_rate": float("nan")}, "dropout_rate = nan: allowed: a number of 0"),
         ("bert", {"pad_token_id": "x"}, "pad_token_id = 'x': allowed: an integer or null"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "idx = True: allowed: False"),
         ("gpt2", {"tie_word_embeddings": 1}, "tie_word_embeddings = 1: allowed: true or false"),
@@ -232,14 +288,56 @@ def test_hub_names_without_network_or_library_say_what_to_do(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     message = error_of(directory_of, "FacebookAI/roberta-base")
+    # Relative names of directories count from where one is, which a user may have to be told.
+    assert f"model FacebookAI/roberta-base: no such directory in {Path.cwd()}, and the" in message
     assert "the hub name 'FacebookAI/roberta-base' cannot be downloaded (Name or" in message
-    assert "pass a directory with config.json and model.safetensors" in message
+    assert message.endswith(
+        "pass a directory with config.json, model.safetensors and tokenizer.json by "
+        "--config.model.pretrained=DIR"
+    )
     assert calls == ["FacebookAI/roberta-base"]
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: GOLDENS / name)
-    assert directory_of("bert") == GOLDENS / "bert"
+    assert "\n" not in message
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     message = error_of(directory_of, "roberta-base")
     assert "'roberta-base' huggingface_hub must be installed; or pass a directory" in message
+
+
+def test_of_a_hub_name_only_what_is_read_is_downloaded(monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub", reason="it is not installed")
+    read = {
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.json",
+        "merges.txt",
+    }
+    others = {
+        "README.md",
+        "flax_model.msgpack",
+        "model.onnx",
+        "onnx/config.json",
+        "openvino/model.safetensors",
+        "original/tokenizer.model",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "rust_model.ot",
+        "tf_model.h5",
+    }
+    downloaded = []
+
+    def download(name, allow_patterns=None, ignore_patterns=None):
+        # The library's own filter decides what a download of these patterns is.
+        downloaded.extend(
+            huggingface_hub.utils.filter_repo_objects(
+                read | others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        )
+        return str(GOLDENS / name)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert directory_of("bert") == GOLDENS / "bert"
+    assert set(downloaded) == read
 
 
 def test_without_safetensors_the_way_to_get_it_is_said(monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from text_cases import MARKS, WORDS, ids, tiny_tokenizer, write_tokenizer
+from tokenizers import Tokenizer, models
 
 from fedqsn_jax.config import ConfigError, DataConfig
 from fedqsn_jax.data import array_cache, text
@@ -179,6 +180,37 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
     assert "no token 30" in refusal(load_tokenizer, directory, VOCABULARY + 1, 64, 30)
     message = refusal(load_tokenizer, directory, VOCABULARY, 64, 0, (4,))
     assert "token 4, the eos_token_id in the model's config.json, is the ordinary 'good'" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "vocabulary", "fits"),
+    [
+        ("T5, padded", 32_100, 32_128, "yes"),
+        ("Qwen2 7B, padded and reserved", 151_646, 152_064, "yes"),
+        ("Qwen2 0.5B", 151_646, 151_936, "yes"),
+        ("DeepSeek-Coder", 32_022, 32_256, "yes"),
+        ("small, padded to 64", 300, 320, "yes"),
+        ("middling", 2_000, 2_064, "no"),
+        ("DeepSeek-LLM", 100_015, 102_400, "perhaps"),
+        ("BERT, cased for uncased", 28_996, 30_522, "no"),
+        ("tiny, hardly padded", 30, 64, "no"),
+    ],
+)
+def test_sizes_of_known_vocabularies(tmp_path, model, count, vocabulary, fits):
+    words = {f"w{number}": number for number in range(count)}
+    file = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(file))
+    if fits == "no":
+        message = refusal(load_tokenizer, file, vocabulary, None)
+        assert message.endswith("it belongs to another model"), model
+        return
+    note = load_tokenizer(file, vocabulary, None).note
+    if fits == "perhaps":
+        assert note.startswith(f"{file}: it has {count} tokens, but the model's vocabulary ")
+        assert note.endswith("make sure that it belongs to this model")
+        assert "\n" not in note
+    else:
+        assert note == "", model
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", '{"model": 1}'])

@@ -31,6 +31,26 @@ from fedqsn_jax.types import Array
 POOLINGS = ("cls", "mean")
 
 
+def _weights_and_biases(*layers: str) -> tuple[str, ...]:
+    return tuple(f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))
+
+
+_HEADS = {
+    "bert": (
+        *_weights_and_biases("pooler.dense", "classifier", "cls.seq_relationship"),
+        *_weights_and_biases("cls.predictions.decoder", "cls.predictions.transform.dense"),
+        *_weights_and_biases("cls.predictions.transform.LayerNorm"),
+        "cls.predictions.bias",
+    ),
+    "roberta": (
+        *_weights_and_biases("pooler.dense", "classifier.dense", "classifier.out_proj"),
+        *_weights_and_biases("lm_head.decoder", "lm_head.dense", "lm_head.layer_norm"),
+        "lm_head.bias",
+    ),
+}
+"""Tensors of the heads of each family, as the transformers library knows them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """An encoder with a classification head.
@@ -103,13 +123,26 @@ class EncoderConfig:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Patterns of tensors that a file may hold and that are not read.
+        """Names of tensors that a file may hold and that are not read.
 
         These are parts of a classification head that another pooling does without, and the heads
         of pre-training.
         """
-        heads = ("pooler.dense.*", "classifier.*", "cls.*", "lm_head.*")
-        return ("embeddings.position_ids", *heads)
+        return ("embeddings.position_ids", *_HEADS[self.family])
+
+    @property
+    def architecture(self) -> str:
+        """The transformers library's class that reads what is written."""
+        name = {"bert": "Bert", "roberta": "Roberta"}[self.family]
+        whole = self.classes and self.pooling == "cls"
+        return name + ("ForSequenceClassification" if whole else "Model")
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Names of written tensors that this class has no place for: a classifier of means."""
+        if self.architecture.endswith("ForSequenceClassification"):
+            return ()
+        return tuple(each.name for each in self.tensors() if each.path.startswith("classifier/"))
 
     def with_dropout(self, rate: float) -> Self:
         """Returns the same with one dropout rate everywhere."""
@@ -123,7 +156,7 @@ class EncoderConfig:
         settings.require("position_embedding_type", "absolute")
         settings.require("is_decoder", False)
         settings.require("add_cross_attention", False)
-        hidden_dropout = settings.number("hidden_dropout_prob", 0.1)
+        hidden_dropout = settings.rate("hidden_dropout_prob", 0.1)
         labels = len(settings.section("id2label"))
         return cls(
             family=family,
@@ -137,8 +170,8 @@ class EncoderConfig:
             token_types=settings.integer("type_vocab_size", 2),
             norm_epsilon=settings.number("layer_norm_eps", 1e-12),
             hidden_dropout=hidden_dropout,
-            attention_dropout=settings.number("attention_probs_dropout_prob", 0.1),
-            classifier_dropout=settings.number("classifier_dropout", hidden_dropout),
+            attention_dropout=settings.rate("attention_probs_dropout_prob", 0.1),
+            classifier_dropout=settings.rate("classifier_dropout", hidden_dropout),
             stddev=settings.number("initializer_range", 0.02),
             pad_token_id=settings.token("pad_token_id", 1 if family == "roberta" else 0),
             bos_token_id=settings.token("bos_token_id"),
@@ -149,11 +182,9 @@ class EncoderConfig:
 
     def to_settings(self) -> dict[str, Any]:
         """Returns what config.json holds."""
-        name = {"bert": "Bert", "roberta": "Roberta"}[self.family]
-        kind = "ForSequenceClassification" if self.classes and self.pooling == "cls" else "Model"
         names = {str(index): f"LABEL_{index}" for index in range(self.classes)}
         return {
-            "architectures": [name + kind],
+            "architectures": [self.architecture],
             "model_type": self.family,
             "vocab_size": self.vocab_size,
             "hidden_size": self.width,

@@ -37,6 +37,13 @@ class Settings:
             raise self._error(name, value, "a number of 0 or more")
         return float(value)
 
+    def rate(self, name: str, default: float) -> float:
+        """Returns a dropout rate."""
+        value = self.number(name, default)
+        if value >= 1:
+            raise self._error(name, value, "a number of 0 to below 1")
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         """Returns a truth value."""
         value = self._get(name, default)
@@ -149,6 +156,21 @@ class Tensor:
             return ours.reshape(-1)
         matrix = ours.reshape(math.prod(ours.shape[: self.input_axes]), -1)
         return matrix.T if self.transposed else matrix
+
+
+_OLDER_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def current_name(name: str) -> str:
+    """Returns the name that a tensor has today.
+
+    Files from BERT's first years (``bert-base-uncased`` is one) call a layer norm's tensors as
+    TensorFlow did; the transformers library renames them when it reads them, too.
+    """
+    for older, newer in _OLDER_NORMS.items():
+        if name.endswith(older):
+            return name.removesuffix(older) + newer
+    return name
 
 
 def linear(path: str, name: str, bias: bool = True, inputs: int = 1, **more: Any) -> list[Tensor]:

@@ -131,7 +131,7 @@ class LlamaConfig:
             biases=biases,
             out_bias=biases and not qwen,
             mlp_biases=settings.flag("mlp_bias", False),
-            attention_dropout=settings.number("attention_dropout", 0.0),
+            attention_dropout=settings.rate("attention_dropout", 0.0),
             stddev=settings.number("initializer_range", 0.02),
             tied=settings.flag("tie_word_embeddings", False),
             pad_token_id=settings.token("pad_token_id"),

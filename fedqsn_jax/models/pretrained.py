@@ -20,13 +20,26 @@ import numpy as np
 
 from fedqsn_jax.masking import leaves_by_path
 from fedqsn_jax.models.encoder import EncoderConfig
-from fedqsn_jax.models.hugging_face import PretrainedError, Settings, Tensor
+from fedqsn_jax.models.hugging_face import PretrainedError, Settings, Tensor, current_name
 from fedqsn_jax.models.language import FAMILIES, LanguageConfig, make_language_model
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.reporting.files import replacing
 from fedqsn_jax.types import Key, Params
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "generation_config.json",
+)
+"""What an export has beside the model, where it exists; only the first is read here."""
+
 _OUTPUT_LAYER = "lm_head.weight"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -59,22 +72,41 @@ def directory_of(source: str | Path) -> Path:
         return Path(source)
     if not _HUB_NAME.fullmatch(str(source)):
         raise PretrainedError(f"model {source}: no such directory")
-    advice = f"pass a directory with {_CONFIG} and {_WEIGHTS} in place of the hub name"
+    absent = f"model {source}: no such directory in {Path.cwd()}"
+    advice = (
+        f"pass a directory with {_CONFIG}, {_WEIGHTS} and {TOKENIZER_FILES[0]} by "
+        f"--config.model.pretrained=DIR"
+    )
     try:
         import huggingface_hub
     except ImportError as error:
         raise PretrainedError(
-            f"model {source}: no such directory, and to download the hub name {source!r} "
-            f"huggingface_hub must be installed; or {advice}"
+            f"{absent}, and to download the hub name {source!r} huggingface_hub must be "
+            f"installed; or {advice}"
         ) from error
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), ignore_patterns=["*/*"]))
+        # Other formats of the same weights lie beside these, and others' exports in folders.
+        files = huggingface_hub.snapshot_download(
+            str(source),
+            allow_patterns=[_CONFIG, "*.safetensors", _INDEX, *TOKENIZER_FILES],
+            ignore_patterns=["*/*"],
+        )
+        return Path(files)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PretrainedError(
-            f"model {source}: no such directory, and the hub name {source!r} cannot be downloaded "
-            f"({reason[0]}); {advice}"
+            f"{absent}, and the hub name {source!r} cannot be downloaded ({reason[0]}); {advice}"
         ) from error
+
+
+def description_files(directory: Path) -> tuple[Path, ...]:
+    """Returns those of a model's files that an export needs beside weights; the last is its config.
+
+    Args:
+      directory: The model's directory.
+    """
+    beside = (directory / name for name in TOKENIZER_FILES)
+    return (*(file for file in beside if file.is_file()), directory / _CONFIG)
 
 
 def read_config(source: str | Path, **overrides: Any) -> LanguageConfig:
@@ -135,8 +167,8 @@ def load_pretrained(source: str | Path, key: Key, **overrides: Any) -> Pretraine
         bare = name.removeprefix(config.prefix)
         if name not in used and not any(fnmatch.fnmatchcase(bare, p) for p in config.ignored):
             raise PretrainedError(
-                f"{files.where[name].path}: tensor {name} is unexpected in a {config.family} of "
-                f"{_CONFIG}'s sizes"
+                f"{files.where[name].path}: tensor {files.where[name].name} is unexpected in a "
+                f"{config.family} of {_CONFIG}'s sizes"
             )
     return Pretrained(config, nested(flat), tuple(fresh))
 
@@ -198,14 +230,21 @@ def nested(flat: Mapping[str, np.ndarray]) -> Params:
 
 
 class _Files(NamedTuple):
-    """Opened files: for each tensor's name, which."""
+    """Opened files: for each tensor's present name, which."""
 
     where: dict[str, "_File"]
 
 
 class _File(NamedTuple):
+    """Where a tensor is: a file, opened, and its name there."""
+
     path: Path
     handle: Any
+    name: str
+
+    def tensor(self) -> np.ndarray:
+        """Reads it."""
+        return np.asarray(self.handle.get_tensor(self.name))
 
 
 @contextlib.contextmanager
@@ -222,7 +261,14 @@ def _open_weights(directory: Path) -> Iterator[_Files]:
                 raise PretrainedError(f"{path}: no such file") from error
             except (error_type, OSError) as error:
                 raise PretrainedError(f"{path}: not a safetensors file ({error})") from error
-            where.update({name: _File(path, handle) for name in handle.keys()})  # noqa: SIM118
+            for name in handle.keys():  # noqa: SIM118
+                current = current_name(name)
+                if current in where:
+                    raise PretrainedError(
+                        f"{path}: tensor {name} is also in {where[current].path.name}, as "
+                        f"{where[current].name}"
+                    )
+                where[current] = _File(path, handle, name)
 
         index = directory / _INDEX
         if not (directory / _WEIGHTS).exists() and index.exists():
@@ -232,7 +278,7 @@ def _open_weights(directory: Path) -> Iterator[_Files]:
             for file in sorted(set(expected.values())):
                 open_one(directory / file)
             for name in sorted(expected):
-                if name not in where:
+                if current_name(name) not in where:
                     raise PretrainedError(f"{directory / expected[name]}: tensor {name} is missing")
         else:
             open_one(directory / _WEIGHTS)
@@ -257,12 +303,12 @@ def _read(files: _Files, tensor: Tensor, names: list[str], shape: tuple[int, ...
             first = next(iter(files.where.values()), None)
             folder = first.path.parent if first else "the model"
             raise PretrainedError(f"{folder}: tensor {name} is missing")
-        path, handle = files.where[name]
-        array = handle.get_tensor(name)
+        place = files.where[name]
+        array = place.tensor()
         if array.shape != expected or not jnp.issubdtype(array.dtype, jnp.floating):
             raise PretrainedError(
-                f"{path}: tensor {name} is {array.dtype}{list(array.shape)}, but {_CONFIG} says "
-                f"{list(expected)} of floating-point numbers"
+                f"{place.path}: tensor {place.name} is {array.dtype}{list(array.shape)}, but "
+                f"{_CONFIG} says {list(expected)} of floating-point numbers"
             )
         result[layer] = tensor.read(array.astype(np.float32), layer_shape)
     return result if tensor.stacked else result[0]
@@ -279,7 +325,7 @@ def _untied_where_they_differ(config: LanguageConfig, files: _Files, prefix: str
     name = _names(table, (), prefix)[0]
     if name not in files.where:
         return config
-    head, embedding = (files.where[n].handle.get_tensor(n) for n in (_OUTPUT_LAYER, name))
+    head, embedding = (files.where[n].tensor() for n in (_OUTPUT_LAYER, name))
     if np.array_equal(head, embedding):
         return config
     return dataclasses.replace(config, tied=False)

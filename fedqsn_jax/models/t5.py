@@ -101,7 +101,7 @@ class T5Config:
             buckets=settings.integer("relative_attention_num_buckets", 32),
             max_distance=settings.integer("relative_attention_max_distance", 128),
             norm_epsilon=settings.number("layer_norm_epsilon", 1e-6),
-            dropout=settings.number("dropout_rate", 0.1),
+            dropout=settings.rate("dropout_rate", 0.1),
             tied=tied,
             # Files of older versions say only whether the output layer is tied.
             scaled_output=settings.flag("scale_decoder_outputs", tied),
