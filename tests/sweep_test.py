@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +102,29 @@ def test_what_an_algorithm_does_not_use_is_not_swept_over():
     # FedAvg is FedSN without masks, and runs in its program.
     config = plan.points[0].config
     assert (config.algorithm, config.p1, config.p2) == ("fedsn", 0.0, 0.0)
+
+
+def test_points_that_differ_in_nothing_that_is_used_are_one():
+    plan = make_plan(Config(), [{"algorithm": ["fedavg", "fedq"], "sites": ["all", "residual"]}])
+    assert [tuple(point.settings.values()) for point in plan.points] == [
+        ("fedavg", None),
+        ("fedq", "all"),
+        ("fedq", "residual"),
+    ]
+    assert plan.repeated == 1
+
+
+def test_the_sweep_of_minilm_calls_methods_without_masks_by_their_names():
+    grids = read_grids("configs/sweeps/sst2_minilm.py", [])
+    plan = make_plan(read_config("configs/sst2_minilm.py", []), grids)
+    assert (len(plan.points), plan.repeated) == (70, 0)
+    counts = Counter(point.settings["algorithm"] for point in plan.points)
+    assert counts == {"fedavg": 4, "fedsn": 6, "fedq": 12, "fedqsn": 44, "fedlpp": 4}
+    masks = {
+        name: {(p.settings["p1"], p.settings["p2"]) for p in plan.points if name in str(p.settings)}
+        for name in ("'fedsn'", "'fedqsn'")
+    }
+    assert all((0.0, 0.0) not in pairs for pairs in masks.values())
 
 
 @pytest.mark.parametrize(

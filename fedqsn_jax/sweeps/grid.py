@@ -19,9 +19,8 @@ from fedqsn_jax.config import (
     unknown_field,
     with_fields,
 )
-from fedqsn_jax.configured import algorithm_of
 from fedqsn_jax.simulation import TRACEABLE
-from fedqsn_jax.unused import unused_fields
+from fedqsn_jax.unused import as_used, unused_fields
 
 Grid = dict[str, list[Any]]
 """Dotted fields, and the values that each takes."""
@@ -147,7 +146,7 @@ def make_plan(base: Config, grids: list[Grid], overridden: Sequence[str] = ()) -
         for grid in grids
         for combination in itertools.product(*grid.values())
     ]
-    different = dict.fromkeys(_as_used(config) for _, config in configs)
+    different = dict.fromkeys(as_used(config) for _, config in configs)
     flat = [flatten(config) for config in different]
     mentioned = {name for grid in grids for name in grid} - {SEED}
     varied = [
@@ -173,14 +172,6 @@ def _resolve_point(values: dict[str, Any], changes: dict[str, Any]) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{error} (at the sweep's point {described(changes)})") from error
     return config
-
-
-def _as_used(config: Config) -> Config:
-    """The configuration with what it does not use at defaults: equal if it is equal."""
-    algorithm, defaults = algorithm_of(config), flatten(Config())
-    values = {"p1": algorithm.p1, "p2": algorithm.p2}
-    values |= {name: defaults[name] for name in unused_fields(config)}
-    return with_fields(config, values)
 
 
 def _as_run(config: Config) -> Config:
