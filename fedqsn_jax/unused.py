@@ -37,6 +37,14 @@ def unused_fields(config: Config) -> tuple[str, ...]:
     return tuple(name for name, _ in (*_of_method(config), *_of_problem(config)))
 
 
+def without_effect(config: Config) -> set[str]:
+    """Returns `unused_fields`, with ``p1`` and ``p2`` of an algorithm without masks.
+
+    Each is so whatever the values of the others in the set.
+    """
+    return {name for name, _ in _probabilities(config)} | set(unused_fields(config))
+
+
 def as_used(config: Config) -> Config:
     """Returns a configuration with what it does not use at defaults.
 

@@ -10,7 +10,7 @@ from sweep_cases import CONFIG, sweep_file
 
 from fedqsn_jax import command_line
 from fedqsn_jax.command_line import read_config
-from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.config import Config, ConfigError, with_fields
 from fedqsn_jax.sweep import main
 from fedqsn_jax.sweeps import run
 from fedqsn_jax.sweeps.grid import make_plan, read_grids
@@ -205,8 +205,8 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on(at_once, tmp_path, ca
 
     other = sweep_file(tmp_path, {**GRID, "p1": [0.5]})
     assert "made by another sweep: its grids differ" in refusal(capsys, [*arguments, other])
-    message = refusal(capsys, [*arguments, "--config.bits=2"])
-    assert "made by another sweep: bits = 2 (there: 4)" in message
+    message = refusal(capsys, [*arguments, "--config.client.steps=2"])
+    assert "made by another sweep: client.steps = 2 (there: 1)" in message
 
     sweep_file(tmp_path, GRID)
     assert main(arguments) == 0
@@ -268,6 +268,26 @@ def test_a_refused_sweep_leaves_the_other_ones_definition(tmp_path):
     with pytest.raises(ConfigError, match="it was made by another sweep"), claim:
         pass
     assert (tmp_path / "sweep.json").read_text() == "{}"
+
+
+def test_what_has_no_effect_in_any_point_does_not_make_it_another_sweep(tmp_path):
+    def claim(values, grid):
+        plan = make_plan(with_fields(Config(), values), [grid])
+        with SweepDirectory(tmp_path).claim(plan):
+            SweepDirectory(tmp_path).records.touch()
+
+    claim({"algorithm": "fedavg", "fedsp.prompts": 3, "p2": 0.1, "bits": 4}, GRID)
+    claim({"algorithm": "fedqsn", "fedsp.prompts": 4, "p2": 0.3, "bits": 2}, GRID)
+    with pytest.raises(ConfigError, match=r"another sweep: model\.hidden = \(?\[?8"):
+        claim({"model.hidden": (8,), "fedsp.prompts": 5}, GRID)
+    both = {"algorithm": ["fedsn", "fedqsn"]}
+    with pytest.raises(ConfigError, match=r"another sweep: p2 = .*, its grids differ$"):
+        claim({}, both)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    claim({"bits": 4}, both)
+    with pytest.raises(ConfigError, match=r"another sweep: bits = 2 \(there: 4\)$"):
+        claim({"bits": 2}, both)
 
 
 def test_what_remains_is_told_of_damaged_results_too(tmp_path):

@@ -93,7 +93,13 @@ def test_settings_that_are_used_are_not_told():
     used = {
         "fedqsn": {"p1": 0.0, "p2": 0.5, "bits": 3, "sampling": "fixed_count"},
         "fedsn": {"p1": 0.1, "p2": 0.0, "sampling": "fixed_count"},
-        "fedq": {"sites": "residual", "bits": 3, "block_size": 8, "codebook": "uniform", "blocks": "row"},
+        "fedq": {
+            "sites": "residual",
+            "bits": 3,
+            "block_size": 8,
+            "codebook": "uniform",
+            "blocks": "row",
+        },
         "fedlpp": {"lora.rank": 4, "lora.alpha": 2.0, "bits": 3},
         "fedsp": {
             "fedsp.auxiliary_rate": 0.5,

@@ -20,7 +20,7 @@ from fedqsn_jax.config import (
     with_fields,
 )
 from fedqsn_jax.simulation import TRACEABLE
-from fedqsn_jax.unused import as_used, unused_fields
+from fedqsn_jax.unused import as_used, unused_fields, without_effect
 
 Grid = dict[str, list[Any]]
 """Dotted fields, and the values that each takes."""
@@ -55,12 +55,14 @@ class Plan(NamedTuple):
       grids: The grids.
       points: Their points, without those that would repeat others.
       repeated: How many were left out: they differ from others in nothing that is used.
+      idle: Fields whose values in ``base`` make no difference to any point.
     """
 
     base: Config
     grids: list[Grid]
     points: list[Point]
     repeated: int
+    idle: frozenset[str]
 
     @property
     def varied(self) -> list[str]:
@@ -157,7 +159,8 @@ def make_plan(base: Config, grids: list[Grid], overridden: Sequence[str] = ()) -
         unused = unused_fields(config)
         settings = {name: None if name in unused else fields[name] for name in varied}
         points.append(Point(settings, _as_run(config)))
-    return Plan(base, grids, points, len(configs) - len(points))
+    idle = set.intersection(*(without_effect(config) | set(grid) for grid, config in configs))
+    return Plan(base, grids, points, len(configs) - len(points), frozenset(idle))
 
 
 def _resolve_point(values: dict[str, Any], changes: dict[str, Any]) -> Config:
