@@ -177,7 +177,7 @@ class WorkDirectory:
             if name != "rounds" and ours.get(name) != theirs.get(name)
         }
         if differing:
-            # Only now: it waits for JAX. Fields that decide which others have an effect differ, too.
+            # Only now, as it waits for JAX. What decides on other fields' effect is compared, too.
             from fedqsn_jax.unused import without_effect
 
             differing -= without_effect(config)

@@ -92,7 +92,7 @@ def test_what_leaves_a_setting_without_effect_is_said(values, why):
 def test_settings_that_are_used_are_not_told():
     used = {
         "fedqsn": {"p1": 0.0, "p2": 0.5, "bits": 3, "sampling": "fixed_count"},
-        "fedsn": {"p1": 0.1, "p2": 0.0, "sampling": "fixed_count"},
+        "fedsn": {"sites": "residual", "p1": 0.1, "p2": 0.0, "sampling": "fixed_count"},
         "fedq": {
             "sites": "residual",
             "bits": 3,

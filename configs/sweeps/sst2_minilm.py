@@ -5,8 +5,8 @@
     --config.data.train=tsv:sst2/train.tsv --config.data.test=tsv:sst2/test.tsv
 
 All weights are trained at rate 1e-4, adapters of rank 8, and head with biases, at 1e-3. p1 and p2
-are 0 (that is FedAvg in place of FedSN, and FedQ in place of FedQSN), .1, .2 and .3 together, and .3
-alone. FedLPP and plain federated LoRA have a public base and no masks.
+are 0 (FedAvg in place of FedSN, and FedQ in place of FedQSN), .1, .2 and .3 together, and .3 alone.
+FedLPP and plain federated LoRA have a public base and no masks.
 """
 
 TOGETHER = [0.0, 0.1, 0.2, 0.3]
