@@ -23,7 +23,7 @@ from fedqsn_jax.ending import tell
 from fedqsn_jax.image_problem import load_image_problem
 from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.pretraining import pretrain
-from fedqsn_jax.problem import Problem
+from fedqsn_jax.problem import Problem, ProblemSettings, problem_settings
 from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.summary import Costs, summarize
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
@@ -189,12 +189,12 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
 
     Args:
       config: What to run.
-      problem: What `load_problem` returned for it, if that was called.
+      problem: What `load_problem` returned for its `problem_settings`, if that was called.
 
     Raises:
       ConfigError: The configuration is not possible.
     """
-    problem = problem or load_problem(config)
+    problem = problem or load_problem(problem_settings(config))
     simulation = make_simulation(
         config,
         problem.apply_fn,
@@ -211,18 +211,18 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
     return Experiment(config, problem._replace(splits=splits), simulation)
 
 
-def load_problem(config: Config) -> Problem:
+def load_problem(settings: ProblemSettings) -> Problem:
     """Loads the data and initializes the model, or reads its pre-trained weights.
 
     Raises:
       ConfigError: One of them is absent or damaged, or they do not fit each other.
     """
-    if config.model.name != LANGUAGE:
-        return load_image_problem(config)
+    if settings.model.name != LANGUAGE:
+        return load_image_problem(settings)
     # Only here: images do without what texts need, which takes a second to import.
     from fedqsn_jax.language_problem import load_language_problem
 
-    return load_language_problem(config)
+    return load_language_problem(settings)
 
 
 def _what_stands(checkpoints: Checkpoints) -> str:
@@ -241,7 +241,7 @@ def _restore(
     def restore() -> tuple[ServerState, list[Entry]] | None:
         if checkpoints.latest_round() is None:
             return None
-        key = root_key(experiment.config)
+        key = root_key(experiment.config.seed)
         return checkpoints.restore(jax.eval_shape(simulation.federation.init, key, params))
 
     restored = processes.together(restore)

@@ -133,7 +133,7 @@ def federate(
     on_device: dict[str, Batch] = jax.tree.map(jnp.asarray, rows)
     held_out = HeldOut(on_device["test"], client_tests)
     start = start_of()
-    heads = find_heads(apply_fn, start, example, fold_in_name(root_key(config), "heads"))
+    heads = find_heads(apply_fn, start, example, fold_in_name(root_key(config.seed), "heads"))
     if not heads and not config.site_rules:
         raise ConfigError(
             "site_rules: no task head was found; name it by a rule such as 'PATH: none', with a "
@@ -270,7 +270,7 @@ def _as_function(
       ValueError: It is none of the kinds of model, or its function has other arguments.
     """
     if isinstance(model, linen.Module):
-        module, key = model, fold_in_name(root_key(config), "model")
+        module, key = model, fold_in_name(root_key(config.seed), "model")
         return (
             linen_apply(module, inputs),
             lambda: linen_init(module, key, dict(example), inputs),
