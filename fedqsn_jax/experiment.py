@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import signal
 import threading
 from collections.abc import Collection, Iterator
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from fedqsn_jax import processes
+from fedqsn_jax import cautions, processes
 from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.config import LANGUAGE, Config
 from fedqsn_jax.configured import root_key
@@ -33,11 +32,9 @@ from fedqsn_jax.running import (
     first_entry,
     initial_state,
     place,
-    rejected_updates,
     run_rounds,
 )
 from fedqsn_jax.simulation import Simulation, make_simulation
-from fedqsn_jax.unused import ignored_settings
 from fedqsn_jax.workdir import WorkDirectory
 from fedqsn_jax.written_texts import passes, write_texts
 
@@ -357,10 +354,8 @@ def _finish(
             summary["texts"] = write_texts(simulation, state, texts, work.texts, done)
     write_json(work.summary, summary)
     display.final_table(summary)
-    for line in rejected_updates(config, history):
+    for line in cautions.after(config, history):
         display.warning(line)
-    if not math.isfinite(history[-1]["global/loss"]):
-        display.warning("the training diverged; its loss is no number. Lower the learning rates")
     display.message(f"written to {work.path}")
 
 
@@ -372,17 +367,7 @@ def _show(experiment: Experiment, display: Display, chosen: Collection[str]) -> 
         f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
         f"{simulation.choice.reason}"
     )
-    if simulation.algorithm.unmet_invariants:
-        tells = "what clients receive tells of hidden columns' values"
-        if simulation.algorithm.prompts_only:
-            tells = "clients receive a small model that is made to be like the hidden one"
-        why = {2: "hidden columns change", 3: tells}
-        told = " and ".join(why[number] for number in sorted(simulation.algorithm.unmet_invariants))
-        display.warning(
-            f"{config.algorithm} with these settings does not keep what this package promises "
-            f"elsewhere: {told}"
-        )
-    for line in ignored_settings(config, chosen):
+    for line in cautions.before(config, chosen):
         display.warning(line)
     for note in experiment.problem.notes:
         display.message(note)

@@ -23,6 +23,7 @@ FLOORS = (
     ("algorithms",),
     ("configured",),
     ("pretraining", "round_memory", "unused"),
+    ("cautions",),
     ("simulation",),
     ("running", "costs", "workdir", "workloads", "problem", "own_rows"),
     ("prompted_problem", "written_texts"),

@@ -9,12 +9,11 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from fedqsn_jax import HostData, Task, classification, federate
+from fedqsn_jax import HostData, Task, cautions, classification, federate
 from fedqsn_jax.config import Config, with_fields
 from fedqsn_jax.data.labels import check_labels
 from fedqsn_jax.models.adapters import linen_init
 from fedqsn_jax.own_rows import read_clients
-from fedqsn_jax.running import rejected_updates
 
 CLASSES = 3
 SHORT = {"rounds": 2, "client": {"steps": 1}, "evaluation": {"proxy_samples": 2}}
@@ -227,11 +226,11 @@ def test_rejected_updates_are_counted_in_the_rounds_that_say():
         {"round": number, "clients/rejected": count}
         for number, count in ((5, 3), (10, 0), (15, 1), (20, 0))
     ]
-    (line,) = rejected_updates(Config(), history)
+    (line,) = cautions.after(Config(), history)
     assert line.startswith("4 clients' updates were rejected")
     assert "in 2 of the 4 rounds that were evaluated" in line
-    assert rejected_updates(with_fields(Config(), {"participation.nan": 0.1}), history) == []
-    assert rejected_updates(Config(), [history[0], history[2]]) == []
+    assert cautions.after(with_fields(Config(), {"participation.nan": 0.1}), history) == []
+    assert cautions.after(Config(), [history[0], history[2]]) == []
 
 
 @pytest.mark.usefixtures("only_shapes")

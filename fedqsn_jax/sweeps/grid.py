@@ -20,6 +20,7 @@ from fedqsn_jax.config import (
     with_fields,
 )
 from fedqsn_jax.simulation import TRACEABLE
+from fedqsn_jax.sweeps.cautions import before
 from fedqsn_jax.unused import as_used, unused_fields, without_effect
 
 Grid = dict[str, list[Any]]
@@ -56,6 +57,7 @@ class Plan(NamedTuple):
       points: Their points, without those that would repeat others.
       repeated: How many were left out: they differ from others in nothing that is used.
       idle: Fields whose values in ``base`` make no difference to any point.
+      cautions: What the user should be told before anything runs, a line each.
     """
 
     base: Config
@@ -63,6 +65,7 @@ class Plan(NamedTuple):
     points: list[Point]
     repeated: int
     idle: frozenset[str]
+    cautions: list[str]
 
     @property
     def varied(self) -> list[str]:
@@ -148,7 +151,8 @@ def make_plan(base: Config, grids: list[Grid], overridden: Sequence[str] = ()) -
         for grid in grids
         for combination in itertools.product(*grid.values())
     ]
-    different = dict.fromkeys(as_used(config) for _, config in configs)
+    used = [as_used(config) for _, config in configs]
+    different = list(dict.fromkeys(used))
     flat = [flatten(config) for config in different]
     mentioned = {name for grid in grids for name in grid} - {SEED}
     varied = [
@@ -160,7 +164,20 @@ def make_plan(base: Config, grids: list[Grid], overridden: Sequence[str] = ()) -
         settings = {name: None if name in unused else fields[name] for name in varied}
         points.append(Point(settings, _as_run(config)))
     idle = set.intersection(*(without_effect(config) | set(grid) for grid, config in configs))
-    return Plan(base, grids, points, len(configs) - len(points), frozenset(idle))
+    # What a grid sets for some of its methods is meant for these; what serves none is a mistake.
+    useless = set.intersection(*(without_effect(config) for _, config in configs))
+    places = {config: place for place, config in enumerate(different)}
+    told = before(
+        ((config, places[key]) for (_, config), key in zip(configs, used, strict=True)),
+        [label_of(point) for point in points],
+        {*overridden, *(mentioned & useless)},
+    )
+    return Plan(base, grids, points, len(configs) - len(points), frozenset(idle), told)
+
+
+def label_of(point: Point) -> dict[str, Any]:
+    """Returns what tells a point from the others of its sweep: its settings and its seed."""
+    return {**point.settings, SEED: point.config.seed}
 
 
 def _resolve_point(values: dict[str, Any], changes: dict[str, Any]) -> Config:
