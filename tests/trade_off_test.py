@@ -138,13 +138,14 @@ def test_progress_in_a_pipe_and_in_a_terminal():
         "metrics": {"global/accuracy": 0.5, "attacker_10/accuracy": None, "start/accuracy": 0.4},
     }
     text = io.StringIO()
-    with SweepDisplay(Console(file=text, width=80)).sweep_progress(60, 30, 2, 1) as progress:
+    with SweepDisplay(Console(file=text, width=80)).sweep_progress(60, 30, 2, 1, 1) as progress:
+        progress.begin_program()
         progress.update(45)
         progress.update(60, 2, record)
     assert text.getvalue() == "2/2  algorithm=fedavg seed=1  global 0.500  0:00:00 left\n"
     text = io.StringIO()
     console = Console(file=text, width=80, force_terminal=True)
-    with SweepDisplay(console).sweep_progress(60, 30, 2, 1) as progress:
+    with SweepDisplay(console).sweep_progress(60, 30, 2, 1, 1) as progress:
         progress.update(60, 2, record)
     assert "point 2/2" in text.getvalue()
     assert "algorithm=fedavg seed=1  global 0.500" in text.getvalue()

@@ -15,17 +15,15 @@ from rich.text import Text
 
 from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.estimates import Estimate, Setting, pareto_front, rival_view, score_of
-from fedqsn_jax.reporting.progress import Clock, Pace, clock_text
+from fedqsn_jax.reporting.progress import Clock, clock_text
 from fedqsn_jax.reporting.summary import main_views_of
+from fedqsn_jax.reporting.sweep_pace import SweepPace
 
 Record = Mapping[str, Any]
 """A finished point: ``settings``, ``seed`` and ``metrics``."""
 
 _SECONDS_BETWEEN_LINES = 1.0
 _REFRESHES_PER_SECOND = 4
-_BURSTS = 1000
-"""Compiled calls over which the pace is measured: so many that the compilation of a program, which
-comes between two of them, counts for what it is."""
 
 
 class SweepProgress(Protocol):
@@ -39,6 +37,9 @@ class SweepProgress(Protocol):
           points: Finished points, where that has changed.
           record: The point that was finished.
         """
+
+    def begin_program(self) -> None:
+        """Tells that the next program begins, which is going to be compiled."""
 
     def __enter__(self) -> "SweepProgress": ...
 
@@ -71,7 +72,9 @@ class SweepDisplay(Display):
             self.message(f"{count:>5} points in one compiled program, {reason}")
         self.message(f"{sum(count for count, _ in groups):>5} points in all")
 
-    def sweep_progress(self, rounds: int, done: int, points: int, finished: int) -> SweepProgress:
+    def sweep_progress(
+        self, rounds: int, done: int, points: int, finished: int, programs: int
+    ) -> SweepProgress:
         """Shows progress inside a ``with`` block.
 
         Args:
@@ -79,10 +82,11 @@ class SweepDisplay(Display):
           done: How many are done already.
           points: Points of the sweep.
           finished: How many are finished already.
+          programs: Compiled programs that the others take.
         """
         live = self._console.is_terminal and not self._console.is_dumb_terminal
         kind = _LiveProgress if live else _PlainProgress
-        pace = Pace(rounds, done, time.monotonic, _BURSTS)
+        pace = SweepPace(rounds, done, programs, time.monotonic)
         return kind(self._console, pace, points, finished)
 
     def table(self, settings: Sequence[Setting]) -> None:
@@ -189,7 +193,7 @@ class _PlainProgress:
     def __init__(
         self,
         console: Console,
-        pace: Pace,
+        pace: SweepPace,
         points: int,
         finished: int,
         clock: Clock = time.monotonic,
@@ -210,6 +214,9 @@ class _PlainProgress:
     ) -> None:
         # What was held back is the last word of an interrupted sweep, too.
         self._print_pending()
+
+    def begin_program(self) -> None:
+        self._pace.begin()
 
     def update(self, rounds: int, points: int | None = None, record: Record | None = None) -> None:
         self._pace.add(rounds)
@@ -233,7 +240,7 @@ class _PlainProgress:
 class _LiveProgress:
     """A bar and the latest point, kept up to date at the bottom of the terminal."""
 
-    def __init__(self, console: Console, pace: Pace, points: int, finished: int) -> None:
+    def __init__(self, console: Console, pace: SweepPace, points: int, finished: int) -> None:
         self._pace, self._points, self._finished = pace, points, finished
         self._latest: Record | None = None
         self._live = Live(
@@ -253,6 +260,9 @@ class _LiveProgress:
         trace: TracebackType | None,
     ) -> None:
         self._live.stop()
+
+    def begin_program(self) -> None:
+        self._pace.begin()
 
     def update(self, rounds: int, points: int | None = None, record: Record | None = None) -> None:
         self._pace.add(rounds)

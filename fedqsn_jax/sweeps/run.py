@@ -87,9 +87,12 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
         with (
             # Also of what an interruption leaves, wherever it comes.
             cleaning_up(lambda: _write_tables(files, plan)),
-            display.sweep_progress(total, done, len(plan.points), len(records)) as progress,
+            display.sweep_progress(
+                total, done, len(plan.points), len(records), len(groups)
+            ) as progress,
         ):
             for points in by_program(missing):
+                progress.begin_program()
                 for batch, rounds, entries in _run_program(points, at_once, sources):
                     if entries is None:
                         progress.update(done + rounds)
