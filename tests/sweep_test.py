@@ -278,6 +278,7 @@ def test_what_has_no_effect_in_any_point_does_not_make_it_another_sweep(tmp_path
 
     claim({"algorithm": "fedavg", "fedsp.prompts": 3, "p2": 0.1, "bits": 4}, GRID)
     claim({"algorithm": "fedqsn", "fedsp.prompts": 4, "p2": 0.3, "bits": 2}, GRID)
+    claim({"algorithm": "fedavg", "checkpoint.every": 3}, GRID)
     with pytest.raises(ConfigError, match=r"another sweep: model\.hidden = \(?\[?8"):
         claim({"model.hidden": (8,), "fedsp.prompts": 5}, GRID)
     both = {"algorithm": ["fedsn", "fedqsn"]}

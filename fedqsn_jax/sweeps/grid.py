@@ -164,6 +164,8 @@ def make_plan(base: Config, grids: list[Grid], overridden: Sequence[str] = ()) -
         settings = {name: None if name in unused else fields[name] for name in varied}
         points.append(Point(settings, _as_run(config)))
     idle = set.intersection(*(without_effect(config) | set(grid) for grid, config in configs))
+    # Points are not saved while they run.
+    idle |= {name for name in flatten(base) if name.startswith("checkpoint.")}
     # What a grid sets for some of its methods is meant for these; what serves none is a mistake.
     useless = set.intersection(*(without_effect(config) for _, config in configs))
     places = {config: place for place, config in enumerate(different)}
