@@ -11,7 +11,7 @@ from rich.console import Console
 from scipy import stats
 
 from fedqsn_jax.reporting import trade_off
-from fedqsn_jax.reporting.estimates import Estimate, Setting, estimate, pareto_front
+from fedqsn_jax.reporting.estimates import Estimate, Setting, estimate, pareto_front, short_names
 from fedqsn_jax.reporting.sweep_display import SweepDisplay
 
 
@@ -37,6 +37,12 @@ def test_the_front_is_what_no_other_surpasses():
     expected = sorted({pair for pair in points if not surpassed(pair)})
     assert [points[index] for index in pareto_front(points)] == expected
     assert pareto_front([(math.nan, 1.0), (0.5, math.nan)]) == []
+
+
+def test_fields_are_called_by_their_last_names_where_those_differ():
+    fields = ["p1", "client.learning_rate", "lora.rank", "server.learning_rate"]
+    names = ["p1", "client.learning_rate", "rank", "server.learning_rate"]
+    assert list(short_names(fields).items()) == list(zip(fields, names, strict=True))
 
 
 def some_settings():

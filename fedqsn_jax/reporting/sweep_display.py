@@ -14,7 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from fedqsn_jax.reporting.display import Display
-from fedqsn_jax.reporting.estimates import Estimate, Setting, pareto_front, rival_view, score_of
+from fedqsn_jax.reporting.estimates import (
+    Estimate,
+    Setting,
+    pareto_front,
+    rival_view,
+    score_of,
+    short_names,
+)
 from fedqsn_jax.reporting.progress import Clock, clock_text
 from fedqsn_jax.reporting.summary import main_views_of
 from fedqsn_jax.reporting.sweep_pace import SweepPace
@@ -122,11 +129,11 @@ class SweepDisplay(Display):
         table = self._table()
         if not apart:
             table.add_column("setting", overflow="fold")
+        names = short_names(settings[0].settings)
         for field in settings[0].settings if apart else ():
             values = [each.settings[field] for each in settings]
             numbers = all(isinstance(value, int | float | None) for value in values)
-            head = field.rpartition(".")[2]
-            table.add_column(head, justify="right" if numbers else "left", no_wrap=True)
+            table.add_column(names[field], justify="right" if numbers else "left", no_wrap=True)
         for view in (*(view.replace("_", " ") for view in views), "KB down"):
             table.add_column(view, justify="right", no_wrap=True)
         front = pareto_front([_pair(setting, attacker, score) for setting in settings])
@@ -182,9 +189,9 @@ def _facts(record: Record) -> str:
 
 
 def _described(settings: Mapping[str, Any]) -> str:
-    """Fields by their last names, with their values; without those that are not used."""
-    words = [f"{k.rpartition('.')[2]}={v}" for k, v in settings.items() if v is not None]
-    return " ".join(words)
+    """Fields by their short names, with their values; without those that are not used."""
+    names = short_names(settings)
+    return " ".join(f"{names[k]}={v}" for k, v in settings.items() if v is not None)
 
 
 class _PlainProgress:

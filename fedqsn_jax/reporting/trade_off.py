@@ -13,7 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fedqsn_jax.reporting.estimates import Estimate, Setting, pareto_front, rival_view, score_of
+from fedqsn_jax.reporting.estimates import (
+    Estimate,
+    Setting,
+    pareto_front,
+    rival_view,
+    score_of,
+    short_names,
+)
 from fedqsn_jax.reporting.plots import new_figure, save_figure
 
 _SIZE = (9.6, 7.2)
@@ -240,8 +247,9 @@ def _wrapped(
 
 
 def _name(setting: Setting) -> str:
+    names = short_names(setting.settings)
     numbers = (
-        f"{field.rpartition('.')[2].replace('_', ' ')} {value}"
+        f"{re.sub('[._]', ' ', names[field])} {value}"
         for field, value in setting.settings.items()
         if value is not None and not isinstance(value, str)
     )
