@@ -46,10 +46,9 @@ def without_effect(config: Config) -> set[str]:
 
 
 def as_used(config: Config) -> Config:
-    """Returns a configuration with what it does not use at defaults.
+    """Returns a configuration with what it does not use at defaults, ``p1`` and ``p2`` at zero.
 
-    Two that do the same for want of any other difference are then equal; probabilities of an
-    algorithm that hides nothing are zero.
+    Of two that differ in nothing else these are equal.
     """
     algorithm, defaults = algorithm_of(config), flatten(Config())
     values = {"p1": algorithm.p1, "p2": algorithm.p2}

@@ -231,6 +231,8 @@ def test_rejected_updates_are_counted_in_the_rounds_that_say():
     assert "in 2 of the 4 rounds that were evaluated" in line
     assert cautions.after(with_fields(Config(), {"participation.nan": 0.1}), history) == []
     assert cautions.after(Config(), [history[0], history[2]]) == []
+    diverged = [history[0], {"round": 20, "clients/rejected": 0, "global/loss": float("nan")}]
+    assert cautions.after(Config(), diverged) == [cautions.DIVERGED]
 
 
 @pytest.mark.usefixtures("only_shapes")
@@ -248,6 +250,15 @@ def test_settings_without_effect_are_told():
         "bits = 3 has no effect with algorithm = 'fedavg'",
         "client.epochs = 3 has no effect with client.steps = 5",
     ]
+
+
+@pytest.mark.usefixtures("only_shapes")
+def test_promises_that_are_not_kept_are_told():
+    with (
+        pytest.warns(UserWarning, match=r"^fedqsn with these settings does not keep what .* tells"),
+        pytest.raises(AssertionError, match="not refused"),
+    ):
+        federate(Classifier(), [rows(5), rows(8)], rows(9), blocks="row", p1=0.2, **SHORT)
 
 
 def test_jax_arrays_are_rows_too():
