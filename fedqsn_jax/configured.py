@@ -106,14 +106,14 @@ def server_optimizer(settings: ServerConfig, rounds: int) -> optax.GradientTrans
     return makers[settings.optimizer]()
 
 
-def root_key(config: Config) -> Key:
+def root_key(seed: int) -> Key:
     """Returns the key from which everything in a run is drawn."""
-    return jax.random.key(np.uint32(config.seed))
+    return jax.random.key(np.uint32(seed))
 
 
 def federation_key(config: Config) -> Key:
     """Returns the key that `rounds.Federation.init` gets."""
-    return fold_in_name(root_key(config), "federation")
+    return fold_in_name(root_key(config.seed), "federation")
 
 
 def calls_of(finished: int, config: Config) -> list[tuple[int, int]]:

@@ -1,10 +1,11 @@
-"""How a command ends: its exit codes, and Ctrl-C.
+"""How a command ends: its exit codes, Ctrl-C, and SIGTERM, by which batch systems end a job.
 
 Python's own answer to Ctrl-C, a KeyboardInterrupt wherever the main thread happens to be, does not
 serve a command that uses JAX. Raised inside a callback, such as the one that JAX has the garbage
 collector call, it is printed and forgotten, and the command runs to its end. And an interpreter
 that shuts down while JAX's threads are at work may crash. So the process of a command ends in the
-handler of the signal: it cleans up, says what remains, and shuts nothing down.
+handler of the signal: it cleans up, says what remains, and shuts nothing down. SIGTERM ends it in
+the same way; by the system's own answer nothing would be cleaned up or said.
 
 Called from Python, a command knows nothing of all that: its KeyboardInterrupt comes as everywhere,
 and becomes the exit code that its ``main`` returns.
@@ -27,6 +28,9 @@ REFUSED = 2
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code after a Ctrl-C that could not wait, by the shell's convention."""
+
+_USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""The signals that end a process of a command, with their handlers where nobody has others."""
 
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -85,7 +89,7 @@ def remaining_after_interruption(text: Callable[[], str]) -> None:
 
 @contextlib.contextmanager
 def cleaning_up(action: Callable[[], object]) -> Iterator[None]:
-    """Does something at the end of the ``with`` block, also where Ctrl-C ends the process in it.
+    """Does something at the end of the ``with`` block, also where a signal ends the process in it.
 
     Args:
       action: What to do. Doing it twice does no harm; it waits for nothing, and works wherever the
@@ -108,20 +112,23 @@ def run_as_process(main: Callable[[], int]) -> NoReturn:
       main: The command; it takes its arguments from the process and returns the exit code.
     """
     # Not where Ctrl-C is ignored, as in a shell's background jobs, or a debugger has its own.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+    for kind, usual in _USUAL.items():
+        if signal.getsignal(kind) == usual:
+            signal.signal(kind, _end)
     code = main()
     # All is said and done; what is left is Python's shutdown.
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for kind in _USUAL:
+        if signal.getsignal(kind) is _end:
+            signal.signal(kind, signal.SIG_DFL)
     if code == INTERRUPTED:
         leave(code)
     sys.exit(code)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Handles SIGINT: ends the process at once, but for what has to be cleaned up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Handles a signal: ends the process at once, but for what has to be cleaned up."""
+    for kind in _USUAL:
+        signal.signal(kind, signal.SIG_IGN)
     try:
         # A copy: actions, and other threads, may clean up after something of their own.
         for action in _cleanups[::-1]:
@@ -134,7 +141,7 @@ def _end(number: int, frame: FrameType | None) -> None:
         os.write(2, line.encode())
     finally:
         # Whatever goes wrong: an exception from here might be forgotten like any other.
-        leave(INTERRUPTED)
+        leave(128 + number)
 
 
 def leave(code: int) -> NoReturn:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import signal
 import threading
 from collections.abc import Collection, Iterator
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from fedqsn_jax import processes
+from fedqsn_jax import cautions, processes
 from fedqsn_jax.checkpoint import Checkpoints
 from fedqsn_jax.config import LANGUAGE, Config
 from fedqsn_jax.configured import root_key
@@ -23,7 +22,7 @@ from fedqsn_jax.ending import tell
 from fedqsn_jax.image_problem import load_image_problem
 from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.pretraining import pretrain
-from fedqsn_jax.problem import Problem
+from fedqsn_jax.problem import Problem, ProblemSettings, problem_settings
 from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.summary import Costs, summarize
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
@@ -33,11 +32,9 @@ from fedqsn_jax.running import (
     first_entry,
     initial_state,
     place,
-    rejected_updates,
     run_rounds,
 )
 from fedqsn_jax.simulation import Simulation, make_simulation
-from fedqsn_jax.unused import ignored_settings
 from fedqsn_jax.workdir import WorkDirectory
 from fedqsn_jax.written_texts import passes, write_texts
 
@@ -199,12 +196,12 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
 
     Args:
       config: What to run.
-      problem: What `load_problem` returned for it, if that was called.
+      problem: What `load_problem` returned for its `problem_settings`, if that was called.
 
     Raises:
       ConfigError: The configuration is not possible.
     """
-    problem = problem or load_problem(config)
+    problem = problem or load_problem(problem_settings(config))
     simulation = make_simulation(
         config,
         problem.apply_fn,
@@ -221,18 +218,18 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
     return Experiment(config, problem._replace(splits=splits), simulation)
 
 
-def load_problem(config: Config) -> Problem:
+def load_problem(settings: ProblemSettings) -> Problem:
     """Loads the data and initializes the model, or reads its pre-trained weights.
 
     Raises:
       ConfigError: One of them is absent or damaged, or they do not fit each other.
     """
-    if config.model.name != LANGUAGE:
-        return load_image_problem(config)
+    if settings.model.name != LANGUAGE:
+        return load_image_problem(settings)
     # Only here: images do without what texts need, which takes a second to import.
     from fedqsn_jax.language_problem import load_language_problem
 
-    return load_language_problem(config)
+    return load_language_problem(settings)
 
 
 def _what_stands(checkpoints: Checkpoints) -> str:
@@ -251,7 +248,7 @@ def _restore(
     def restore() -> tuple[ServerState, list[Entry]] | None:
         if checkpoints.latest_round() is None:
             return None
-        key = root_key(experiment.config)
+        key = root_key(experiment.config.seed)
         return checkpoints.restore(jax.eval_shape(simulation.federation.init, key, params))
 
     restored = processes.together(restore)
@@ -368,10 +365,8 @@ def _finish(
             summary["texts"] = write_texts(simulation, state, texts, work.texts, done)
     write_json(work.summary, summary)
     display.final_table(summary)
-    for line in rejected_updates(config, history):
+    for line in cautions.after(config, history):
         display.warning(line)
-    if not math.isfinite(history[-1]["global/loss"]):
-        display.warning("the training diverged; its loss is no number. Lower the learning rates")
     display.message(f"written to {work.path}")
 
 
@@ -383,17 +378,7 @@ def _show(experiment: Experiment, display: Display, chosen: Collection[str]) -> 
         f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
         f"{simulation.choice.reason}"
     )
-    if simulation.algorithm.unmet_invariants:
-        tells = "what clients receive tells of hidden columns' values"
-        if simulation.algorithm.prompts_only:
-            tells = "clients receive a small model that is made to be like the hidden one"
-        why = {2: "hidden columns change", 3: tells}
-        told = " and ".join(why[number] for number in sorted(simulation.algorithm.unmet_invariants))
-        display.warning(
-            f"{config.algorithm} with these settings does not keep what this package promises "
-            f"elsewhere: {told}"
-        )
-    for line in ignored_settings(config, chosen):
+    for line in cautions.before(config, chosen):
         display.warning(line)
     for note in experiment.problem.notes:
         display.message(note)

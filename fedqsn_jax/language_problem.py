@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.config import ConfigError, DataConfig
 from fedqsn_jax.configured import root_key
 from fedqsn_jax.data import registry, text
 from fedqsn_jax.data.prompts import Prompts
@@ -26,33 +26,33 @@ from fedqsn_jax.models.pretrained import (
 )
 from fedqsn_jax.models.t5 import T5Config
 from fedqsn_jax.models.transformer import Execution
-from fedqsn_jax.problem import Problem, Texts
+from fedqsn_jax.problem import Problem, ProblemSettings, Texts
 from fedqsn_jax.prompted_problem import prompted_problem
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.text_evaluation import make_text_evaluator
 
 
-def load_language_problem(config: Config) -> Problem:
+def load_language_problem(settings: ProblemSettings) -> Problem:
     """Reads texts, tokenizer and model.
 
-    Clients, the server and the evaluation compute in ``client.compute_dtype``; norms, softmax and
+    Clients, the server and the evaluation compute in the compute dtype; norms, softmax and
     logits stay float32.
 
     Raises:
       ConfigError: One of them is absent or damaged, or they do not fit each other.
     """
-    settings = text_settings(config)
-    kind = text_format(settings)
-    directory = directory_of(config.model.pretrained)
-    _check_fit(config, read_config(directory), kind)
-    overrides = _overrides(config, kind)
+    texts = text_settings(settings.data)
+    kind = text_format(texts)
+    directory = directory_of(settings.model.pretrained)
+    _check_fit(settings, read_config(directory), kind)
+    overrides = _overrides(settings, kind)
     model_config = read_config(directory, **overrides)
     execution = Execution(
-        config.client.compute_dtype,
-        config.model.attention,
-        config.model.unroll,
-        config.model.remat,
+        settings.compute_dtype,
+        settings.model.attention,
+        settings.model.unroll,
+        settings.model.remat,
     )
     tokenizer = load_tokenizer(
         directory,
@@ -62,27 +62,34 @@ def load_language_problem(config: Config) -> Problem:
         () if isinstance(model_config, EncoderConfig) else model_config.eos_token_ids,
     )
     data = text.load(
-        settings,
-        config.data,
+        texts,
+        settings.data,
         tokenizer,
-        registry.generator(config.seed),
+        registry.generator(settings.seed),
         encoder_decoder=isinstance(model_config, T5Config),
-        new_tokens=config.generation.new_tokens,
+        new_tokens=settings.generation.new_tokens,
     )
-    key = fold_in_name(root_key(config), "model")
+    key = fold_in_name(root_key(settings.seed), "model")
     pretrained = load_pretrained(directory, key, **overrides)
-    clients = make_language_model(pretrained.config, execution, config.client.dropout)
-    server = make_language_model(pretrained.config, execution, config.pretraining.dropout)
-    task = _task(config, data.kind, pretrained.config)
+    clients = make_language_model(pretrained.config, execution, settings.client_dropout)
+    server = make_language_model(pretrained.config, execution, settings.server_dropout)
+    task = _task(settings, data.kind, pretrained.config)
     notes = [tokenizer.note] if tokenizer.note else []
     if pretrained.fresh:
         notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
     if data.cut:
         notes.append(f"{data.cut} rows lost tokens beyond data.length = {data.kind.length}")
     params, files = jax.tree.map(jnp.asarray, pretrained.params), description_files(directory)
-    if isinstance(pretrained.config, EncoderConfig) and config.algorithm == "fedsp":
+    if isinstance(pretrained.config, EncoderConfig) and settings.prompted is not None:
         problem = prompted_problem(
-            config, data.splits, pretrained.config, params, execution, task, tuple(notes)
+            settings,
+            settings.prompted,
+            data.splits,
+            pretrained.config,
+            params,
+            execution,
+            task,
+            tuple(notes),
         )
         return problem._replace(files=files)
     return Problem(
@@ -92,28 +99,28 @@ def load_language_problem(config: Config) -> Problem:
         server.apply_fn,
         clients.apply_fn,
         task,
-        _texts(config, clients, tokenizer, data.prompts),
+        _texts(settings, clients, tokenizer, data.prompts),
         notes=tuple(notes),
         files=files,
     )
 
 
-def text_settings(config: Config) -> TextSettings:
+def text_settings(data: DataConfig) -> TextSettings:
     """Returns those of the data's settings that are about text."""
     names = [field.name for field in dataclasses.fields(TextSettings)]
-    return TextSettings(**{name: getattr(config.data, name) for name in names})
+    return TextSettings(**{name: getattr(data, name) for name in names})
 
 
-def _overrides(config: Config, kind: TextFormat) -> dict[str, Any]:
+def _overrides(settings: ProblemSettings, kind: TextFormat) -> dict[str, Any]:
     """What a run chooses otherwise than a classifier's config.json says."""
     if kind.generates:
         return {}
-    pooling = config.model.pooling
+    pooling = settings.model.pooling
     return {"classes": len(kind.labels)} | ({} if pooling == "auto" else {"pooling": pooling})
 
 
-def _check_fit(config: Config, model: LanguageConfig, kind: TextFormat) -> None:
-    source, task = config.model.pretrained, config.data.task
+def _check_fit(settings: ProblemSettings, model: LanguageConfig, kind: TextFormat) -> None:
+    source, task = settings.model.pretrained, settings.data.task
     if kind.generates and isinstance(model, EncoderConfig):
         raise ConfigError(
             f"data.task = {task!r} is to write texts; model.pretrained = {source!r} is a "
@@ -124,43 +131,46 @@ def _check_fit(config: Config, model: LanguageConfig, kind: TextFormat) -> None:
             f"data.task = {task!r} is classification; model.pretrained = {source!r} is a "
             f"{model.family}, which has no classifier; allowed are bert, roberta"
         )
-    if config.algorithm == "fedsp" and not isinstance(model, EncoderConfig):
+    if settings.prompted is not None and not isinstance(model, EncoderConfig):
         raise ConfigError(
             f"algorithm = 'fedsp' with model.pretrained = {source!r}: it is a {model.family}; "
             f"allowed are bert, roberta"
         )
-    if config.client.label_smoothing and not kind.generates:
+    if settings.label_smoothing and not kind.generates:
         raise ConfigError(
-            f"client.label_smoothing = {config.client.label_smoothing}: data.task = {task!r} is "
+            f"client.label_smoothing = {settings.label_smoothing}: data.task = {task!r} is "
             f"classification, only completions are smoothed; allowed is 0"
         )
-    if config.generation.prompts and not kind.generates:
+    if settings.generation.prompts and not kind.generates:
         raise ConfigError(
-            f"generation.prompts = {config.generation.prompts}: data.task = {task!r} is "
+            f"generation.prompts = {settings.generation.prompts}: data.task = {task!r} is "
             f"classification, no text is written; allowed is 0"
         )
 
 
-def _task(config: Config, kind: TextFormat, model: LanguageConfig) -> Task:
+def _task(settings: ProblemSettings, kind: TextFormat, model: LanguageConfig) -> Task:
     if not kind.generates:
         return sequence_classification(kind.f1)
-    return conditional_generation(config.client.label_smoothing, isinstance(model, T5Config))
+    return conditional_generation(settings.label_smoothing, isinstance(model, T5Config))
 
 
 def _texts(
-    config: Config, model: LanguageModel, tokenizer: TextTokenizer, prompts: Prompts | None
+    settings: ProblemSettings,
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    prompts: Prompts | None,
 ) -> Texts | None:
-    settings = config.generation
-    if prompts is None or model.decoder is None or not settings.prompts:
+    generation = settings.generation
+    if prompts is None or model.decoder is None or not generation.prompts:
         return None
-    some = first_prompts(prompts, settings.prompts)
+    some = first_prompts(prompts, generation.prompts)
     generate = make_generator(
         model.decoder,
         GenerationSettings(
-            settings.new_tokens,
-            settings.beams,
-            settings.no_repeat_ngram,
-            settings.length_penalty,
+            generation.new_tokens,
+            generation.beams,
+            generation.no_repeat_ngram,
+            generation.length_penalty,
         ),
         tokenizer.ends,
         tokenizer.pad,
@@ -169,7 +179,7 @@ def _texts(
     return Texts(
         some,
         lambda on_prompts: make_text_evaluator(
-            generate, tokenizer, some, settings.batch_size, on_prompts
+            generate, tokenizer, some, generation.batch_size, on_prompts
         ),
     )
 

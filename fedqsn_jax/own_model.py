@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from fedqsn_jax import cautions
 from fedqsn_jax.command_line import one_line
 from fedqsn_jax.config import ClientConfig, Config, ConfigError, resolve
 from fedqsn_jax.configured import root_key
@@ -31,13 +32,11 @@ from fedqsn_jax.running import (
     Entry,
     first_entry,
     initial_state,
-    rejected_updates,
     run_rounds,
 )
 from fedqsn_jax.simulation import Simulation, make_simulation
 from fedqsn_jax.tasks import Task, classification
 from fedqsn_jax.types import ApplyFn, Array, Batch, Params
-from fedqsn_jax.unused import ignored_settings
 
 
 class Federated(NamedTuple):
@@ -82,8 +81,9 @@ def federate(
       )
       result.history[-1]["global/accuracy"] - result.history[-1]["attacker_10/accuracy"]
 
-    The arrays are checked before anything is compiled. Settings that have no effect, and updates
-    that were rejected because they were not finite, are told in a `UserWarning`.
+    The arrays are checked before anything is compiled. Settings that have no effect, promises that
+    an algorithm does not keep, updates that were rejected because they were not finite, and
+    training that diverged are told in a `UserWarning`.
 
     Args:
       model: A linen module, an nnx module, or ``(apply_fn, params)``. A module is called with
@@ -124,7 +124,7 @@ def federate(
     if task.label is not None:
         check_classes(task.label, outputs, population, rows)
     _check_task(task, outputs, example)
-    for line in ignored_settings(config, _chosen(settings)):
+    for line in cautions.before(config, _chosen(settings)):
         warnings.warn(line, stacklevel=2)
     trains, client_tests = hold_out(
         population, config.data, np.random.default_rng([config.seed, _STREAM])
@@ -133,7 +133,7 @@ def federate(
     on_device: dict[str, Batch] = jax.tree.map(jnp.asarray, rows)
     held_out = HeldOut(on_device["test"], client_tests)
     start = start_of()
-    heads = find_heads(apply_fn, start, example, fold_in_name(root_key(config), "heads"))
+    heads = find_heads(apply_fn, start, example, fold_in_name(root_key(config.seed), "heads"))
     if not heads and not config.site_rules:
         raise ConfigError(
             "site_rules: no task head was found; name it by a rule such as 'PATH: none', with a "
@@ -152,7 +152,7 @@ def federate(
             history += entries
             if on_progress is not None:
                 on_progress(finished, entries)
-    for line in rejected_updates(config, history):
+    for line in cautions.after(config, history):
         warnings.warn(line, stacklevel=2)
     return Federated(
         jax.jit(simulation.merged)(state.params),
@@ -270,7 +270,7 @@ def _as_function(
       ValueError: It is none of the kinds of model, or its function has other arguments.
     """
     if isinstance(model, linen.Module):
-        module, key = model, fold_in_name(root_key(config), "model")
+        module, key = model, fold_in_name(root_key(config.seed), "model")
         return (
             linen_apply(module, inputs),
             lambda: linen_init(module, key, dict(example), inputs),

@@ -1,5 +1,6 @@
 """The server's own training on its private rows, before the first round."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedqsn_jax.client import make_client_update
-from fedqsn_jax.config import Config, with_fields
+from fedqsn_jax.config import Config, PretrainingConfig
 from fedqsn_jax.configured import local_optimizer, root_key
 from fedqsn_jax.data.federated import FederatedData, single_client
 from fedqsn_jax.proxy import whole_proxy
@@ -22,11 +23,12 @@ class Preparation(NamedTuple):
 
     Attributes:
       trained: The tensors that it trains on its labelled rows.
-      finish: ``(key, params, private) -> params``: what it does then, on all of its rows.
+      finish: ``(settings, key, params, private) -> params``: what it does then, on all of its rows,
+        with the settings of its own training.
     """
 
     trained: Selection
-    finish: Callable[[Key, Params, Batch], Params]
+    finish: Callable[[PretrainingConfig, Key, Params, Batch], Params]
 
 
 def pretrain(
@@ -47,14 +49,17 @@ def pretrain(
       private: The server's rows.
       preparation: What is trained, and what follows; None: everything, and nothing.
     """
-    return make_pretraining(config, apply_fn, task, preparation)(config.seed, params, private)
+    train = make_pretraining(config.pretraining, apply_fn, task, preparation)
+    return train(config.seed, params, private)
 
 
 def make_pretraining(
-    config: Config, apply_fn: ApplyFn, task: Task, preparation: Preparation | None = None
+    settings: PretrainingConfig,
+    apply_fn: ApplyFn,
+    task: Task,
+    preparation: Preparation | None = None,
 ) -> Callable[[int, Params, Batch], Params]:
     """Makes `pretrain` for many: of a seed, parameters and private rows, compiled once."""
-    settings = config.pretraining
     trained = preparation.trained if preparation else None
     first = jnp.int32(0)
     update = make_client_update(
@@ -74,10 +79,10 @@ def make_pretraining(
         return fill(moved, params)
 
     compiled = jax.jit(train)
-    finish = jax.jit(preparation.finish) if preparation else None
+    finish = jax.jit(functools.partial(preparation.finish, settings)) if preparation else None
 
     def pretrain(seed: int, params: Params, private: Batch) -> Params:
-        key = root_key(with_fields(config, {"seed": seed}))
+        key = root_key(seed)
         if settings.steps and jax.tree.leaves(private)[0].shape[0]:
             labelled = {name: rows[: settings.rows or None] for name, rows in private.items()}
             rows = single_client(labelled)

@@ -1,15 +1,62 @@
 """What a run learns: data, a model and what it is for."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from fedqsn_jax.config import Config, DataConfig, FedSPConfig, GenerationConfig, ModelConfig
+from fedqsn_jax.configured import algorithm_of
 from fedqsn_jax.data.federated import Splits
 from fedqsn_jax.data.prompts import Prompts
 from fedqsn_jax.pretraining import Preparation
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.text_evaluation import TextEvaluator
 from fedqsn_jax.types import ApplyFn, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemSettings:
+    """All of a configuration that a problem can depend on, since whatever makes one gets no more.
+
+    So problems of equal settings are the same, and one of them serves every run that has them.
+
+    Attributes:
+      seed: Divides the data, and draws what the model has not.
+      data: Which data.
+      model: Which model.
+      generation: Which texts it is to write.
+      server_dropout: Dropout in the server's own training.
+      client_dropout: Dropout in clients' training.
+      compute_dtype: In which language models compute.
+      label_smoothing: Of completions.
+      prompted: Of FedSP; None: another algorithm, and so another tree of parameters.
+    """
+
+    seed: int
+    data: DataConfig
+    model: ModelConfig
+    generation: GenerationConfig
+    server_dropout: float
+    client_dropout: float
+    compute_dtype: str
+    label_smoothing: float
+    prompted: FedSPConfig | None
+
+
+def problem_settings(config: Config) -> ProblemSettings:
+    """Returns those of a configuration's settings that its problem can depend on."""
+    return ProblemSettings(
+        config.seed,
+        config.data,
+        config.model,
+        config.generation,
+        config.pretraining.dropout,
+        config.client.dropout,
+        config.client.compute_dtype,
+        config.client.label_smoothing,
+        config.fedsp if algorithm_of(config).prompts_only else None,
+    )
 
 
 class Texts(NamedTuple):

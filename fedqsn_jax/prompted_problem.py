@@ -3,7 +3,7 @@
 import optax
 
 from fedqsn_jax.client_optimizer import scheduled
-from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.config import ConfigError, FedSPConfig, PretrainingConfig
 from fedqsn_jax.configured import root_key
 from fedqsn_jax.data.federated import Splits
 from fedqsn_jax.fedsp import (
@@ -19,14 +19,15 @@ from fedqsn_jax.fedsp import (
 from fedqsn_jax.models.encoder import EncoderConfig
 from fedqsn_jax.models.transformer import Execution
 from fedqsn_jax.pretraining import Preparation
-from fedqsn_jax.problem import Problem
+from fedqsn_jax.problem import Problem, ProblemSettings
 from fedqsn_jax.randomness import fold_in_name
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.types import ApplyFn, Batch, Key, Params
 
 
 def prompted_problem(
-    config: Config,
+    settings: ProblemSettings,
+    prompted: FedSPConfig,
     splits: Splits,
     architecture: EncoderConfig,
     params: Params,
@@ -40,7 +41,8 @@ def prompted_problem(
     handicap; then it takes the auxiliary model's layers from it, and distils them.
 
     Args:
-      config: The settings: ``fedsp``, dropout, the seed.
+      settings: Those of the problem: dropout, the seed.
+      prompted: The method's own of them.
       splits: The data.
       architecture: The encoder.
       params: Its parameters.
@@ -51,10 +53,9 @@ def prompted_problem(
     Raises:
       ConfigError: The encoder has no such layers.
     """
-    settings = config.fedsp
     try:
-        key = fold_in_name(root_key(config), "prompts")
-        whole = add_prompts(key, params, settings.prompts, settings.layers, settings.passes)
+        key = fold_in_name(root_key(settings.seed), "prompts")
+        whole = add_prompts(key, params, prompted.prompts, prompted.layers, prompted.passes)
     except ValueError as error:
         raise ConfigError(f"fedsp.{error}") from error
 
@@ -62,35 +63,35 @@ def prompted_problem(
         dropping = architecture.with_dropout(dropout)
         return (
             prompted_encoder(dropping, execution),
-            auxiliary_encoder(dropping, len(settings.layers), settings.passes, execution),
+            auxiliary_encoder(dropping, len(prompted.layers), prompted.passes, execution),
         )
 
     def apply_of(dropout: float) -> ApplyFn:
         return prompted_apply(*encoders(dropout))
 
-    def finish(key: Key, params: Params, private: Batch) -> Params:
-        params = take_auxiliary(params, settings.layers)
-        if not settings.distillation_steps:
+    def finish(training: PretrainingConfig, key: Key, params: Params, private: Batch) -> Params:
+        params = take_auxiliary(params, prompted.layers)
+        if not prompted.distillation_steps:
             return params
         aligned, _ = distil(
             key,
             *encoders(0.0),
             params,
             private,
-            scheduled(optax.adam, settings.distillation_rate),
-            steps=settings.distillation_steps,
-            batch_size=config.pretraining.batch_size,
-            temperature=settings.temperature,
-            noise=settings.distillation_noise,
+            scheduled(optax.adam, prompted.distillation_rate),
+            steps=prompted.distillation_steps,
+            batch_size=training.batch_size,
+            temperature=prompted.temperature,
+            noise=prompted.distillation_noise,
         )
         return aligned
 
-    clients = apply_of(config.client.dropout)
+    clients = apply_of(settings.client_dropout)
     return Problem(
         splits,
         whole,
         clients,
-        apply_of(config.pretraining.dropout),
+        apply_of(settings.server_dropout),
         clients,
         task,
         preparation=Preparation(full_tensors(whole), finish),

@@ -2,14 +2,13 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.config import Config
 from fedqsn_jax.configured import calls_of, federation_key
 from fedqsn_jax.data.federated import ClientData
 from fedqsn_jax.data.held_out import HeldOut
@@ -115,27 +114,6 @@ def entry_of(simulation: Simulation, result: CallResult, index: int) -> Entry:
         "bytes/down_per_client": traffic.down.of(columns("visible")),
         "bytes/up_per_client": traffic.up.of(columns("returned"), counts["returned"] / cohort),
     }
-
-
-def rejected_updates(config: Config, history: Sequence[Entry]) -> list[str]:
-    """Returns what to tell of clients whose updates were rejected, as they were not finite.
-
-    Args:
-      config: The settings; of faults that they ask for nothing is told.
-      history: The entries of a run.
-
-    Returns:
-      One line, or none.
-    """
-    rejected = [entry.get("clients/rejected", 0) for entry in history]
-    if config.participation.nan or not any(rejected):
-        return []
-    rounds = sum("clients/rejected" in entry for entry in history)
-    return [
-        f"{sum(rejected)} clients' updates were rejected because they were not finite, in "
-        f"{sum(map(bool, rejected))} of the {rounds} rounds that were evaluated: their rows hold "
-        f"NaN, or their training diverges"
-    ]
 
 
 def _feed(

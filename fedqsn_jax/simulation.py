@@ -47,7 +47,7 @@ from fedqsn_jax.rounds import (
 )
 from fedqsn_jax.tasks import Task
 from fedqsn_jax.traffic import Traffic, measure_traffic
-from fedqsn_jax.trainable import Parts, Selection, keep, select_trained
+from fedqsn_jax.trainable import Parts, Selection, drop, keep, select_trained
 from fedqsn_jax.types import ApplyFn, Array, Batch, Key, Params
 
 TRACEABLE = (
@@ -257,11 +257,12 @@ def make_simulation(
         )
 
     one_by_one = compose(config, Choice(ClientAxis(), ""), {})
+    # What it has not got, it does not compute with either.
     a_client = client_bytes(
         local_apply,
         task,
         optimizer_of(config),
-        params,
+        drop(params, withheld),
         batch,
         trained=trained,
         proximal=config.client.proximal,

@@ -12,6 +12,8 @@ _STRAGGLERS = ("participation.straggler_share",)
 _ADAPTERS = ("lora.alpha", "lora.matrices", "lora.quantize")
 _STEPS, _EPOCHS = "client.steps", "client.epochs"
 _PROMPTED = tuple(name for name in flatten(Config()) if name.startswith("fedsp."))
+_AUXILIARY = ("fedsp.auxiliary_rate",)
+_DISTILLED = ("fedsp.distillation_rate", "fedsp.distillation_noise", "fedsp.temperature")
 _OF_MODELS = {
     "mlp": ("model.hidden",),
     "cnn": ("model.channels", "model.dense"),
@@ -33,6 +35,25 @@ def unused_fields(config: Config) -> tuple[str, ...]:
     Without ``p1`` and ``p2``, which an algorithm without masks has as zero.
     """
     return tuple(name for name, _ in (*_of_method(config), *_of_problem(config)))
+
+
+def without_effect(config: Config) -> set[str]:
+    """Returns `unused_fields`, with ``p1`` and ``p2`` of an algorithm without masks.
+
+    Each is so whatever the values of the others in the set.
+    """
+    return {name for name, _ in _probabilities(config)} | set(unused_fields(config))
+
+
+def as_used(config: Config) -> Config:
+    """Returns a configuration with what it does not use at defaults, ``p1`` and ``p2`` at zero.
+
+    Of two that differ in nothing else these are equal.
+    """
+    algorithm, defaults = algorithm_of(config), flatten(Config())
+    values = {"p1": algorithm.p1, "p2": algorithm.p2}
+    values |= {name: defaults[name] for name in unused_fields(config)}
+    return with_fields(config, values)
 
 
 def ignored_settings(config: Config, chosen: Collection[str] = ()) -> list[str]:
@@ -69,11 +90,23 @@ def _of_method(config: Config) -> list[tuple[str, str]]:
     """Unused fields of the method, each with the setting that leaves it unused."""
     algorithm = algorithm_of(config)
     by_algorithm = f"algorithm = {config.algorithm!r}"
-    masks = by_algorithm if _probabilities(config) else "p1 = 0 and p2 = 0"
+    prompts, fedsp = algorithm.prompts_only, config.fedsp
+    masked = bool(algorithm.p1 or algorithm.p2)
+    no_masks = by_algorithm if _probabilities(config) else "p1 = 0 and p2 = 0"
+    # What is neither hidden nor quantized, there or back, is the same whatever could be; adapters
+    # have sites of their own, with a model that is public the only ones.
+    at_sites = masked or algorithm.quantizer is not None or config.upload.bits > 0
     needs = [
-        (_MASKED, algorithm.p1 or algorithm.p2, masks),
+        (("sites",), at_sites and not algorithm.adapters_only, no_masks),
+        (_MASKED, masked, no_masks),
         (_QUANTIZED, algorithm.quantizer, by_algorithm),
-        (_PROMPTED, algorithm.prompts_only, by_algorithm),
+        (_PROMPTED, prompts, by_algorithm),
+        (
+            _AUXILIARY,
+            not prompts or fedsp.auxiliary_share > 0,
+            f"fedsp.auxiliary_share = {fedsp.auxiliary_share}",
+        ),
+        (_DISTILLED, not prompts or fedsp.distillation_steps, "fedsp.distillation_steps = 0"),
         (_UPLOAD, config.upload.bits, "upload.bits = 0"),
         (_ADAPTERS, config.lora.rank, "lora.rank = 0"),
         (_STRAGGLERS, config.participation.stragglers, "participation.stragglers = 0"),

@@ -83,7 +83,8 @@ class WorkDirectory:
     def check_fit(self, config: Config) -> None:
         """Makes sure that the directory is, or could become, one of this configuration's.
 
-        Nothing is written, and a run may be at work in it meanwhile.
+        Fields that have no effect may differ. Nothing is written, and a run may be at work in it
+        meanwhile.
 
         Raises:
           ConfigError: It belongs to another configuration, holds other things, or cannot be
@@ -193,15 +194,23 @@ class WorkDirectory:
     def _compare(self, stored: dict[str, Any], config: Config) -> None:
         ours = {name: _as_json(value) for name, value in flatten(config).items()}
         theirs = _flatten(stored)
-        differing = [
-            f"{name} = {ours.get(name)!r} (there: {theirs.get(name)!r})"
-            for name in sorted(ours.keys() | theirs.keys())
+        differing = {
+            name
+            for name in ours.keys() | theirs.keys()
             if name != "rounds" and ours.get(name) != theirs.get(name)
-        ]
+        }
+        if differing:
+            # Only now, as it waits for JAX. What decides on other fields' effect is compared, too.
+            from fedqsn_jax.unused import without_effect
+
+            differing -= without_effect(config)
         if differing:
             raise ConfigError(
                 f"--workdir={self.path}: it was made with another configuration: "
-                + ", ".join(differing)
+                + ", ".join(
+                    f"{name} = {ours.get(name)!r} (there: {theirs.get(name)!r})"
+                    for name in sorted(differing)
+                )
             )
         if config.rounds < theirs.get("rounds", 0):
             raise ConfigError(

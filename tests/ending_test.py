@@ -92,15 +92,19 @@ def end_of_process(monkeypatch):
     def end(code):
         raise Ended(code)
 
-    before = signal.getsignal(signal.SIGINT)
+    kinds = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(kind) for kind in kinds]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     monkeypatch.setattr(ending.os, "_exit", end)
     yield
-    signal.signal(signal.SIGINT, before)
+    for kind, handler in zip(kinds, before, strict=True):
+        signal.signal(kind, handler)
 
 
 @pytest.mark.usefixtures("end_of_process")
-def test_ctrl_c_ends_a_process_where_it_is_but_for_what_has_to_be_cleaned_up(capfd):
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, "130"), (signal.SIGTERM, "143")])
+def test_a_signal_ends_a_process_where_it_is_but_for_what_has_to_be_cleaned_up(kind, code, capfd):
     """No exception passes the command, which libraries could catch."""
     events, failures = [], iter([OSError("a disk that is full")])
 
@@ -115,14 +119,14 @@ def test_ctrl_c_ends_a_process_where_it_is_but_for_what_has_to_be_cleaned_up(cap
                 pass
             with cleaning_up(lambda: events.append("outer")), cleaning_up(fail_once):
                 try:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), kind)
                 except Exception:
                     events.append("caught")
             return 0
 
         return answered(command)
 
-    with pytest.raises(Ended, match="130"):
+    with pytest.raises(Ended, match=code):
         ending.run_as_process(main)
     # Once by the handler; and again because the stand-in for the end of the process is raised.
     assert events == ["first in", "outer", "outer"]
@@ -135,8 +139,9 @@ def test_a_process_ends_with_its_commands_code():
         with pytest.raises(SystemExit) as end:
             ending.run_as_process(lambda code=code: code)
         assert end.value.code == code
-        # Ctrl-C during Python's shutdown finds nothing to tell.
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        # A signal during Python's shutdown finds nothing to tell.
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            assert signal.getsignal(kind) is signal.SIG_DFL
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # A KeyboardInterrupt that came otherwise: JAX's threads may be at work.
     with pytest.raises(Ended, match="130"):
@@ -149,13 +154,14 @@ def debug(number, frame):
 
 @pytest.mark.usefixtures("end_of_process")
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, debug])
-def test_a_process_to_which_ctrl_c_means_something_else_keeps_it_so(handler):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_to_which_a_signal_means_something_else_keeps_it_so(kind, handler):
     """Also while Python shuts down."""
-    signal.signal(signal.SIGINT, handler)
+    signal.signal(kind, handler)
     kept = []
     with pytest.raises(SystemExit):
-        ending.run_as_process(lambda: kept.append(signal.getsignal(signal.SIGINT)) or 0)
-    assert [*kept, signal.getsignal(signal.SIGINT)] == [handler, handler]
+        ending.run_as_process(lambda: kept.append(signal.getsignal(kind)) or 0)
+    assert [*kept, signal.getsignal(kind)] == [handler, handler]
 
 
 def interrupt(*arguments, **options):

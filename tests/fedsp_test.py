@@ -15,6 +15,7 @@ from fedqsn_jax.algorithms import fedsp
 from fedqsn_jax.client import make_client_update
 from fedqsn_jax.client_optimizer import unscheduled
 from fedqsn_jax.cohort import ClientAxis
+from fedqsn_jax.config import Config, with_fields
 from fedqsn_jax.data.federated import from_clients
 from fedqsn_jax.fedsp import (
     add_prompts,
@@ -30,8 +31,10 @@ from fedqsn_jax.fedsp import (
 )
 from fedqsn_jax.language_tasks import sequence_classification
 from fedqsn_jax.masking import leaves_by_path
+from fedqsn_jax.memory import client_bytes
 from fedqsn_jax.metrics import make_evaluator
 from fedqsn_jax.rounds import make_federation
+from fedqsn_jax.simulation import make_simulation
 from fedqsn_jax.wire import encode_proxy
 
 CONFIG = CONFIGS["bert"].with_dropout(0.0)
@@ -344,6 +347,32 @@ def test_no_round_tells_of_the_full_model_and_only_the_owner_has_it(whole):
     assert {name: views[name] for name in clients} == {name: others[name] for name in clients}
     assert {name.partition("/")[0] for name in clients} == {"server", "proxy", "attacker_1"}
     assert views["proxy/loss"] == views["server/loss"] != views["global/loss"]
+
+
+def test_a_client_takes_the_memory_of_what_it_trains_with():
+    """However deep the model is that it has not got; against the estimate for what it has."""
+    values = {"algorithm": "fedsp", "cohort.size": 2, "evaluation.attackers": (1,)}
+    config = with_fields(Config(), {**values, "client.batch_size": 4})
+    data, task = from_clients([rows(6, 10), rows(4, 11)]), sequence_classification()
+
+    def estimate(layers):
+        deep = dataclasses.replace(CONFIG, layers=layers)
+        shapes = jax.eval_shape(lambda: add_prompts(KEY, random_params(deep), 2, [-1]))
+        apply = prompted_apply(prompted_encoder(deep), AUXILIARY)
+        return make_simulation(config, apply, task, shapes, data, apply).memory
+
+    took = estimate(2)["training of 1 client(s) at once"]
+    assert took == estimate(6)["training of 1 client(s) at once"]
+    has = {name: each for name, each in SHAPES.items() if name != "model"}
+    trained = parts_of(SHAPES, ("prompts",), auxiliary=True).trained
+
+    def apply(params, batch, key):
+        model = {**params["auxiliary"], "classifier": params["classifier"]}
+        return AUXILIARY(model, params["prompts"], batch, key)[0]
+
+    optimizer = alternating(*map(unscheduled, [optax.adam(0.1), optax.sgd(0.1)]))
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, rows(4, 0)))
+    assert took == client_bytes(apply, task, optimizer, has, batch, trained=trained)
 
 
 def test_where_tensors_go():

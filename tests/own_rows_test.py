@@ -9,12 +9,11 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from fedqsn_jax import HostData, Task, classification, federate
+from fedqsn_jax import HostData, Task, cautions, classification, federate
 from fedqsn_jax.config import Config, with_fields
 from fedqsn_jax.data.labels import check_labels
 from fedqsn_jax.models.adapters import linen_init
 from fedqsn_jax.own_rows import read_clients
-from fedqsn_jax.running import rejected_updates
 
 CLASSES = 3
 SHORT = {"rounds": 2, "client": {"steps": 1}, "evaluation": {"proxy_samples": 2}}
@@ -227,11 +226,13 @@ def test_rejected_updates_are_counted_in_the_rounds_that_say():
         {"round": number, "clients/rejected": count}
         for number, count in ((5, 3), (10, 0), (15, 1), (20, 0))
     ]
-    (line,) = rejected_updates(Config(), history)
+    (line,) = cautions.after(Config(), history)
     assert line.startswith("4 clients' updates were rejected")
     assert "in 2 of the 4 rounds that were evaluated" in line
-    assert rejected_updates(with_fields(Config(), {"participation.nan": 0.1}), history) == []
-    assert rejected_updates(Config(), [history[0], history[2]]) == []
+    assert cautions.after(with_fields(Config(), {"participation.nan": 0.1}), history) == []
+    assert cautions.after(Config(), [history[0], history[2]]) == []
+    diverged = [history[0], {"round": 20, "clients/rejected": 0, "global/loss": float("nan")}]
+    assert cautions.after(Config(), diverged) == [cautions.DIVERGED]
 
 
 @pytest.mark.usefixtures("only_shapes")
@@ -249,6 +250,15 @@ def test_settings_without_effect_are_told():
         "bits = 3 has no effect with algorithm = 'fedavg'",
         "client.epochs = 3 has no effect with client.steps = 5",
     ]
+
+
+@pytest.mark.usefixtures("only_shapes")
+def test_promises_that_are_not_kept_are_told():
+    with (
+        pytest.warns(UserWarning, match=r"^fedqsn with these settings does not keep what .* tells"),
+        pytest.raises(AssertionError, match="not refused"),
+    ):
+        federate(Classifier(), [rows(5), rows(8)], rows(9), blocks="row", p1=0.2, **SHORT)
 
 
 def test_jax_arrays_are_rows_too():

@@ -21,7 +21,8 @@ def linear(params, batch, key):
 def test_the_first_rows_are_labelled_and_what_follows_sees_all():
     seen = []
 
-    def finish(key, params, private):
+    def finish(settings, key, params, private):
+        assert settings.batch_size == 4
         seen.append(private["label"].shape)
         return {**params, "other": 2 * params["other"]}
 
@@ -38,7 +39,7 @@ def test_the_first_rows_are_labelled_and_what_follows_sees_all():
     only = train(
         0,
         {name: rows[:4] for name, rows in ROWS.items()},
-        Preparation(frozenset({"kernel"}), lambda key, params, private: params),
+        Preparation(frozenset({"kernel"}), lambda *arguments: arguments[2]),
     )
     np.testing.assert_array_equal(some["kernel"], only["kernel"])
     assert (np.asarray(some["kernel"]) != np.asarray(train(0, ROWS)["kernel"])).any()

@@ -12,8 +12,10 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as orbax
+from sweep_cases import sweep_file
 
 from fedqsn_jax.main import main
+from fedqsn_jax.sweeps.results import SweepDirectory
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 40
@@ -31,7 +33,7 @@ ARGUMENTS = [
 ]
 
 
-def start(directory: Path) -> subprocess.Popen:
+def start(directory: Path, command: str = "main", *arguments: str) -> subprocess.Popen:
     # Both compile the same program; the first one's work serves the other.
     environment = {
         **os.environ,
@@ -40,7 +42,12 @@ def start(directory: Path) -> subprocess.Popen:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "fedqsn_jax.main", *ARGUMENTS, f"--workdir={directory}"],
+        [
+            *(sys.executable, "-m", f"fedqsn_jax.{command}"),
+            *ARGUMENTS,
+            f"--workdir={directory}",
+            *arguments,
+        ],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -112,6 +119,25 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_does(tmp_path):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_sweep_that_gets_a_sigterm_leaves_what_is_finished(tmp_path):
+    directory = tmp_path / "sweep"
+    option = sweep_file(tmp_path, {"seed": list(range(1000))})
+    process = start(directory, "sweep", option)
+    files, deadline = SweepDirectory(directory), time.monotonic() + 120
+    while len(files.read()) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert output.endswith(
+        "fedqsn_jax: interrupted; finished points are kept, the same command runs the others\n"
+    )
+    for table, rows in ((files.points, len(files.read())), (files.table, 1)):
+        assert table.read_text().count("\n") == 1 + rows
 
 
 CTRL_C_WHILE_IMPORTING = """

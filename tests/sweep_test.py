@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from sweep_cases import CONFIG, sweep_file
 
 from fedqsn_jax import command_line
 from fedqsn_jax.command_line import read_config
-from fedqsn_jax.config import Config, ConfigError
+from fedqsn_jax.config import Config, ConfigError, with_fields
 from fedqsn_jax.sweep import main
 from fedqsn_jax.sweeps import run
 from fedqsn_jax.sweeps.grid import make_plan, read_grids
@@ -103,6 +104,29 @@ def test_what_an_algorithm_does_not_use_is_not_swept_over():
     assert (config.algorithm, config.p1, config.p2) == ("fedsn", 0.0, 0.0)
 
 
+def test_points_that_differ_in_nothing_that_is_used_are_one():
+    plan = make_plan(Config(), [{"algorithm": ["fedavg", "fedq"], "sites": ["all", "residual"]}])
+    assert [tuple(point.settings.values()) for point in plan.points] == [
+        ("fedavg", None),
+        ("fedq", "all"),
+        ("fedq", "residual"),
+    ]
+    assert plan.repeated == 1
+
+
+def test_the_sweep_of_minilm_calls_methods_without_masks_by_their_names():
+    grids = read_grids("configs/sweeps/sst2_minilm.py", [])
+    plan = make_plan(read_config("configs/sst2_minilm.py", []), grids)
+    assert (len(plan.points), plan.repeated) == (70, 0)
+    counts = Counter(point.settings["algorithm"] for point in plan.points)
+    assert counts == {"fedavg": 4, "fedsn": 6, "fedq": 12, "fedqsn": 44, "fedlpp": 4}
+    masks = {
+        name: {(p.settings["p1"], p.settings["p2"]) for p in plan.points if name in str(p.settings)}
+        for name in ("'fedsn'", "'fedqsn'")
+    }
+    assert all((0.0, 0.0) not in pairs for pairs in masks.values())
+
+
 @pytest.mark.parametrize(
     ("fixed", "without", "used"),
     [
@@ -181,8 +205,8 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on(at_once, tmp_path, ca
 
     other = sweep_file(tmp_path, {**GRID, "p1": [0.5]})
     assert "made by another sweep: its grids differ" in refusal(capsys, [*arguments, other])
-    message = refusal(capsys, [*arguments, "--config.bits=2"])
-    assert "made by another sweep: bits = 2 (there: 4)" in message
+    message = refusal(capsys, [*arguments, "--config.client.steps=2"])
+    assert "made by another sweep: client.steps = 2 (there: 1)" in message
 
     sweep_file(tmp_path, GRID)
     assert main(arguments) == 0
@@ -244,6 +268,27 @@ def test_a_refused_sweep_leaves_the_other_ones_definition(tmp_path):
     with pytest.raises(ConfigError, match="it was made by another sweep"), claim:
         pass
     assert (tmp_path / "sweep.json").read_text() == "{}"
+
+
+def test_what_has_no_effect_in_any_point_does_not_make_it_another_sweep(tmp_path):
+    def claim(values, grid):
+        plan = make_plan(with_fields(Config(), values), [grid])
+        with SweepDirectory(tmp_path).claim(plan):
+            SweepDirectory(tmp_path).records.touch()
+
+    claim({"algorithm": "fedavg", "fedsp.prompts": 3, "p2": 0.1, "bits": 4}, GRID)
+    claim({"algorithm": "fedqsn", "fedsp.prompts": 4, "p2": 0.3, "bits": 2}, GRID)
+    claim({"algorithm": "fedavg", "checkpoint.every": 3}, GRID)
+    with pytest.raises(ConfigError, match=r"another sweep: model\.hidden = \(?\[?8"):
+        claim({"model.hidden": (8,), "fedsp.prompts": 5}, GRID)
+    both = {"algorithm": ["fedsn", "fedqsn"]}
+    with pytest.raises(ConfigError, match=r"another sweep: p2 = .*, its grids differ$"):
+        claim({}, both)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    claim({"bits": 4}, both)
+    with pytest.raises(ConfigError, match=r"another sweep: bits = 2 \(there: 4\)$"):
+        claim({"bits": 2}, both)
 
 
 def test_what_remains_is_told_of_damaged_results_too(tmp_path):

@@ -11,7 +11,7 @@ from rich.console import Console
 from scipy import stats
 
 from fedqsn_jax.reporting import trade_off
-from fedqsn_jax.reporting.estimates import Estimate, Setting, estimate, pareto_front
+from fedqsn_jax.reporting.estimates import Estimate, Setting, estimate, pareto_front, short_names
 from fedqsn_jax.reporting.sweep_display import SweepDisplay
 
 
@@ -37,6 +37,12 @@ def test_the_front_is_what_no_other_surpasses():
     expected = sorted({pair for pair in points if not surpassed(pair)})
     assert [points[index] for index in pareto_front(points)] == expected
     assert pareto_front([(math.nan, 1.0), (0.5, math.nan)]) == []
+
+
+def test_fields_are_called_by_their_last_names_where_those_differ():
+    fields = ["p1", "client.learning_rate", "lora.rank", "server.learning_rate"]
+    names = ["p1", "client.learning_rate", "rank", "server.learning_rate"]
+    assert list(short_names(fields).items()) == list(zip(fields, names, strict=True))
 
 
 def some_settings():
@@ -102,6 +108,59 @@ def test_labels_lie_in_the_picture_where_ticks_have_many_digits():
     assert axes.yaxis.label.get_window_extent().x0 >= 0
 
 
+def many_fields(collapsed=False):
+    """Settings of which all are on the front, and that differ in nine fields."""
+    first = some_settings()[0]
+    settings = []
+    for index in range(12):
+        fields = {
+            "algorithm": ("fedavg", "fedsn", "fedq", "fedqsn")[index % 4],
+            "p1": index / 40,
+            "p2": index / 40,
+            "bits": 2 + index % 3,
+            "block_size": 64,
+            "sites": ("all", "residual")[index % 2],
+            "lora.rank": 8,
+            "lora.public_base": index % 5 == 0,
+            "client.trained": ("head", "biases") if index % 3 else (),
+            "client.learning_rate": 1e-3,
+            "model.pretrained": "a/rather/long/place/of/a/model_with_a_long_name/on_the_disk",
+        }
+        own = 0.1 if collapsed and index == 11 else 0.9 + index / 200
+        values = {"global/accuracy": own, "attacker_10/accuracy": 0.5 + index / 50}
+        metrics = {name: Estimate(value, 0.01) for name, value in values.items()}
+        settings.append(Setting(fields, 2, first.metrics | metrics))
+    return settings
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_whatever_is_varied_every_name_is_within_the_picture(collapsed):
+    settings = many_fields(collapsed)
+    figure = trade_off.draw(settings, None)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    axes, *overview = figure.axes
+    legend = axes.get_legend()
+    (names,) = figure.texts
+    texts = [*legend.get_texts(), names]
+    boxes = [text.get_window_extent() for text in texts]
+    plot = axes.get_window_extent()
+    for box in boxes:
+        assert plot.x1 < box.x0 < box.x1 <= width
+        assert 0 <= box.y0 < box.y1 <= height
+    assert names.get_window_extent().y1 <= legend.get_window_extent().y0
+    assert len(overview) == collapsed
+    for each in overview:
+        assert each.get_tightbbox().y1 <= names.get_window_extent().y0
+    # Broken into lines, but whole.
+    written = names.get_text().replace("\n     ", "").replace(" ", "")
+    on_front = settings[:-1] if collapsed else settings
+    for setting in on_front:
+        assert trade_off._name(setting).replace(" ", "") in written
+    assert len(legend.get_texts()) == len({setting.method for setting in settings}) + 1
+
+
 def test_the_table_fits_80_columns_and_is_plain_in_a_pipe():
     text = io.StringIO()
     SweepDisplay(Console(file=text, width=80)).table(some_settings())
@@ -138,13 +197,14 @@ def test_progress_in_a_pipe_and_in_a_terminal():
         "metrics": {"global/accuracy": 0.5, "attacker_10/accuracy": None, "start/accuracy": 0.4},
     }
     text = io.StringIO()
-    with SweepDisplay(Console(file=text, width=80)).sweep_progress(60, 30, 2, 1) as progress:
+    with SweepDisplay(Console(file=text, width=80)).sweep_progress(60, 30, 2, 1, 1) as progress:
+        progress.begin_program()
         progress.update(45)
         progress.update(60, 2, record)
     assert text.getvalue() == "2/2  algorithm=fedavg seed=1  global 0.500  0:00:00 left\n"
     text = io.StringIO()
     console = Console(file=text, width=80, force_terminal=True)
-    with SweepDisplay(console).sweep_progress(60, 30, 2, 1) as progress:
+    with SweepDisplay(console).sweep_progress(60, 30, 2, 1, 1) as progress:
         progress.update(60, 2, record)
     assert "point 2/2" in text.getvalue()
     assert "algorithm=fedavg seed=1  global 0.500" in text.getvalue()

@@ -63,6 +63,18 @@ def test_settings_of_the_method_are_told_where_the_user_chose_them():
         ({"p1": 0.0, "p2": 0.0, "sampling": "fixed_count"}, "p1 = 0 and p2 = 0"),
         ({"upload.block_size": 8}, "upload.bits = 0"),
         ({"fedsp.prompts": 3}, "algorithm = 'fedqsn'"),
+        (
+            {"algorithm": "fedsp", "fedsp.auxiliary_share": 0.0, "fedsp.auxiliary_rate": 0.5},
+            "fedsp.auxiliary_share = 0.0",
+        ),
+        (
+            {"algorithm": "fedsp", "fedsp.distillation_steps": 0, "fedsp.temperature": 2.0},
+            "fedsp.distillation_steps = 0",
+        ),
+        ({"algorithm": "fedsp", "sites": "residual"}, "algorithm = 'fedsp'"),
+        ({"algorithm": "fedavg", "sites": "residual"}, "algorithm = 'fedavg'"),
+        ({"algorithm": "fedlpp", "lora.rank": 2, "sites": "residual"}, "algorithm = 'fedlpp'"),
+        ({"algorithm": "fedsn", "p1": 0.0, "p2": 0.0, "sites": "residual"}, "p1 = 0 and p2 = 0"),
         ({"lora.alpha": 4.0}, "lora.rank = 0"),
         ({"participation.straggler_share": 0.1}, "participation.stragglers = 0"),
         ({"client.optimizer": "adam", "client.momentum": 0.9}, "client.optimizer = 'adam'"),
@@ -80,10 +92,23 @@ def test_what_leaves_a_setting_without_effect_is_said(values, why):
 def test_settings_that_are_used_are_not_told():
     used = {
         "fedqsn": {"p1": 0.0, "p2": 0.5, "bits": 3, "sampling": "fixed_count"},
-        "fedsn": {"p1": 0.1, "p2": 0.0, "sampling": "fixed_count"},
-        "fedq": {"bits": 3, "block_size": 8, "codebook": "uniform", "blocks": "row"},
+        "fedsn": {"sites": "residual", "p1": 0.1, "p2": 0.0, "sampling": "fixed_count"},
+        "fedq": {
+            "sites": "residual",
+            "bits": 3,
+            "block_size": 8,
+            "codebook": "uniform",
+            "blocks": "row",
+        },
         "fedlpp": {"lora.rank": 4, "lora.alpha": 2.0, "bits": 3},
+        "fedsp": {
+            "fedsp.auxiliary_rate": 0.5,
+            "fedsp.distillation_noise": 0.5,
+            "fedsp.temperature": 2.0,
+        },
         "fedavg": {
+            "sites": "residual",
+            "upload.bits": 4,
             "client.optimizer": "adamw",
             "client.weight_decay": 0.1,
             "client.schedule": "linear",

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import stat
@@ -11,7 +12,7 @@ import sys
 import pytest
 
 from fedqsn_jax import workdir
-from fedqsn_jax.config import Config, ConfigError, resolve
+from fedqsn_jax.config import Config, ConfigError, resolve, with_fields
 from fedqsn_jax.workdir import WorkDirectory
 
 HOLD = """
@@ -177,6 +178,32 @@ def test_what_happened_since_the_first_look_counts(tmp_path):
     with pytest.raises(ConfigError, match="made with another configuration: seed = 1"):
         claim(tmp_path, Config(seed=1))
     claim(tmp_path)
+
+
+def test_what_has_no_effect_does_not_make_it_another_run(tmp_path):
+    """As where a later version has other defaults, or fields that it had not."""
+    with WorkDirectory(tmp_path).claim(Config()):
+        WorkDirectory(tmp_path).write_config(Config())
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    stored["fedsp"]["distillation_noise"] = 0.25
+    del stored["model"]["remat"]
+    file.write_text(json.dumps(stored))
+    claim(tmp_path)
+    prompted = with_fields(Config(), {"algorithm": "fedsp", "rounds": 70})
+    with pytest.raises(ConfigError, match=r"algorithm = 'fedsp' .*distillation_noise = 1\.0 \("):
+        claim(tmp_path, prompted)
+    with pytest.raises(ConfigError, match=r"configuration: p1 = 0\.3 \(there: 0\.2\)$"):
+        claim(tmp_path, with_fields(Config(), {"p1": 0.3, "model.dense": 7}))
+    # An algorithm that hides nothing: with what probability is nothing to it.
+    averaged = with_fields(Config(), {"algorithm": "fedavg"})
+    WorkDirectory(tmp_path).write_config(averaged)
+    claim(tmp_path, with_fields(averaged, {"p1": 0.3, "bits": 2}))
+    # What this version does not know may have had an effect.
+    stored["algorithm"], stored["unknown"] = "fedavg", 1
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"configuration: unknown = None \(there: 1\)$"):
+        claim(tmp_path, averaged)
 
 
 @pytest.mark.parametrize("known", [True, False])

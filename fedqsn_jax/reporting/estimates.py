@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from scipy.special import stdtrit
@@ -41,6 +41,16 @@ class Setting(NamedTuple):
         """What is done, in words: the values of the fields that are words."""
         words = [value for value in self.settings.values() if isinstance(value, str)]
         return ", ".join(words) or "all"
+
+
+def short_names(fields: Iterable[str]) -> dict[str, str]:
+    """Returns what dotted fields are called for short: by their last names, where those differ."""
+    fields = list(fields)
+    last = [field.rpartition(".")[2] for field in fields]
+    return {
+        field: name if last.count(name) == 1 else field
+        for field, name in zip(fields, last, strict=True)
+    }
 
 
 def estimate(values: Sequence[float | None]) -> Estimate:

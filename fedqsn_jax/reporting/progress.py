@@ -64,16 +64,14 @@ class Pace:
     the latest bursts; it is unknown until two have ended.
     """
 
-    def __init__(self, total: int, start: int, clock: Clock, bursts: int = _BURSTS) -> None:
+    def __init__(self, total: int, start: int, clock: Clock) -> None:
         """Starts the clock.
 
         Args:
           total: Number of rounds in all.
           start: Number of rounds that are done already.
           clock: Gives the time.
-          bursts: How many of the latest bursts the pace is measured over.
         """
-        self._kept = bursts
         self.total = total
         self.done = start
         self._start = start
@@ -91,7 +89,7 @@ class Pace:
         if self._bursts and now - self._bursts[-1][0] < _BURST_SECONDS:
             self._bursts = (*self._bursts[:-1], (self._bursts[-1][0], round))
         else:
-            self._bursts = (*self._bursts, (now, round))[-self._kept :]
+            self._bursts = (*self._bursts, (now, round))[-_BURSTS:]
 
     @property
     def elapsed(self) -> float:

@@ -14,18 +14,23 @@ from rich.table import Table
 from rich.text import Text
 
 from fedqsn_jax.reporting.display import Display
-from fedqsn_jax.reporting.estimates import Estimate, Setting, pareto_front, rival_view, score_of
-from fedqsn_jax.reporting.progress import Clock, Pace, clock_text
+from fedqsn_jax.reporting.estimates import (
+    Estimate,
+    Setting,
+    pareto_front,
+    rival_view,
+    score_of,
+    short_names,
+)
+from fedqsn_jax.reporting.progress import Clock, clock_text
 from fedqsn_jax.reporting.summary import main_views_of
+from fedqsn_jax.reporting.sweep_pace import SweepPace
 
 Record = Mapping[str, Any]
 """A finished point: ``settings``, ``seed`` and ``metrics``."""
 
 _SECONDS_BETWEEN_LINES = 1.0
 _REFRESHES_PER_SECOND = 4
-_BURSTS = 1000
-"""Compiled calls over which the pace is measured: so many that the compilation of a program, which
-comes between two of them, counts for what it is."""
 
 
 class SweepProgress(Protocol):
@@ -39,6 +44,9 @@ class SweepProgress(Protocol):
           points: Finished points, where that has changed.
           record: The point that was finished.
         """
+
+    def begin_program(self) -> None:
+        """Tells that the next program begins, which is going to be compiled."""
 
     def __enter__(self) -> "SweepProgress": ...
 
@@ -71,7 +79,9 @@ class SweepDisplay(Display):
             self.message(f"{count:>5} points in one compiled program, {reason}")
         self.message(f"{sum(count for count, _ in groups):>5} points in all")
 
-    def sweep_progress(self, rounds: int, done: int, points: int, finished: int) -> SweepProgress:
+    def sweep_progress(
+        self, rounds: int, done: int, points: int, finished: int, programs: int
+    ) -> SweepProgress:
         """Shows progress inside a ``with`` block.
 
         Args:
@@ -79,10 +89,11 @@ class SweepDisplay(Display):
           done: How many are done already.
           points: Points of the sweep.
           finished: How many are finished already.
+          programs: Compiled programs that the others take.
         """
         live = self._console.is_terminal and not self._console.is_dumb_terminal
         kind = _LiveProgress if live else _PlainProgress
-        pace = Pace(rounds, done, time.monotonic, _BURSTS)
+        pace = SweepPace(rounds, done, programs, time.monotonic)
         return kind(self._console, pace, points, finished)
 
     def table(self, settings: Sequence[Setting]) -> None:
@@ -118,11 +129,11 @@ class SweepDisplay(Display):
         table = self._table()
         if not apart:
             table.add_column("setting", overflow="fold")
+        names = short_names(settings[0].settings)
         for field in settings[0].settings if apart else ():
             values = [each.settings[field] for each in settings]
             numbers = all(isinstance(value, int | float | None) for value in values)
-            head = field.rpartition(".")[2]
-            table.add_column(head, justify="right" if numbers else "left", no_wrap=True)
+            table.add_column(names[field], justify="right" if numbers else "left", no_wrap=True)
         for view in (*(view.replace("_", " ") for view in views), "KB down"):
             table.add_column(view, justify="right", no_wrap=True)
         front = pareto_front([_pair(setting, attacker, score) for setting in settings])
@@ -178,9 +189,9 @@ def _facts(record: Record) -> str:
 
 
 def _described(settings: Mapping[str, Any]) -> str:
-    """Fields by their last names, with their values; without those that are not used."""
-    words = [f"{k.rpartition('.')[2]}={v}" for k, v in settings.items() if v is not None]
-    return " ".join(words)
+    """Fields by their short names, with their values; without those that are not used."""
+    names = short_names(settings)
+    return " ".join(f"{names[k]}={v}" for k, v in settings.items() if v is not None)
 
 
 class _PlainProgress:
@@ -189,7 +200,7 @@ class _PlainProgress:
     def __init__(
         self,
         console: Console,
-        pace: Pace,
+        pace: SweepPace,
         points: int,
         finished: int,
         clock: Clock = time.monotonic,
@@ -210,6 +221,9 @@ class _PlainProgress:
     ) -> None:
         # What was held back is the last word of an interrupted sweep, too.
         self._print_pending()
+
+    def begin_program(self) -> None:
+        self._pace.begin()
 
     def update(self, rounds: int, points: int | None = None, record: Record | None = None) -> None:
         self._pace.add(rounds)
@@ -233,7 +247,7 @@ class _PlainProgress:
 class _LiveProgress:
     """A bar and the latest point, kept up to date at the bottom of the terminal."""
 
-    def __init__(self, console: Console, pace: Pace, points: int, finished: int) -> None:
+    def __init__(self, console: Console, pace: SweepPace, points: int, finished: int) -> None:
         self._pace, self._points, self._finished = pace, points, finished
         self._latest: Record | None = None
         self._live = Live(
@@ -253,6 +267,9 @@ class _LiveProgress:
         trace: TracebackType | None,
     ) -> None:
         self._live.stop()
+
+    def begin_program(self) -> None:
+        self._pace.begin()
 
     def update(self, rounds: int, points: int | None = None, record: Record | None = None) -> None:
         self._pace.add(rounds)

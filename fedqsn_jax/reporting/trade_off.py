@@ -3,18 +3,38 @@
 Importing this takes a third of a second, for Matplotlib; import it where a picture is made.
 """
 
+import itertools
 import math
 import os
+import re
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fedqsn_jax.reporting.estimates import Estimate, Setting, pareto_front, rival_view, score_of
+from fedqsn_jax.reporting.estimates import (
+    Estimate,
+    Setting,
+    pareto_front,
+    rival_view,
+    score_of,
+    short_names,
+)
 from fedqsn_jax.reporting.plots import new_figure, save_figure
 
 _SIZE = (9.6, 7.2)
+_AXES = (0.09, 0.08, 0.6, 0.86)
+_OVERVIEW = (0.76, 0.08, 0.22, 0.24)
+# What is to be read stands right of the axes, from here on; it is so wide, or, where a name would
+# take more than two lines, twice as wide, and the picture with it.
+_COLUMN = 0.705
+_COLUMN_INCHES, _WIDE_INCHES = 2.7, 5.4
+_ABOVE_OVERVIEW = 0.36
+_GAP_INCHES = 0.15
+_NAME_POINTS, _LEGEND_POINTS = 8, 9
+_HANDLE_INCHES = 0.5
+_INDENT = 5 * " "
 _MARGIN = 0.06
 _MOST_NAMED = 22
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the shapes do so in grey.
@@ -32,7 +52,8 @@ def draw(
     axes. The Pareto front, the settings that no other surpasses in both, is drawn as a line; its
     marks are numbered and named at the side. On the dashed line a rival has as good a model as the
     owner. Where settings end below what the owner had before the first round, a small picture shows
-    them all, and the large one those that are worth a look.
+    them all, and the large one those that are worth a look. The picture is as large as its names
+    need.
 
     Args:
       settings: What was measured.
@@ -48,11 +69,11 @@ def draw(
         for each in ("global", view)
     )
     figure = new_figure(_SIZE)
-    axes = figure.add_axes((0.09, 0.08, 0.6, 0.86))
+    axes = figure.add_axes(_AXES)
     start = max(setting.metrics[f"start/{score}"].mean for setting in settings)
     numbers = [index for index, each in enumerate(own) if not math.isnan(each.mean)]
     main = [index for index in numbers if own[index].mean >= start] or numbers
-    overview = figure.add_axes((0.76, 0.08, 0.22, 0.24)) if len(main) < len(numbers) else None
+    overview = figure.add_axes(_OVERVIEW) if len(main) < len(numbers) else None
     _draw_marks(axes, settings, own, others, 6)
     _fit(axes, [others[index] for index in main], [own[index] for index in main])
     if overview is not None:
@@ -63,7 +84,7 @@ def draw(
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
         overview.add_patch(Rectangle((left, low), right - left, high - low, fc="none", ec="black"))
     front = pareto_front([(other.mean, each.mean) for other, each in zip(others, own, strict=True)])
-    _draw_front(axes, settings, own, others, front, set(main))
+    names = _draw_front(axes, settings, own, others, front, set(main))
     for each in figure.axes:
         each.axline((1, 1), slope=1, color="#999999", ls=(0, (4, 3)), lw=1, zorder=0)
         each.grid(color="#E5E5E5", lw=0.6)
@@ -72,7 +93,7 @@ def draw(
     axes.set_xlabel(f"{score} of {view.replace('_', ' ')}")
     axes.set_ylabel(f"{score} of global")
     axes.set_title("up and to the left is better", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1.01))
+    _write_column(figure, axes, names, _AXES[1] if overview is None else _ABOVE_OVERVIEW)
     save_figure(figure, path)
     return figure
 
@@ -87,7 +108,9 @@ def _draw_marks(
     methods = list(dict.fromkeys(setting.method for setting in settings))
     for index, method in enumerate(methods):
         chosen = [i for i, setting in enumerate(settings) if setting.method == method]
-        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+        # Beyond the last colour they begin again, each with another shape.
+        shape = index + index // len(_COLORS)
+        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[shape % len(_MARKERS)]
         x, y = [others[i].mean for i in chosen], [own[i].mean for i in chosen]
         half_x, half_y = ([_half(values[i]) for i in chosen] for values in (others, own))
         axes.errorbar(x, y, half_y, half_x, fmt="none", ecolor=color, elinewidth=0.6, alpha=0.15)
@@ -119,8 +142,12 @@ def _draw_front(
     others: Sequence[Estimate],
     front: Sequence[int],
     named: set[int],
-) -> None:
-    """Draws the line through the front, and numbers and names those of its marks in ``named``."""
+) -> list[str]:
+    """Draws the line through the front, and numbers those of its marks in ``named``.
+
+    Returns:
+      Their names, with their numbers.
+    """
     x, y = [others[i].mean for i in front], [own[i].mean for i in front]
     axes.step(x, y, where="post", color="#444444", lw=1.2, zorder=2, label="Pareto front")
     names = []
@@ -138,13 +165,91 @@ def _draw_front(
         names.append(f"{number:>2}  {_name(settings[index])}")
     if len(names) > _MOST_NAMED:
         names = [*names[: _MOST_NAMED - 1], f"and {len(names) - _MOST_NAMED + 1} more"]
-    text = "\n".join(["on the front:", *names])
-    axes.text(1.03, 0.78, text, transform=axes.transAxes, va="top", fontsize=8, parse_math=False)
+    return names
+
+
+def _write_column(figure: Figure, axes: Axes, names: Sequence[str], bottom: float) -> None:
+    """Writes the legend and the names beside the axes, and makes the figure large enough for both.
+
+    Args:
+      figure: The figure.
+      axes: The axes that have the marks.
+      names: What the marks of the front are.
+      bottom: The height, as a share of the figure's, that the names must not go below.
+    """
+
+    def broken(inches: float) -> list[list[str]]:
+        return [_wrapped(figure, name, _NAME_POINTS, inches, _INDENT) for name in names]
+
+    width, lines = _COLUMN_INCHES, broken(_COLUMN_INCHES)
+    if any(len(each) > 2 for each in lines):
+        width, lines = _WIDE_INCHES, broken(_WIDE_INCHES)
+    wide = _SIZE[0] + width - _COLUMN_INCHES
+    left, top = _COLUMN * _SIZE[0] / wide, _AXES[1] + _AXES[3]
+    legend = axes.legend(
+        frameon=False,
+        fontsize=_LEGEND_POINTS,
+        loc="upper left",
+        bbox_to_anchor=(left, top),
+        bbox_transform=figure.transFigure,
+        borderaxespad=0,
+        borderpad=0,
+    )
+    for entry in legend.get_texts():
+        own = _wrapped(figure, entry.get_text(), _LEGEND_POINTS, width - _HANDLE_INCHES)
+        entry.set(text="\n".join(own), parse_math=False)
+    text = figure.text(
+        left,
+        0,
+        "\n".join(["on the front:", *itertools.chain(*lines)]),
+        va="top",
+        fontsize=_NAME_POINTS,
+        parse_math=False,
+    )
+    heights = [each.get_window_extent().height / figure.dpi for each in (legend, text)]
+    tall = max(_SIZE[1], (sum(heights) + 2 * _GAP_INCHES) / (top - bottom))
+    for each in figure.axes:
+        x, y, x_size, y_size = each.get_position().bounds
+        each.set_position((x * _SIZE[0] / wide, y, x_size * _SIZE[0] / wide, y_size))
+    figure.set_size_inches(wide, tall)
+    text.set_y(top - (heights[0] + _GAP_INCHES) / tall)
+
+
+def _wrapped(
+    figure: Figure, text: str, points: float, inches: float, indent: str = ""
+) -> list[str]:
+    """Breaks a text into lines of a width, after its commas, and within what is longer than that.
+
+    Args:
+      figure: The figure, which knows how wide letters are.
+      text: The text.
+      points: The size of the letters.
+      inches: The width.
+      indent: What the second and later lines begin with.
+    """
+
+    def fits(line: str) -> bool:
+        probe.set_text(line)
+        return probe.get_window_extent().width <= inches * figure.dpi
+
+    probe = figure.text(0, 0, "", fontsize=points, parse_math=False)
+    lines = [""]
+    for piece in re.findall(r"[^,]*,? ?", text):
+        if lines[-1].strip() and not fits(lines[-1] + piece.rstrip()):
+            lines.append(indent)
+        lines[-1] += piece
+        while not fits(lines[-1].rstrip()):
+            line = lines.pop()
+            most = next(n for n in range(len(line) - 1, 0, -1) if fits(line[:n]))
+            lines += [line[:most], indent + line[most:]]
+    probe.remove()
+    return [line.rstrip() for line in lines]
 
 
 def _name(setting: Setting) -> str:
+    names = short_names(setting.settings)
     numbers = (
-        f"{field.rpartition('.')[2].replace('_', ' ')} {value}"
+        f"{re.sub('[._]', ' ', names[field])} {value}"
         for field, value in setting.settings.items()
         if value is not None and not isinstance(value, str)
     )

@@ -19,9 +19,9 @@ from fedqsn_jax.config import (
     unknown_field,
     with_fields,
 )
-from fedqsn_jax.configured import algorithm_of
 from fedqsn_jax.simulation import TRACEABLE
-from fedqsn_jax.unused import unused_fields
+from fedqsn_jax.sweeps.cautions import before
+from fedqsn_jax.unused import as_used, unused_fields, without_effect
 
 Grid = dict[str, list[Any]]
 """Dotted fields, and the values that each takes."""
@@ -56,12 +56,16 @@ class Plan(NamedTuple):
       grids: The grids.
       points: Their points, without those that would repeat others.
       repeated: How many were left out: they differ from others in nothing that is used.
+      idle: Fields whose values in ``base`` make no difference to any point.
+      cautions: What the user should be told before anything runs, a line each.
     """
 
     base: Config
     grids: list[Grid]
     points: list[Point]
     repeated: int
+    idle: frozenset[str]
+    cautions: list[str]
 
     @property
     def varied(self) -> list[str]:
@@ -147,7 +151,8 @@ def make_plan(base: Config, grids: list[Grid], overridden: Sequence[str] = ()) -
         for grid in grids
         for combination in itertools.product(*grid.values())
     ]
-    different = dict.fromkeys(_as_used(config) for _, config in configs)
+    used = [as_used(config) for _, config in configs]
+    different = list(dict.fromkeys(used))
     flat = [flatten(config) for config in different]
     mentioned = {name for grid in grids for name in grid} - {SEED}
     varied = [
@@ -158,7 +163,23 @@ def make_plan(base: Config, grids: list[Grid], overridden: Sequence[str] = ()) -
         unused = unused_fields(config)
         settings = {name: None if name in unused else fields[name] for name in varied}
         points.append(Point(settings, _as_run(config)))
-    return Plan(base, grids, points, len(configs) - len(points))
+    idle = set.intersection(*(without_effect(config) | set(grid) for grid, config in configs))
+    # Points are not saved while they run.
+    idle |= {name for name in flatten(base) if name.startswith("checkpoint.")}
+    # What a grid sets for some of its methods is meant for these; what serves none is a mistake.
+    useless = set.intersection(*(without_effect(config) for _, config in configs))
+    places = {config: place for place, config in enumerate(different)}
+    told = before(
+        ((config, places[key]) for (_, config), key in zip(configs, used, strict=True)),
+        [label_of(point) for point in points],
+        {*overridden, *(mentioned & useless)},
+    )
+    return Plan(base, grids, points, len(configs) - len(points), frozenset(idle), told)
+
+
+def label_of(point: Point) -> dict[str, Any]:
+    """Returns what tells a point from the others of its sweep: its settings and its seed."""
+    return {**point.settings, SEED: point.config.seed}
 
 
 def _resolve_point(values: dict[str, Any], changes: dict[str, Any]) -> Config:
@@ -173,14 +194,6 @@ def _resolve_point(values: dict[str, Any], changes: dict[str, Any]) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{error} (at the sweep's point {described(changes)})") from error
     return config
-
-
-def _as_used(config: Config) -> Config:
-    """The configuration with what it does not use at defaults: equal if it is equal."""
-    algorithm, defaults = algorithm_of(config), flatten(Config())
-    values = {"p1": algorithm.p1, "p2": algorithm.p2}
-    values |= {name: defaults[name] for name in unused_fields(config)}
-    return with_fields(config, values)
 
 
 def _as_run(config: Config) -> Config:

@@ -64,10 +64,10 @@ class SweepDirectory:
             raise ConfigError(
                 f"--workdir={self.path}: {self._definition.name} cannot be read"
             ) from error
-        ours = _definition(plan)
-        if stored != ours:
+        different = _differences(plan, stored)
+        if different:
             raise ConfigError(
-                f"--workdir={self.path}: it was made by another sweep: {_difference(ours, stored)}"
+                f"--workdir={self.path}: it was made by another sweep: {', '.join(different)}"
             )
 
     @contextmanager
@@ -187,11 +187,13 @@ def _definition(plan: Plan) -> dict[str, Any]:
     return json.loads(json.dumps(to_plain(definition)))
 
 
-def _difference(ours: dict[str, Any], stored: Any) -> str:
-    theirs = stored.get("config", {}) if isinstance(stored, dict) else {}
+def _differences(plan: Plan, stored: Any) -> list[str]:
+    """What a sweep's definition says otherwise than a stored one, where it makes a difference."""
+    ours, theirs = _definition(plan), stored if isinstance(stored, dict) else {}
+    config, other = ours["config"], theirs.get("config", {})
     differing = [
-        f"{name} = {value!r} (there: {theirs.get(name)!r})"
-        for name, value in ours["config"].items()
-        if theirs.get(name) != value
+        f"{name} = {config.get(name)!r} (there: {other.get(name)!r})"
+        for name in sorted(config.keys() | other.keys())
+        if config.get(name) != other.get(name) and name not in plan.idle
     ]
-    return ", ".join(differing) or "its grids differ"
+    return differing + ["its grids differ"] * (theirs.get("grids") != ours["grids"])

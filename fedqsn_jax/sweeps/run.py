@@ -13,7 +13,8 @@ from fedqsn_jax.memory import answer_out_of_memory
 from fedqsn_jax.reporting.estimates import Setting
 from fedqsn_jax.reporting.sweep_display import SweepDisplay
 from fedqsn_jax.running import Entry
-from fedqsn_jax.sweeps.grid import SEED, Plan, Point, described, program_of
+from fedqsn_jax.sweeps.cautions import after
+from fedqsn_jax.sweeps.grid import SEED, Plan, Point, described, label_of, program_of
 from fedqsn_jax.sweeps.program import Program, may_be_side_by_side, settings_at_once
 from fedqsn_jax.sweeps.results import Record, SweepDirectory, identity, over_seeds, record_of
 from fedqsn_jax.sweeps.sources import Sources, Start
@@ -79,14 +80,19 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
         records = files.read()
         missing = _missing(plan, records)
         display.start(len(plan.points), len(missing), len(groups), plan.repeated, str(directory))
+        for line in plan.cautions:
+            display.warning(line)
         total = sum(point.config.rounds for point in plan.points)
         done = total - sum(point.config.rounds for point in missing)
         with (
             # Also of what an interruption leaves, wherever it comes.
             cleaning_up(lambda: _write_tables(files, plan)),
-            display.sweep_progress(total, done, len(plan.points), len(records)) as progress,
+            display.sweep_progress(
+                total, done, len(plan.points), len(records), len(groups)
+            ) as progress,
         ):
             for points in by_program(missing):
+                progress.begin_program()
                 for batch, rounds, entries in _run_program(points, at_once, sources):
                     if entries is None:
                         progress.update(done + rounds)
@@ -98,6 +104,8 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
                     for record in new:
                         progress.update(done, len(records), record)
         _report(files, over_seeds(records, _order(plan)), display)
+        for line in _cautions_after(plan, records):
+            display.warning(line)
 
 
 def _write_tables(files: SweepDirectory, plan: Plan) -> None:
@@ -185,6 +193,14 @@ def _report(files: SweepDirectory, settings: Sequence[Setting], display: SweepDi
     display.written([files.table, files.points, files.attacker_picture, files.proxy_picture])
 
 
+def _cautions_after(plan: Plan, records: Sequence[Record]) -> list[str]:
+    metrics = {identity(each["settings"], each[SEED]): each["metrics"] for each in records}
+    ends = [
+        (each.config, metrics[identity(each.settings, each.config.seed)]) for each in plan.points
+    ]
+    return after(ends, [label_of(point) for point in plan.points])
+
+
 def _missing(plan: Plan, records: Sequence[Record]) -> list[Point]:
     finished = {identity(each["settings"], each[SEED]) for each in records}
     return [
@@ -198,5 +214,5 @@ def _prepare(point: Point, sources: Sources) -> Experiment:
     try:
         return sources.prepare(point.config)
     except ConfigError as error:
-        where = described({**point.settings, SEED: point.config.seed})
+        where = described(label_of(point))
         raise ConfigError(f"{error} (at the sweep's point {where})") from error

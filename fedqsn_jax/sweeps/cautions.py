@@ -1,0 +1,68 @@
+"""What a sweep warns of: what its points' runs would, each thing once, and of which points."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from fedqsn_jax import cautions
+from fedqsn_jax.config import Config
+
+Where = Mapping[str, Any]
+"""What tells a point from others: its settings and its seed."""
+
+
+def before(
+    combinations: Iterable[tuple[Config, int]], points: Sequence[Where], chosen: Collection[str]
+) -> list[str]:
+    """Returns what to tell before a sweep, a line each.
+
+    Args:
+      combinations: Every configuration that the grids mean, with the place of its point.
+      points: The points.
+      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
+    """
+    concerned: dict[str, set[int]] = {}
+    for config, place in combinations:
+        for line in cautions.before(config, chosen):
+            concerned.setdefault(line, set()).add(place)
+    return [f"{line} ({among(places, points)})" for line, places in concerned.items()]
+
+
+def after(ends: Sequence[tuple[Config, cautions.Entry]], points: Sequence[Where]) -> list[str]:
+    """Returns what to tell at the end of a sweep, a line each.
+
+    Args:
+      ends: Of every point its configuration, and what its last evaluated round told.
+      points: The points, in the same order.
+    """
+    lines = []
+    counts = [cautions.rejected(config, entry) for config, entry in ends]
+    rejecting = {place for place, count in enumerate(counts) if count}
+    if rejecting:
+        returned = sum(int(ends[place][1]["clients/returned"]) for place in rejecting)
+        line = cautions.rejection(
+            f"{sum(counts)} of {returned} clients' updates", "in the last round evaluated"
+        )
+        lines.append(f"{line} ({among(rejecting, points)})")
+    diverged = {place for place, (_, entry) in enumerate(ends) if cautions.diverged(entry)}
+    if diverged:
+        lines.append(f"{cautions.DIVERGED} ({among(diverged, points)})")
+    return lines
+
+
+def among(places: Collection[int], points: Sequence[Where]) -> str:
+    """Names some points briefly: by the values that they share and others have not, and how many.
+
+    Args:
+      places: Their places among the points; not empty.
+      points: All points.
+    """
+    some = [points[place] for place in sorted(places)]
+    shared = [
+        f"{name}={value}"
+        for name, value in some[0].items()
+        if value is not None
+        and all(point[name] == value for point in some)
+        and any(point[name] != value for point in points)
+    ]
+    count = f"{len(some)} of {len(points)} points"
+    return f"{' '.join(shared)}, {count}" if shared else count
