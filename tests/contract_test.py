@@ -189,13 +189,13 @@ def prompted_subject(config: Config) -> Subject:
 
 @pytest.fixture(scope="module")
 def plain(subject_of) -> list[bytes]:
-    """The parameters after two rounds of FedQSN with nothing else."""
+    """What two rounds of FedQSN with nothing else make of what is not hidden."""
     subject = subject_of(PLAIN)
-    state = fast(subject.simulation.federation.init)(KEY, subject.params)
-    run = fast(subject.simulation.federation.round)
+    federation = subject.simulation.federation
+    state, run = fast(federation.init)(KEY, subject.params), fast(federation.round)
     for _ in range(2):
         state, _ = run(state, subject.data)
-    return octets(state.params)
+    return octets(subject.conceal(state.params, federation.prepare(state).visible, 0.0))
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -230,7 +230,7 @@ def test_hidden_values_neither_change_nor_show(name, subject_of, plain):
         for path, hidden in leaves_by_path(marks).items():
             hidden = np.asarray(hidden) != 0
             before, now = (np.asarray(leaves_by_path(tree)[path]) for tree in (start, state.params))
-            returned = simulation.returned is None or path in simulation.returned
+            returned = is_returned(simulation.config, path)
             kept &= now[hidden].tobytes() == before[hidden].tobytes()
             assert (now[~hidden] != before[~hidden]).any() == returned, path
         prepared, payloads = prepared_of(state), []
@@ -247,9 +247,8 @@ def test_hidden_values_neither_change_nor_show(name, subject_of, plain):
             if proxy.visible:
                 blank = conceal(values, proxy.visible, 0.0)
                 jax.tree.map(np.testing.assert_array_equal, values, blank)
-        after = octets(state.params)
         state = state.replace(params=conceal(state.params, visible, 0.0))
-        return kept, after, (octets(state), octets(facts), payloads)
+        return kept, octets(state.params), (octets(state), octets(facts), payloads)
 
     # A value that is no number would spread; those that leak are told apart by finite ones.
     (kept, _, first), (also_kept, after, second) = map(told, (9.0 if subject.leaks else np.nan, -2))
@@ -257,6 +256,13 @@ def test_hidden_values_neither_change_nor_show(name, subject_of, plain):
     assert (first == second) == (not subject.leaks)
     assert run._cache_size() == 1, "two rounds of two runs are one program"
     assert name == PLAIN or after != plain
+
+
+def is_returned(config, path):
+    """Whether clients change a tensor of the server's: what it has for them, and no more."""
+    if config.algorithm == "fedsp":
+        return path.partition("/")[0] in config.fedsp.tuned
+    return not config.lora.rank or path.endswith(("_lora_a", "_lora_b"))
 
 
 def check_what_travels(simulation, proxy):
@@ -272,12 +278,12 @@ def check_what_travels(simulation, proxy):
     codes = {path for path, leaf in leaves.items() if isinstance(leaf, Quantized)}
     quantized = {site.path for site in simulation.sites if site.quantized}
     assert codes == (quantized if algorithm.quantizer else set())
-    if algorithm.adapters_only:
+    if simulation.config.algorithm == "fedlpp":
         assert codes == set(leaves), "adapters alone"
         assert all(path.endswith(("_lora_a", "_lora_b")) for path in leaves)
         # One block after the other through a whole tensor, not column by column.
         assert all(site.columns == 1 for site in simulation.sites)
-    if algorithm.prompts_only:
+    if simulation.config.algorithm == "fedsp":
         assert {path.partition("/")[0] for path in leaves} == {"auxiliary", "prompts", "classifier"}
 
 
