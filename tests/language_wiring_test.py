@@ -19,7 +19,13 @@ from fedqsn_jax import language_problem
 from fedqsn_jax.client_optimizer import scheduled
 from fedqsn_jax.command_line import read_config
 from fedqsn_jax.experiment import load_problem
-from fedqsn_jax.fedsp import auxiliary_encoder, distil, prompted_apply, prompted_encoder
+from fedqsn_jax.fedsp import (
+    auxiliary_encoder,
+    distil,
+    prompted_apply,
+    prompted_encoder,
+    take_auxiliary,
+)
 from fedqsn_jax.generation import GenerationSettings, make_generator
 from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.models.t5 import T5Config
@@ -86,24 +92,21 @@ def test_clients_server_and_evaluation_compute_as_configured(family, setting, pl
         GPT2 if family == "gpt2" else dataclasses.replace(BERT, classes=2, pooling="mean")
     )
 
-    def gradient(apply):
-        return lambda params, *others: jax.grad(lambda p: apply(p, *others).sum())(params)
-
     def expected(rate, key=KEY):
         model = make_language_model(architecture, execution, rate)
-        return program(gradient(model.apply_fn), problem.params, batch_of(problem), key)
+        return program(model.apply_fn, *arguments[:2], key)
 
     clients, server = expected(0.25), expected(0.5)
-    assert program(gradient(problem.client_apply), *arguments) == clients
-    assert program(gradient(problem.pretraining_apply), *arguments) == server
-    without = program(gradient(problem.apply_fn), *arguments[:2], None)
+    assert program(problem.client_apply, *arguments) == clients
+    assert program(problem.pretraining_apply, *arguments) == server
+    without = program(problem.apply_fn, *arguments[:2], None)
     assert without == expected(0.0, None)
     assert len({clients, server, without}) == 3
     refused = setting == "attention" and jax.default_backend() != "gpu"
     assert ("needs a GPU" in without) == refused
     if setting != "default":
         default = make_language_model(architecture, dropout=0.25).apply_fn
-        assert program(gradient(default), *arguments) != clients
+        assert program(default, *arguments) != clients
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -199,30 +202,21 @@ def test_prompts_are_tuned_as_configured(places):
     assert program(problem.pretraining_apply, problem.params, batch, KEY) == server
     assert program(problem.apply_fn, problem.params, batch, None) == without
 
-    private = jax.tree.map(jnp.asarray, problem.splits.private)
+    def distillation(key, params, private):
+        return distil(
+            key,
+            *encoders(architecture, 0.0, execution),
+            take_auxiliary(params, (-1,)),
+            private,
+            scheduled(optax.adam, 0.003),
+            steps=2,
+            batch_size=4,
+            temperature=2.5,
+            noise=0.25,
+        )[0]
 
-    def distilled(temperature=2.5, noise=0.25, rate=0.003):
-        def distillation(key, params, private):
-            last = jax.tree.map(
-                lambda leaf: jnp.take(leaf, jnp.asarray([1]), axis=0), params["model"]["layers"]
-            )
-            params = {**params, "auxiliary": {**params["model"], "layers": last}}
-            return distil(
-                key,
-                *encoders(architecture, 0.0, execution),
-                params,
-                private,
-                scheduled(optax.adam, rate),
-                steps=2,
-                batch_size=4,
-                temperature=temperature,
-                noise=noise,
-            )[0]
-
-        return jax.jit(distillation)(KEY, problem.params, private)
-
-    finished = jax.jit(problem.preparation.finish)(KEY, problem.params, private)
-    jax.tree.map(np.testing.assert_array_equal, finished, distilled())
+    arguments = KEY, problem.params, jax.tree.map(jnp.asarray, problem.splits.private)
+    assert program(problem.preparation.finish, *arguments) == program(distillation, *arguments)
 
 
 def test_the_small_model_is_taken_from_what_the_server_has_trained(places):
