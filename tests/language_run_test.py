@@ -4,113 +4,35 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from text_cases import MARKS, WORDS, write_tokenizer
+from language_run_cases import BERT, GPT2, VOCABULARY, classify, write, write_model
 
 from fedqsn_jax.command_line import read_config
 from fedqsn_jax.data import tokenization
+from fedqsn_jax.experiment import load_problem
 from fedqsn_jax.export import main as export
 from fedqsn_jax.main import main
-from fedqsn_jax.models.encoder import EncoderConfig
-from fedqsn_jax.models.gpt2 import GPT2Config
+from fedqsn_jax.models.attention import RopeScaling
 from fedqsn_jax.models.language import make_language_model
-from fedqsn_jax.models.pretrained import load_pretrained, save_pretrained
+from fedqsn_jax.models.llama import LlamaConfig
+from fedqsn_jax.models.pretrained import load_pretrained
 from fedqsn_jax.models.pretrained import read_config as read_settings
+from fedqsn_jax.models.t5 import T5Config
+from fedqsn_jax.problem import problem_settings
 from fedqsn_jax.trained import load
-
-VOCABULARY = len(MARKS) + len(WORDS)
-FLAGS = [
-    "--config=configs/sst2_minilm.py",
-    "--config.data.train_rows=0",
-    "--config.data.private_rows=8",
-    "--config.data.clients=4",
-    "--config.data.length=8",
-    "--config.cohort.size=2",
-    "--config.rounds=2",
-    "--config.rounds_per_call=2",
-    "--config.evaluation.every=2",
-    "--config.evaluation.proxy_samples=2",
-    "--config.evaluation.attackers=(2,)",
-    "--config.evaluation.batch_size=8",
-    "--config.pretraining.steps=60",
-    "--config.pretraining.batch_size=8",
-    "--config.pretraining.learning_rate=0.02",
-    "--config.client.steps=2",
-    "--config.client.batch_size=4",
-    "--config.block_size=16",
-]
-
-
-def sentences(count: int) -> str:
-    """Rows of a task that one word decides."""
-    rng = np.random.default_rng(3)
-    rows = ["sentence\tlabel"]
-    for _ in range(count):
-        label = int(rng.integers(2))
-        rows.append(f"{rng.choice(['a', 'the'])} film is {['bad', 'good'][label]}\t{label}")
-    return "\n".join(rows) + "\n"
-
-
-def restaurants(count: int) -> str:
-    """Rows in E2E's notation; a prompt has two references."""
-    rng = np.random.default_rng(4)
-    rows = []
-    for _ in range(count):
-        name, price = rng.choice(["Blue", "Spice"]), rng.choice(["cheap", "good"])
-        for verb in ("is", "of"):
-            rows.append(f"name : {name} | price : {price}||{name} {verb} {price}")
-    return "\n".join(rows) + "\n"
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     """The directory of a tiny BERT with its tokenizer and two files of sentences."""
-    place = tmp_path_factory.mktemp("bert")
-    config = EncoderConfig("bert", VOCABULARY, 16, 2, 2, 16, positions=16, classes=0)
-    params = make_language_model(config).init(jax.random.key(1))
-    save_pretrained(place, config, params)
-    write_tokenizer(place)
-    (place / "train.tsv").write_text(sentences(40))
-    (place / "test.tsv").write_text(sentences(16))
-    return place
+    return write_model(tmp_path_factory.mktemp("bert"), BERT)
 
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
-    place = tmp_path_factory.mktemp("gpt2")
-    config = GPT2Config("gpt2", VOCABULARY, 16, 2, 2, 16, positions=32, eos_token_ids=(2,))
-    save_pretrained(place, config, make_language_model(config).init(jax.random.key(2)))
-    write_tokenizer(place, "none")
-    (place / "train.txt").write_text(restaurants(20))
-    (place / "test.txt").write_text(restaurants(4))
-    return place
-
-
-def classify(place):
-    return [
-        *FLAGS,
-        f"--config.model.pretrained={place}",
-        f"--config.data.train=tsv:{place}/train.tsv",
-        f"--config.data.test=tsv:{place}/test.tsv",
-        f"--config.data.cache={place}/cache",
-    ]
-
-
-def write(place):
-    return [
-        *FLAGS,
-        f"--config.model.pretrained={place}",
-        f"--config.data.train=e2e:{place}/train.txt",
-        f"--config.data.test=e2e:{place}/test.txt",
-        f"--config.data.cache={place}/cache",
-        "--config.data.task=e2e",
-        "--config.data.length=24",
-        "--config.generation.prompts=3",
-        "--config.generation.beams=2",
-        "--config.generation.new_tokens=6",
-        "--config.client.label_smoothing=0.1",
-    ]
+    return write_model(tmp_path_factory.mktemp("gpt2"), GPT2, seed=2)
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -203,6 +125,65 @@ def test_a_decoder_writes_texts_for_every_view(gpt2, tmp_path, capsys):
     before = (run / "texts.json").stat().st_mtime_ns
     assert main([*write(gpt2), *options, f"--workdir={run}"]) == 0
     assert (run / "texts.json").stat().st_mtime_ns == before
+
+
+OTHERS = {
+    "llama": LlamaConfig(
+        "llama",
+        VOCABULARY,
+        *(16, 2, 4, 2, 4, 16),
+        positions=32,
+        rope_scaling=RopeScaling(8, 1, 4, 16),
+        eos_token_ids=(2,),
+    ),
+    "qwen2": LlamaConfig(
+        "qwen2",
+        VOCABULARY,
+        *(16, 2, 4, 2, 4, 16),
+        positions=32,
+        biases=True,
+        tied=True,
+        eos_token_ids=(2,),
+    ),
+    "t5": T5Config(
+        "t5",
+        VOCABULARY,
+        *(16, 2, 2, 2, 8, 16),
+        gated=True,
+        tied=False,
+        scaled_output=False,
+        eos_token_ids=(2,),
+    ),
+}
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("family", OTHERS)
+def test_every_other_family_trains_and_is_exported_as_it_is_evaluated(family, tmp_path):
+    """The exported model computes what the run's does; its loss is the one that was reported."""
+    place, run, out = tmp_path / family, tmp_path / "run", tmp_path / "out"
+    place.mkdir()
+    write_model(place, OTHERS[family])
+    # Few sites: most of the time is compilation of what is done to them.
+    fields = {"generation.prompts": 0, "pretraining.steps": 0, "rounds": 1, "sites": "residual"}
+    changes = [f"--config.{name}={value}" for name, value in fields.items()]
+    assert main([*write(place), *changes, f"--workdir={run}"]) == 0
+    assert export([f"--workdir={run}", f"--out={out}"]) == 0
+    trained, exported = load(run), load_pretrained(out, jax.random.key(0))
+    assert (exported.config, exported.fresh) == (OTHERS[family], ())
+    problem = load_problem(problem_settings(trained.config))
+    batch = {name: jnp.asarray(rows) for name, rows in problem.splits.test.items()}
+    apply = jax.jit(make_language_model(exported.config, dropout=0.0).apply_fn)
+    logits = apply(exported.params, batch, None)
+    np.testing.assert_array_equal(logits, apply(trained.params, batch, None))
+    before = load_pretrained(place, jax.random.key(0)).params
+    for start, end in zip(*map(jax.tree.leaves, (before, exported.params)), strict=True):
+        assert (start != end).any()
+    last = trained.history[-1]
+    sums = problem.task.statistics(logits, batch, jnp.ones(len(logits), bool))
+    assert problem.task.summarize(sums)["loss"] == pytest.approx(last["global/loss"], rel=1e-4)
+    views = {"global", "server", "proxy", "attacker_2"}
+    assert all(np.isfinite(last[f"{view}/perplexity"]) for view in views)
 
 
 MISTAKES = {
