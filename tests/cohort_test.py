@@ -47,7 +47,7 @@ def test_strategies_differ_by_rounding_only(model, data):
 
     task = classification()
     results, state = {}, None
-    for axis in (ClientAxis(1), ClientAxis(2), ClientAxis(3, refills=1), ClientAxis(POPULATION)):
+    for axis in (ClientAxis(1), ClientAxis(3, refills=1), ClientAxis(POPULATION)):
         federation = make_federation(
             fedqsn(NormalFloat(2, 4), 0.3, 0.4).transform,
             make_client_update(apply_fn, task, unscheduled(optax.sgd(0.2)), 4, epochs=2),

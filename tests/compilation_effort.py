@@ -15,6 +15,9 @@ An option of a backend, since XLA passes over those that it does not know, while
 ends the process (JAX 0.10's ``--xla_cpu_use_fusion_emitters`` is none any more in JAX 0.11).
 """
 
+ONE_THREAD = "--xla_cpu_parallel_codegen_split_count=1"
+"""Against dividing a program among threads: the tests keep every core busy as it is."""
+
 
 def compile_quickly() -> None:
     """Sets what JAX and XLA read of the environment, unless somebody has."""
@@ -23,7 +26,7 @@ def compile_quickly() -> None:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     flags = os.environ.get("XLA_FLAGS", "")
     if FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {FLAG}={OPTION}".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} {FLAG}={OPTION} {ONE_THREAD}".strip()
 
 
 compile_quickly()

@@ -108,25 +108,20 @@ def test_gelu_is_the_exact_one():
     assert_same(ours, theirs, 2e-6)
 
 
-@pytest.mark.parametrize("prompted", [False, True])
-def test_an_encoder_is_the_same_with_and_without_them(monkeypatch, prompted):
-    """In bfloat16, in which they are used; logits and gradients of every tensor.
+ENCODER = EncoderConfig("roberta", 20, 64, 2, 2, 128, positions=32, pad_token_id=1, classes=3)
 
-    Attention to further keys and values is not among them, and is computed without.
-    """
-    config = EncoderConfig("roberta", 20, 64, 2, 2, 128, positions=32, pad_token_id=1, classes=3)
+
+def test_an_encoder_is_the_same_with_and_without_them(monkeypatch):
+    """In bfloat16, in which they are used; logits and gradients of every tensor."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(2, 20, (2, 16)), jnp.int32)
     mask = jnp.arange(16)[None] < jnp.array([[16], [11]])
-    shape = (2, 3, 2, 32)
-    prefixes = Prefix(normal(*shape, seed=1), normal(*shape, seed=2), jnp.array([False, True]))
 
     def results(execution):
-        module = Encoder(config, execution)
-        params = make_language_model(config).init(jax.random.key(0))
+        module = Encoder(ENCODER, execution)
+        params = make_language_model(ENCODER).init(jax.random.key(0))
 
         def loss(params):
-            further = {"prefixes": prefixes} if prompted else {}
-            logits = module.apply({"params": params}, tokens, mask, **further)
+            logits = module.apply({"params": params}, tokens, mask)
             return (logits * normal(2, 3)).sum(), logits
 
         return jit(jax.grad(loss, has_aux=True))(params)
@@ -141,3 +136,21 @@ def test_an_encoder_is_the_same_with_and_without_them(monkeypatch, prompted):
         # About as far from float32 as plain bfloat16, whose last place is 2**-8.
         error, usual = (np.linalg.norm(each - right) for each in (ours, rounded))
         assert error <= 3 * usual + 2**-8 * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_attention_to_further_keys_is_computed_without_its_kernel(monkeypatch, prefixed):
+    """The other two are used all the same."""
+    monkeypatch.setattr(gpu_blocks, "applies", lambda: True)
+    prefixes = Prefix(*[jnp.ones((2, 3, 2, 32))] * 2, jnp.array([False, True]))
+    params = make_language_model(ENCODER).init(jax.random.key(0))
+    module = Encoder(ENCODER, Execution("bfloat16"))
+
+    def apply(params):
+        further = {"prefixes": prefixes} if prefixed else {}
+        return module.apply({"params": params}, jnp.full((2, 16), 5), **further)
+
+    program = str(jax.make_jaxpr(apply)(params))
+    kernels = {name: f"name={name}\n" in program for name in ("add_and_norm", "biased_gelu")}
+    assert all(kernels.values())
+    assert ("name=attention\n" in program) == (not prefixed)

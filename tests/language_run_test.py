@@ -128,19 +128,12 @@ def test_a_decoder_writes_texts_for_every_view(gpt2, tmp_path, capsys):
 
 
 OTHERS = {
-    "llama": LlamaConfig(
-        "llama",
-        VOCABULARY,
-        *(16, 2, 4, 2, 4, 16),
-        positions=32,
-        rope_scaling=RopeScaling(8, 1, 4, 16),
-        eos_token_ids=(2,),
-    ),
     "qwen2": LlamaConfig(
         "qwen2",
         VOCABULARY,
         *(16, 2, 4, 2, 4, 16),
         positions=32,
+        rope_scaling=RopeScaling(8, 1, 4, 16),
         biases=True,
         tied=True,
         eos_token_ids=(2,),
