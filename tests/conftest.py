@@ -1,5 +1,6 @@
 """Settings and tiny fixtures that tests share: a model, its sites, and a population of clients."""
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from rounds_cases import fast, shared_federation
 from fedqsn_jax.data.federated import FederatedData, from_clients
 from fedqsn_jax.masking import Sites, find_sites
 
+# Tracing makes many objects that live long: looking for garbage as often as usual takes a
+# twentieth of the tests' time.
+gc.set_threshold(200_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -82,8 +82,9 @@ EXECUTIONS = {
 RATES = {"client__dropout": 0.25, "pretraining__dropout": 0.5}
 
 
-@pytest.mark.parametrize("setting", EXECUTIONS)
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "setting"), [("gpt2", "default"), *(("bert", setting) for setting in EXECUTIONS)]
+)
 def test_clients_server_and_evaluation_compute_as_configured(family, setting, places):
     """Each with its own dropout, and dropout only in training."""
     flags = (classify if family == "bert" else write)(places[family])

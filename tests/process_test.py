@@ -18,7 +18,7 @@ from fedqsn_jax.main import main
 from fedqsn_jax.sweeps.results import SweepDirectory
 
 ROOT = Path(__file__).parent.parent
-ROUNDS = 40
+ROUNDS = 28
 ARGUMENTS = [
     "--config=configs/digits.py",
     f"--config.rounds={ROUNDS}",

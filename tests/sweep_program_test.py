@@ -83,6 +83,7 @@ def test_seeds_that_hold_out_other_numbers_of_rows_are_side_by_side():
         "client.proximal": 0.1,
         "upload.bits": 3,
         "upload.error_feedback": True,
+        "evaluation.attackers": (),
         "rounds": 2,
     }
     configs = [with_fields(BASE, {**options, "p1": 0.2, "p2": 0.2, "seed": n}) for n in (0, 1)]
