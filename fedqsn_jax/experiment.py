@@ -386,7 +386,7 @@ def _show(experiment: Experiment, display: Display, chosen: Collection[str]) -> 
 
 
 def _data_name(config: Config) -> str:
-    return config.data.task or config.data.name
+    return config.data.task if config.data.name == "text" else config.data.name
 
 
 def _costs(experiment: Experiment) -> Costs:

@@ -131,7 +131,7 @@ def test_the_trade_off_reads_the_digits_sweep(executed, monkeypatch, tmp_path):
     assert "paid: against FedAvg, 0.900\n" in text
     assert " -0.020   0.100      1.5  algorithm=fedqsn p1=0.2 p2=0.4\n" in text
     assert "The rival (attacker_10) ends ahead of the owner in 1 of 3 settings.\n" in text
-    assert "Settings that buy more than they cost: 2.\n" in text
+    assert "Settings that buy more than they cost, by more than what seeds do: 2.\n" in text
     assert "p2 from 0.0 to 0.4: the owner loses 0.100, the rival hardly changes (+0.000);" in text
 
 

@@ -113,7 +113,7 @@ def _draw_marks(
         color, marker = _COLORS[index % len(_COLORS)], _MARKERS[shape % len(_MARKERS)]
         x, y = [others[i].mean for i in chosen], [own[i].mean for i in chosen]
         half_x, half_y = ([_half(values[i]) for i in chosen] for values in (others, own))
-        axes.errorbar(x, y, half_y, half_x, fmt="none", ecolor=color, elinewidth=0.6, alpha=0.15)
+        axes.errorbar(x, y, half_y, half_x, fmt="none", ecolor=color, elinewidth=0.6, alpha=0.3)
         axes.plot(
             x,
             y,
