@@ -179,7 +179,7 @@ def _first_steps(config: Config) -> Iterator[str]:
     distillation = config.fedsp.distillation_steps
     if config.algorithm == "fedsp" and distillation:
         yield (
-            f"the server distils the small model that clients get on its own rows, "
+            f"the server distils on its own rows the small model that clients get, "
             f"{distillation} steps"
         )
 
