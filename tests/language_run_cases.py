@@ -71,25 +71,25 @@ def write_model(place: Path, config: LanguageConfig, seed: int = 1) -> Path:
     return place
 
 
-def classify(place: Path) -> list[str]:
-    """Returns the flags of a run that classifies sentences."""
+def _flags(place: Path, source: str, suffix: str) -> list[str]:
     return [
         *FLAGS,
         f"--config.model.pretrained={place}",
-        f"--config.data.train=tsv:{place}/train.tsv",
-        f"--config.data.test=tsv:{place}/test.tsv",
+        f"--config.data.train={source}:{place}/train.{suffix}",
+        f"--config.data.test={source}:{place}/test.{suffix}",
         f"--config.data.cache={place}/cache",
     ]
+
+
+def classify(place: Path) -> list[str]:
+    """Returns the flags of a run that classifies sentences."""
+    return _flags(place, "tsv", "tsv")
 
 
 def write(place: Path) -> list[str]:
     """Returns the flags of a run that writes about restaurants."""
     return [
-        *FLAGS,
-        f"--config.model.pretrained={place}",
-        f"--config.data.train=e2e:{place}/train.txt",
-        f"--config.data.test=e2e:{place}/test.txt",
-        f"--config.data.cache={place}/cache",
+        *_flags(place, "e2e", "txt"),
         "--config.data.task=e2e",
         "--config.data.length=24",
         "--config.generation.prompts=3",
