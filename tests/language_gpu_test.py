@@ -1,4 +1,4 @@
-"""Language models' kernels for GPUs, run by Pallas's interpreter, against plain JAX."""
+"""Language models' kernels for GPUs against plain JAX; without a GPU, Pallas interprets them."""
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +8,26 @@ from language_cases import jit
 
 from fedqsn_jax.models import gpu_blocks
 from fedqsn_jax.models.attention import Prefix
-from fedqsn_jax.models.attention_gpu import Heads, attend_packed
+from fedqsn_jax.models.attention_gpu import Biases, Heads, attend_packed
 from fedqsn_jax.models.dropout import drop, words_of
 from fedqsn_jax.models.encoder import Encoder, EncoderConfig
 from fedqsn_jax.models.gelu_gpu import biased_gelu
 from fedqsn_jax.models.language import make_language_model
-from fedqsn_jax.models.norm_gpu import Branch, add_and_norm
+from fedqsn_jax.models.norm_gpu import Branch, Vectors, add_and_norm
 from fedqsn_jax.models.transformer import Execution
 
 KEY = jax.random.key(7)
+INTERPRETED = gpu_blocks.interpreted()
 
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def amid(vectors):
+    """Packed, behind something else and with something else behind."""
+    other = normal(7, seed=5)
+    return gpu_blocks.Packed.of((other, vectors, other)).map(lambda starts: starts[1])
 
 
 def assert_same(found, expected, tolerance):
@@ -48,8 +55,9 @@ def values_and_gradients(function, *arguments):
 def test_attention_is_softmax_of_products(length, causal, rate):
     """A row sees no token at all; a length that is no power of two; the same entries drop."""
     rows, count, size = 3, 2, 32
+    width = count * size
     heads = Heads(count, size, size**-0.5, causal, rate)
-    packed, bias = normal(rows, length, 3 * count * size), normal(3 * count * size, seed=1)
+    packed, bias = normal(rows, length, 3 * width), normal(3 * width, seed=1)
     seen = np.ones((rows, length), np.int32)
     seen[0, -4:], seen[1, :3] = 0, 0
     seen[2] = 0
@@ -64,10 +72,12 @@ def test_attention_is_softmax_of_products(length, causal, rate):
         shares = jax.nn.softmax(jnp.where(visible, products, -1e30), axis=-1)
         if rate:
             shares = drop(KEY, shares, rate)
-        return jnp.einsum("rhqk,rkhs->rqhs", shares, value).reshape(rows, length, count * size)
+        return jnp.einsum("rhqk,rkhs->rqhs", shares, value).reshape(rows, length, width)
 
     def found(packed, bias):
-        return attend_packed(heads, True, packed, bias, jnp.asarray(seen), words_of(KEY))
+        biases = Biases(*jnp.split(bias, 3))
+        seen_, words = jnp.asarray(seen), words_of(KEY)
+        return attend_packed(heads, INTERPRETED, packed, biases, amid(biases), seen_, words)
 
     ours, theirs = (values_and_gradients(each, packed, bias) for each in (found, expected))
     assert_same(ours, theirs, 2e-5)
@@ -87,8 +97,11 @@ def test_the_end_of_a_branch_is_bias_dropout_sum_and_norm(rate):
         normed = centred * inverse * scale[None, None] + offset[None, None]
         return normed, normed
 
-    def found(*arguments):
-        return add_and_norm(Branch(1e-5, rate), True, *arguments, words_of(KEY))
+    def found(hidden, change, *vectors):
+        vectors, branch = Vectors(*vectors), Branch(1e-5, rate)
+        return add_and_norm(
+            branch, INTERPRETED, hidden, change, vectors, amid(vectors), words_of(KEY)
+        )
 
     ours, theirs = (
         values_and_gradients(each, hidden, change, *vectors) for each in (found, expected)
@@ -101,7 +114,7 @@ def test_gelu_is_the_exact_one():
     ours, theirs = (
         values_and_gradients(each, product, bias)
         for each in (
-            lambda product, bias: biased_gelu(True, product, bias),
+            lambda product, bias: biased_gelu(INTERPRETED, product, bias, amid(bias)),
             lambda product, bias: jax.nn.gelu(product + bias[None, None], approximate=False),
         )
     )

@@ -1,7 +1,7 @@
 """Multi-head attention, with fewer key heads, rotary positions, learned biases and a cache."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,7 @@ class Attention(nn.Module):
         key_value: tuple[Array, Array] | None = None,
         slots: Slots | None = None,
         prefix: Prefix | None = None,
+        packed: gpu_blocks.Packed | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Attends.
 
@@ -103,6 +104,7 @@ class Attention(nn.Module):
           slots: A cache to write the keys and values to, and to attend to.
           prefix: Further keys and values, for attention that is not causal; ``mask`` and ``bias``
             are about the others.
+          packed: The biases, with starts laid out as the parameters here, for `attention_gpu`.
 
         Returns:
           ``[rows, queries, width]``, and with slots all layers' cached keys and values.
@@ -110,7 +112,7 @@ class Attention(nn.Module):
         dropout_key = self.make_rng("dropout") if self.train and self.rate > 0 else None
         to_itself = source is None and key_value is None and slots is None and prefix is None
         if to_itself and rotation is None and bias is None and self._packs(hidden, mask):
-            attended, cached = self._attend_packed(hidden, mask, dropout_key), None
+            attended, cached = self._attend_packed(hidden, mask, dropout_key, packed), None
         else:
             query, key, value = self._projected(hidden, source, rotation, key_value)
             cached = None
@@ -157,16 +159,27 @@ class Attention(nn.Module):
             and attention_gpu.fits(hidden.shape[1], self.size, self.execution.dtype)
         )
 
-    def _attend_packed(self, hidden: Array, mask: Array | None, dropout_key: Key | None) -> Array:
+    def _attend_packed(
+        self,
+        hidden: Array,
+        mask: Array | None,
+        dropout_key: Key | None,
+        packed: gpu_blocks.Packed | None,
+    ) -> Array:
         rows, length, width = hidden.shape
-        parts = [self.variables["params"][name] for name in ("query", "key", "value")]
-        dtype = self.execution.dtype
-        kernels = [part["kernel"].reshape(width, -1) for part in parts]
-        packed = hidden.astype(dtype) @ jnp.concatenate(kernels, axis=1).astype(dtype)
+        params, dtype = self.variables["params"], self.execution.dtype
+        kernels = [params[name]["kernel"].reshape(width, -1) for name in _PACKED]
+        # Behind a barrier, or XLA packs them twice: once for each pass.
+        kernel = jax.lax.optimization_barrier(jnp.concatenate(kernels, axis=1).astype(dtype))
+        product = hidden.astype(dtype) @ kernel
         if self.biases:
-            biases = jnp.concatenate([part["bias"].reshape(-1) for part in parts])
+            biases = attention_gpu.Biases(*[each.reshape(-1) for each in _biases(params)])
         else:
-            biases = jnp.zeros(packed.shape[-1], jnp.float32)
+            biases = attention_gpu.Biases(*[jnp.zeros(product.shape[-1] // 3, jnp.float32)] * 3)
+        if packed is None or not self.biases:
+            packed = gpu_blocks.Packed.of(biases)
+        else:
+            packed = packed.map(_biases)
         seen = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
         attended = attention_gpu.attend_packed(
             attention_gpu.Heads(
@@ -177,8 +190,9 @@ class Attention(nn.Module):
                 0.0 if dropout_key is None else self.rate,
             ),
             gpu_blocks.interpreted(),
-            packed,
+            product,
             biases,
+            packed,
             jnp.broadcast_to(seen, (rows, length)).astype(jnp.int32),
             jnp.zeros(2, jnp.uint32) if dropout_key is None else words_of(dropout_key),
         )
@@ -211,6 +225,13 @@ class Attention(nn.Module):
             kernel_init=nn.initializers.normal(stddev),
             name=name,
         )
+
+
+_PACKED = ("query", "key", "value")
+
+
+def _biases(params: Any) -> attention_gpu.Biases:
+    return attention_gpu.Biases(*[params[name]["bias"] for name in _PACKED])
 
 
 def with_prefix(

@@ -9,7 +9,7 @@ biases are added on the way in, and their gradients summed on the way out.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton
 
 from fedqsn_jax.models.dropout import fold, is_kept, kept_scale, stream_of
 from fedqsn_jax.models.gpu_blocks import (
+    Packed,
     column_of,
     dot,
     load_block,
@@ -34,6 +35,7 @@ _HEAD_SIZES = (32, 64)
 _LOG2_E = math.log2(math.e)
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 _WARPS = 8
+_Entry = TypeVar("_Entry")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,14 @@ class Heads:
     rate: float
 
 
+class Biases(NamedTuple, Generic[_Entry]):
+    """Of the three products: vectors, float32 ``[heads * size]``, or where they begin."""
+
+    query: _Entry
+    key: _Entry
+    value: _Entry
+
+
 def fits(length: int, size: int, dtype: Any) -> bool:
     """Whether the kernels here attend over sequences and heads of such sizes."""
     return 16 <= length <= _LONGEST and size in _HEAD_SIZES and jnp.dtype(dtype) == jnp.bfloat16
@@ -64,8 +74,9 @@ def fits(length: int, size: int, dtype: Any) -> bool:
 def attend_packed(
     heads: Heads,
     interpret: bool,
-    packed: Array,
-    bias: Array,
+    product: Array,
+    biases: Biases[Array],
+    packed: Packed,
     seen: Array,
     words: Array,
 ) -> Array:
@@ -74,8 +85,9 @@ def attend_packed(
     Args:
       heads: Numbers and settings.
       interpret: Run without a GPU, slowly.
-      packed: Query, key and value without biases, ``[rows, length, 3 * heads * size]``.
-      bias: Their biases, float32 ``[3 * heads * size]``.
+      product: Query, key and value without biases, ``[rows, length, 3 * heads * size]``.
+      biases: What is added to them, which gradients are with respect to.
+      packed: Where their values are read, with starts in `Biases`.
       seen: int32 ``[rows, length]``, not zero where a token may be attended to.
       words: uint32 ``[2]``, `dropout.words_of` the key of the dropout, which drops what
         `dropout.drop` drops of probabilities ``[rows, heads, queries, keys]``.
@@ -83,39 +95,41 @@ def attend_packed(
     Returns:
       ``[rows, length, heads * size]``.
     """
-    rows, length, _ = packed.shape
+    del biases
+    rows, length, _ = product.shape
     width = heads.count * heads.size
     attended = pl.pallas_call(
-        functools.partial(_forward_kernel, heads, length),
-        jax.ShapeDtypeStruct((rows * length, width), packed.dtype),
+        functools.partial(_forward_kernel, heads, length, packed.starts),
+        jax.ShapeDtypeStruct((rows * length, width), product.dtype),
         grid=(rows, heads.count),
         interpret=interpret,
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         name="attention",
-    )(_flat(packed), bias, seen, words)
+    )(_flat(product), packed.values, seen, words)
     return attended.reshape(rows, length, width)
 
 
-def _attend_forward(heads, interpret, packed, bias, seen, words):
-    attended = attend_packed(heads, interpret, packed, bias, seen, words)
-    return attended, (packed, bias, seen, words)
+def _attend_forward(heads, interpret, product, biases, packed, seen, words):
+    attended = attend_packed(heads, interpret, product, biases, packed, seen, words)
+    return attended, (product, packed, seen, words)
 
 
 def _attend_backward(heads, interpret, residuals, cotangent):
-    packed, bias, seen, words = residuals
-    rows, length, columns = packed.shape
+    product, packed, seen, words = residuals
+    rows, length, columns = product.shape
     gradient, sums = pl.pallas_call(
-        functools.partial(_backward_kernel, heads, length),
+        functools.partial(_backward_kernel, heads, length, packed.starts),
         (
-            jax.ShapeDtypeStruct((rows * length, columns), packed.dtype),
+            jax.ShapeDtypeStruct((rows * length, columns), product.dtype),
             jax.ShapeDtypeStruct((rows, columns), jnp.float32),
         ),
         grid=(rows, heads.count),
         interpret=interpret,
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         name="attention_gradient",
-    )(_flat(packed), bias, seen, words, _flat(cotangent))
-    return gradient.reshape(packed.shape), sums.sum(axis=0).astype(bias.dtype), None, None
+    )(_flat(product), packed.values, seen, words, _flat(cotangent))
+    to_biases = Biases(*jnp.split(sums.sum(axis=0), 3))
+    return gradient.reshape(product.shape), to_biases, None, None, None
 
 
 attend_packed.defvjp(_attend_forward, _attend_backward)
@@ -128,7 +142,16 @@ def _flat(values: Array) -> Array:
 class _Head:
     """One head of one row, as a program loads it."""
 
-    def __init__(self, heads: Heads, length: int, packed: Any, bias: Any, seen: Any, words: Any):
+    def __init__(
+        self,
+        heads: Heads,
+        length: int,
+        starts: Biases[int],
+        product: Any,
+        vectors: Any,
+        seen: Any,
+        words: Any,
+    ) -> None:
         self.heads, self.padded = heads, power_of_two(length)
         self.row, self.head = pl.program_id(0), pl.program_id(1)
         self.positions = span(0, self.padded)
@@ -137,7 +160,9 @@ class _Head:
         self.exists = exists
         shape = self.padded, heads.size
         self.inside = None if exists is None else column_of(exists, shape)
-        self.query, self.key, self.value = (self._load(packed, bias, part) for part in range(3))
+        self.query, self.key, self.value = (
+            self._load(product, part, vectors, start) for part, start in enumerate(starts)
+        )
         rows = jnp.full_like(self.positions, self.row)
         visible = triton.load(
             seen.at[
@@ -147,18 +172,18 @@ class _Head:
         self.visible = visible != 0
         self.words = (words[0], words[1]) if heads.rate else None
 
-    def columns(self, part: int) -> Array:
+    def columns(self, part: int = 0) -> Array:
         """Of the query (0), the key (1) or the value (2)."""
         heads = self.heads
         return (part * heads.count + self.head) * heads.size + span(0, heads.size)
 
-    def _load(self, packed: Any, bias: Any, part: int) -> Array:
-        columns = self.columns(part)
-        values = load_block(packed, self.tokens, columns, self.inside).astype(jnp.float32)
-        values += row_of(load_span(bias, columns, None).astype(jnp.float32), values.shape)
+    def _load(self, product: Any, part: int, vectors: Any, start: int) -> Array:
+        values = load_block(product, self.tokens, self.columns(part), self.inside)
+        values = values.astype(jnp.float32)
+        values += row_of(load_span(vectors, start + self.columns(), None), values.shape)
         if self.inside is not None:
             values = jnp.where(self.inside, values, 0)
-        return values.astype(packed.dtype)
+        return values.astype(product.dtype)
 
     def probabilities(self) -> tuple[Array, Array]:
         """Float32 ``[queries, keys]`` without dropout, and which queries see anything."""
@@ -192,39 +217,45 @@ class _Head:
 
 
 def _forward_kernel(
-    heads: Heads, length: int, packed: Any, bias: Any, seen: Any, words: Any, attended: Any
+    heads: Heads,
+    length: int,
+    starts: Biases[int],
+    product: Any,
+    vectors: Any,
+    seen: Any,
+    words: Any,
+    attended: Any,
 ) -> None:
-    head = _Head(heads, length, packed, bias, seen, words)
-    weights = head.drop(head.probabilities()[0]).astype(packed.dtype)
-    columns = head.head * heads.size + span(0, heads.size)
+    head = _Head(heads, length, starts, product, vectors, seen, words)
+    weights = head.drop(head.probabilities()[0]).astype(product.dtype)
     values = dot(weights, head.value, (1, 0)) * kept_scale(heads.rate)
-    store_block(attended, head.tokens, columns, head.inside, values)
+    store_block(attended, head.tokens, head.columns(), head.inside, values)
 
 
 def _backward_kernel(
     heads: Heads,
     length: int,
-    packed: Any,
-    bias: Any,
+    starts: Biases[int],
+    product: Any,
+    vectors: Any,
     seen: Any,
     words: Any,
     cotangent: Any,
     gradient: Any,
     sums: Any,
 ) -> None:
-    head = _Head(heads, length, packed, bias, seen, words)
-    columns = head.head * heads.size + span(0, heads.size)
-    flowing = load_block(cotangent, head.tokens, columns, head.inside)
+    head = _Head(heads, length, starts, product, vectors, seen, words)
+    flowing = load_block(cotangent, head.tokens, head.columns(), head.inside)
     probabilities, sees = head.probabilities()
     # What the kept are multiplied by, and the scale, wait for the smaller matrices.
     scale = kept_scale(heads.rate)
-    to_value = dot(head.drop(probabilities).astype(packed.dtype), flowing, (0, 0)) * scale
+    to_value = dot(head.drop(probabilities).astype(product.dtype), flowing, (0, 0)) * scale
     # Kept in half the registers, so that more programs run side by side.
-    probabilities = probabilities.astype(packed.dtype)
+    probabilities = probabilities.astype(product.dtype)
     to_weights = head.drop(dot(flowing, head.value, (1, 1)))
     weighted = probabilities.astype(jnp.float32) * to_weights
     mean = column_of(weighted.sum(axis=1), weighted.shape)
-    to_products = (weighted - probabilities.astype(jnp.float32) * mean).astype(packed.dtype)
+    to_products = (weighted - probabilities.astype(jnp.float32) * mean).astype(product.dtype)
     # Where a query sees nothing, probabilities are not zero, but no gradient flows.
     flows = column_of(sees, head.query.shape)
     scale *= heads.scale

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import traverse_util
 
 from fedqsn_jax.models import gpu_blocks, norm_gpu
 from fedqsn_jax.models.attention import Attention, Prefix
@@ -318,57 +319,76 @@ class _Layer(nn.Module):
     def __call__(
         self, hidden: tuple[Array, Array], each: Prefix | None, mask: Array | None
     ) -> tuple[tuple[Array, Array], None]:
-        config, fuses = self.config, self._fuses()
+        config, packed = self.config, self._packed()
+        # With it the end of a residual branch is one kernel, from the last bias to the norm.
+        for_norms = packed if norm_gpu.fits(config.width, self.execution.dtype) else None
+
+        def part(name: str) -> gpu_blocks.Packed | None:
+            return None if packed is None else packed.map(lambda starts: starts[name])
+
         attention = Attention(
             config.heads,
             config.heads,
             config.width // config.heads,
             self.execution,
-            out_bias=not fuses,
+            out_bias=for_norms is None,
             rate=config.attention_dropout,
             train=self.train,
             stddev=config.stddev,
             name="attention",
         )
         stream, read = hidden
-        attended, _ = attention(read, mask, prefix=each)
-        stream, read = self._added(stream, attended, ("attention", "out"), "attention_norm")
+        attended, _ = attention(read, mask, prefix=each, packed=part("attention"))
+        last = "attention", "out"
+        stream, read = self._added(stream, attended, last, "attention_norm", for_norms)
         mlp = Mlp(
             config.inner,
             config.activation,
             self.execution,
             stddev=config.stddev,
-            down_bias=not fuses,
+            down_bias=for_norms is None,
             name="mlp",
         )
-        return self._added(stream, mlp(read), ("mlp", "down"), "mlp_norm"), None
+        changed = mlp(read, part("mlp"))
+        return self._added(stream, changed, ("mlp", "down"), "mlp_norm", for_norms), None
 
-    def _fuses(self) -> bool:
-        """Whether the end of a residual branch is one kernel, from the last bias to the norm."""
-        fits = norm_gpu.fits(self.config.width, self.execution.dtype)
-        return gpu_blocks.applies() and not self.is_initializing() and fits
+    def _packed(self) -> gpu_blocks.Packed | None:
+        """Biases and scales for the kernels, where kernels are used."""
+        if self.is_initializing() or not gpu_blocks.applies():
+            return None
+        params = traverse_util.flatten_dict(self.variables["params"])
+        vectors = {path: leaf for path, leaf in params.items() if path[-1] in ("bias", "scale")}
+        return gpu_blocks.Packed.of(traverse_util.unflatten_dict(vectors))
 
     def _added(
-        self, hidden: Array, change: Array, last: tuple[str, str], norm: str
+        self,
+        hidden: Array,
+        change: Array,
+        last: tuple[str, str],
+        norm: str,
+        packed: gpu_blocks.Packed | None,
     ) -> tuple[Array, Array]:
-        """The norm of the hidden states with a branch's change, whose bias `_fuses` leaves out."""
+        """The norm of the hidden states with a branch's change, which has no bias yet if packed."""
         config = self.config
         rate = config.hidden_dropout if self.train else 0.0
         key = self.make_rng("dropout") if rate else None
-        if not self._fuses():
+        if packed is None:
             change = change if key is None else drop(key, change, rate)
             normed = nn.LayerNorm(config.norm_epsilon, self.execution.dtype, name=norm)
             hidden = normed(hidden + change)
             return hidden, hidden
-        params = self.variables["params"]
+
+        def vectors(params: Any) -> norm_gpu.Vectors:
+            branch, ending = params[last[0]][last[1]], params[norm]
+            return norm_gpu.Vectors(branch["bias"], ending["scale"], ending["bias"])
+
         return norm_gpu.add_and_norm(
             norm_gpu.Branch(config.norm_epsilon, rate),
             gpu_blocks.interpreted(),
             hidden,
             change,
-            params[last[0]][last[1]]["bias"],
-            params[norm]["scale"],
-            params[norm]["bias"],
+            vectors(self.variables["params"]),
+            packed.map(vectors),
             jnp.zeros(2, jnp.uint32) if key is None else words_of(key),
         )
 

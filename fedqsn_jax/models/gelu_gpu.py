@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from fedqsn_jax.models.gpu_blocks import (
+    Packed,
     column_of,
     load_block,
     load_span,
@@ -45,13 +46,25 @@ def fits(columns: int, dtype: Any) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def biased_gelu(interpret: bool, product: Array, bias: Array) -> Array:
-    """``gelu(product + bias)``, the exact one, of ``[..., columns]`` and float32 ``[columns]``."""
-    return _applied(interpret, product, bias, keeps_slope=False)[0]
+def biased_gelu(interpret: bool, product: Array, bias: Array, packed: Packed) -> Array:
+    """``gelu(product + bias)``, the exact one.
+
+    Args:
+      interpret: Run without a GPU, slowly.
+      product: ``[..., columns]``.
+      bias: Float32 ``[columns]``, which gradients are with respect to.
+      packed: Where its values are read, from the start on.
+
+    Returns:
+      The same shape and type as the product.
+    """
+    del bias
+    return _applied(interpret, product, packed, keeps_slope=False)[0]
 
 
-def _biased_gelu_forward(interpret, product, bias):
-    outputs, slope = _applied(interpret, product, bias, keeps_slope=True)
+def _biased_gelu_forward(interpret, product, bias, packed):
+    del bias
+    outputs, slope = _applied(interpret, product, packed, keeps_slope=True)
     return outputs, slope
 
 
@@ -71,26 +84,26 @@ def _biased_gelu_backward(interpret, slope, cotangent):
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         name="biased_gelu_gradient",
     )(flat, _flat(cotangent))
-    return gradient.reshape(cotangent.shape), sums.sum(axis=0)
+    return gradient.reshape(cotangent.shape), sums.sum(axis=0), None
 
 
 biased_gelu.defvjp(_biased_gelu_forward, _biased_gelu_backward)
 
 
-def _applied(interpret: bool, product: Array, bias: Array, keeps_slope: bool) -> list[Array]:
+def _applied(interpret: bool, product: Array, packed: Packed, keeps_slope: bool) -> list[Array]:
     """The GELU and, if wanted, its derivative."""
     flat = _flat(product)
     tokens, columns = flat.shape
     block = _FORWARD_BLOCK[0], math.gcd(columns, _FORWARD_BLOCK[1])
     shape = jax.ShapeDtypeStruct(flat.shape, flat.dtype)
     results = pl.pallas_call(
-        functools.partial(_forward_kernel, tokens, block),
+        functools.partial(_forward_kernel, tokens, block, packed.starts),
         (shape, shape) if keeps_slope else (shape,),
         grid=(-(-tokens // block[0]), columns // block[1]),
         interpret=interpret,
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         name="biased_gelu",
-    )(flat, bias)
+    )(flat, packed.values)
     return [each.reshape(product.shape) for each in results]
 
 
@@ -123,18 +136,24 @@ class _Block:
     def load(self, ref: Any) -> Array:
         return load_block(ref, self.tokens, self.columns, self.inside).astype(jnp.float32)
 
-    def vector(self, ref: Any) -> Array:
-        return row_of(load_span(ref, self.columns, None).astype(jnp.float32), self.shape)
+    def vector(self, ref: Any, start: int) -> Array:
+        return row_of(load_span(ref, start + self.columns, None), self.shape)
 
     def store(self, ref: Any, values: Array) -> None:
         store_block(ref, self.tokens, self.columns, self.inside, values)
 
 
 def _forward_kernel(
-    tokens: int, shape: tuple[int, int], product: Any, bias: Any, outputs: Any, *slope: Any
+    tokens: int,
+    shape: tuple[int, int],
+    start: int,
+    product: Any,
+    vectors: Any,
+    outputs: Any,
+    *slope: Any,
 ) -> None:
     block = _Block(tokens, shape, pl.program_id(0) * shape[0], pl.program_id(1))
-    values = block.load(product) + block.vector(bias)
+    values = block.load(product) + block.vector(vectors, start)
     below, power = _distribution(values)
     block.store(outputs, values * below)
     if slope:

@@ -3,13 +3,46 @@
 Triton's blocks have sizes that are powers of two; what sticks out of a matrix is masked.
 """
 
-from typing import Any
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
 
 from fedqsn_jax.types import Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["starts"])
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Vectors side by side, as one operand of kernels.
+
+    A vector that is a part of a larger array, as a layer's is, would be copied before a kernel
+    takes it, by a program of its own; what all kernels of a layer take is packed by one.
+
+    Attributes:
+      values: Float32, all vectors; no gradient flows through it.
+      starts: A pytree of static integers: where each vector begins.
+    """
+
+    values: Array
+    starts: Any
+
+    @classmethod
+    def of(cls, vectors: Any) -> Self:
+        """Packs a pytree of arrays, each raveled."""
+        leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(vectors))
+        ends = itertools.accumulate((leaf.size for leaf in leaves), initial=0)
+        values = jnp.concatenate([leaf.astype(jnp.float32).ravel() for leaf in leaves])
+        return cls(values, jax.tree.unflatten(structure, list(ends)[:-1]))
+
+    def map(self, function: Callable[[Any], Any]) -> Self:
+        """The same vectors, and a function of where they begin, such as a part of a tree."""
+        return dataclasses.replace(self, starts=function(self.starts))
 
 
 def applies() -> bool:

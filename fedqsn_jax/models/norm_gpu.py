@@ -9,7 +9,7 @@ that fill it, as padding it to the next one would leave a quarter of the threads
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton
 
 from fedqsn_jax.models.dropout import is_kept, kept_scale, streams_of
 from fedqsn_jax.models.gpu_blocks import (
+    Packed,
     column_of,
     load_block,
     load_span,
@@ -35,6 +36,7 @@ _FORWARD_TOKENS = 16
 _BACKWARD_TOKENS = 2
 _ENTRIES_OF_WARP = 768
 _BACKWARD_PROGRAMS = 512
+_Entry = TypeVar("_Entry")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,20 @@ class Branch:
 
     epsilon: float
     rate: float
+
+
+class Vectors(NamedTuple, Generic[_Entry]):
+    """What is learned of a branch's end: vectors, float32 ``[width]``, or where they begin.
+
+    Attributes:
+      bias: Of the branch's last product.
+      scale: Of the norm.
+      offset: Of the norm.
+    """
+
+    bias: _Entry
+    scale: _Entry
+    offset: _Entry
 
 
 def fits(width: int, dtype: Any) -> bool:
@@ -67,9 +83,8 @@ def add_and_norm(
     interpret: bool,
     hidden: Array,
     change: Array,
-    bias: Array,
-    scale: Array,
-    offset: Array,
+    vectors: Vectors[Array],
+    packed: Packed,
     words: Array,
 ) -> tuple[Array, Array]:
     """The layer norm of ``hidden + dropout(change + bias)``, twice.
@@ -82,39 +97,42 @@ def add_and_norm(
       interpret: Run without a GPU, slowly.
       hidden: ``[rows, length, width]``.
       change: The same shape and type.
-      bias: Float32 ``[width]``.
-      scale: Of the norm, float32 ``[width]``.
-      offset: Of the norm, float32 ``[width]``.
+      vectors: Bias, scale and offset, which gradients are with respect to.
+      packed: Where their values are read, with starts in `Vectors`.
       words: uint32 ``[2]``, `dropout.words_of` the key of the dropout, which drops what
         `dropout.drop` drops of ``change``.
     """
-    return _add_and_norm_forward(branch, interpret, hidden, change, bias, scale, offset, words)[0]
+    return _add_and_norm_forward(branch, interpret, hidden, change, vectors, packed, words)[0]
 
 
-def _add_and_norm_forward(branch, interpret, hidden, change, bias, scale, offset, words):
+def _add_and_norm_forward(branch, interpret, hidden, change, vectors, packed, words):
+    del vectors
     shape = _Shape(hidden.shape, _FORWARD_TOKENS)
     flat = jax.ShapeDtypeStruct((shape.tokens, shape.width), hidden.dtype)
-    # Side by side: an operand that is a part of a larger array would first be copied.
-    vectors = jnp.concatenate([bias, scale, offset])
     normed, total = pl.pallas_call(
-        functools.partial(_forward_kernel, branch, shape),
+        functools.partial(_forward_kernel, branch, shape, packed.starts),
         (flat, flat),
         grid=(shape.blocks,),
         interpret=interpret,
         compiler_params=shape.compiler_params,
         name="add_and_norm",
-    )(shape.flat(hidden), shape.flat(change), vectors, *_streams(branch, words, hidden.shape))
+    )(
+        shape.flat(hidden),
+        shape.flat(change),
+        packed.values,
+        *_streams(branch, words, hidden.shape),
+    )
     normed = normed.reshape(hidden.shape)
-    return (normed, normed), (total, vectors, words)
+    return (normed, normed), (total, packed, words)
 
 
 def _add_and_norm_backward(branch, interpret, residuals, cotangents):
-    total, vectors, words = residuals
+    total, packed, words = residuals
     shape = _Shape(cotangents[0].shape, _BACKWARD_TOKENS)
     flat = jax.ShapeDtypeStruct(total.shape, total.dtype)
     programs = min(_BACKWARD_PROGRAMS, shape.blocks)
     *gradients, sums = pl.pallas_call(
-        functools.partial(_backward_kernel, branch, shape, programs),
+        functools.partial(_backward_kernel, branch, shape, packed.starts, programs),
         (
             *((flat, flat) if branch.rate else (flat,)),
             jax.ShapeDtypeStruct((3 * programs, shape.width), jnp.float32),
@@ -126,7 +144,7 @@ def _add_and_norm_backward(branch, interpret, residuals, cotangents):
     )(
         total,
         *map(shape.flat, cotangents),
-        vectors,
+        packed.values,
         *_streams(branch, words, cotangents[0].shape),
     )
     to_hidden, to_change = gradients[0], gradients[-1]
@@ -134,7 +152,8 @@ def _add_and_norm_backward(branch, interpret, residuals, cotangents):
     return (
         to_hidden.reshape(cotangents[0].shape),
         to_change.reshape(cotangents[0].shape),
-        *to_vectors,
+        Vectors(*to_vectors),
+        None,
         None,
     )
 
@@ -169,6 +188,10 @@ class _Shape:
         """Of each piece."""
         return [span(each * self.piece, self.piece) for each in range(self.pieces)]
 
+    def vector(self, ref: Any, start: int) -> list[Array]:
+        """Pieces of a packed vector."""
+        return [load_span(ref, start + each, None) for each in self.columns()]
+
 
 class _Block:
     """Some tokens, as a program loads them: values are lists, with ``[tokens, piece]`` of each."""
@@ -192,10 +215,13 @@ class _Block:
         for columns, each in zip(self.columns, values, strict=True):
             store_block(ref, self.tokens, columns, self.inside, each)
 
-    def vector(self, ref: Any, which: int) -> list[Array]:
-        """One of the vectors that lie side by side, repeated for all tokens."""
-        first = which * self.shape.width
-        return [row_of(load_span(ref, first + each, None), self.size) for each in self.columns]
+    def vector(self, ref: Any, start: int) -> list[Array]:
+        """A packed vector, repeated for all tokens."""
+        return self.repeat_rows(self.shape.vector(ref, start))
+
+    def repeat_rows(self, vector: list[Array]) -> list[Array]:
+        """A vector's pieces, for all tokens."""
+        return _each(lambda piece: row_of(piece, self.size), vector)
 
     def repeat(self, values: Array) -> Array:
         """What is one number a token, for all entries of a piece."""
@@ -228,27 +254,31 @@ class _Block:
         return _each(dropped, self.columns, values)
 
 
-_BIAS, _SCALE, _OFFSET = range(3)
-
-
 def _forward_kernel(
-    branch: Branch, shape: _Shape, hidden: Any, change: Any, vectors: Any, *rest: Any
+    branch: Branch,
+    shape: _Shape,
+    starts: Vectors[int],
+    hidden: Any,
+    change: Any,
+    vectors: Any,
+    *rest: Any,
 ) -> None:
     *streams, normed, total = rest
     block = _Block(branch, shape, pl.program_id(0) * shape.block)
-    changed = _each(jnp.add, block.load(change), block.vector(vectors, _BIAS))
+    changed = _each(jnp.add, block.load(change), block.vector(vectors, starts.bias))
     changed = block.drop(tuple(streams), changed)
     # Rounded as it is kept: the backward pass takes the same norm again.
     values = _each(lambda x, y: (x + y).astype(total.dtype), block.load(hidden), changed)
     block.store(total, values)
     values, _ = block.normed(_each(lambda x: x.astype(jnp.float32), values))
-    scale, offset = block.vector(vectors, _SCALE), block.vector(vectors, _OFFSET)
+    scale, offset = block.vector(vectors, starts.scale), block.vector(vectors, starts.offset)
     block.store(normed, _each(lambda x, factor, more: x * factor + more, values, scale, offset))
 
 
 def _backward_kernel(
     branch: Branch,
     shape: _Shape,
+    starts: Vectors[int],
     programs: int,
     total: Any,
     cotangent: Any,
@@ -261,11 +291,13 @@ def _backward_kernel(
     program = pl.program_id(0)
     steps = -(-shape.blocks // programs)
 
+    scale = shape.vector(vectors, starts.scale)
+
     def add_tokens(step: Any, sums: list[list[Array]]) -> list[list[Array]]:
         block = _Block(branch, shape, (program * steps + step) * shape.block)
         values, inverse = block.normed(block.load(total))
         flowing = _each(jnp.add, block.load(cotangent), block.load(other_cotangent))
-        scaled = _each(jnp.multiply, flowing, block.vector(vectors, _SCALE))
+        scaled = _each(jnp.multiply, flowing, block.repeat_rows(scale))
         mean = block.mean(scaled)
         along = block.mean(_each(jnp.multiply, scaled, values))
         gradient = _each(lambda x, value: (x - mean - value * along) * inverse, scaled, values)

@@ -185,8 +185,13 @@ class Mlp(nn.Module):
     down_bias: bool = True
 
     @nn.compact
-    def __call__(self, hidden: Array) -> Array:
-        """Returns ``[..., width]`` of hidden states ``[..., width]``."""
+    def __call__(self, hidden: Array, packed: gpu_blocks.Packed | None = None) -> Array:
+        """Returns ``[..., width]`` of hidden states ``[..., width]``.
+
+        Args:
+          hidden: The hidden states.
+          packed: The biases, with starts laid out as the parameters here, for `gelu_gpu`.
+        """
 
         def dense(
             features: int, name: str, stddev: float | None = None, biases: bool = self.biases
@@ -203,7 +208,11 @@ class Mlp(nn.Module):
         if self._fuses():
             inner = dense(self.inner, "up", biases=False)(hidden)
             bias = self.variables["params"]["up"]["bias"]
-            inner = gelu_gpu.biased_gelu(gpu_blocks.interpreted(), inner, bias)
+            if packed is None:
+                packed = gpu_blocks.Packed.of(bias)
+            else:
+                packed = packed.map(lambda starts: starts["up"]["bias"])
+            inner = gelu_gpu.biased_gelu(gpu_blocks.interpreted(), inner, bias, packed)
         elif self.gated:
             inner = activation(dense(self.inner, "gate")(hidden)) * dense(self.inner, "up")(hidden)
         else:
