@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.models.attention import RopeScaling
 from fedqsn_jax.models.encoder import EncoderConfig
 from fedqsn_jax.models.gpt2 import GPT2Config
 from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.models.llama import LlamaConfig
+from fedqsn_jax.models.rotary_positions import RopeScaling
 from fedqsn_jax.models.t5 import T5Config
 
 VOCAB = 20

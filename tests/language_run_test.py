@@ -14,11 +14,11 @@ from fedqsn_jax.data import tokenization
 from fedqsn_jax.experiment import load_problem
 from fedqsn_jax.export import main as export
 from fedqsn_jax.main import main
-from fedqsn_jax.models.attention import RopeScaling
 from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.models.llama import LlamaConfig
 from fedqsn_jax.models.pretrained import load_pretrained
 from fedqsn_jax.models.pretrained import read_config as read_settings
+from fedqsn_jax.models.rotary_positions import RopeScaling
 from fedqsn_jax.models.t5 import T5Config
 from fedqsn_jax.problem import problem_settings
 from fedqsn_jax.trained import load

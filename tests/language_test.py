@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from language_cases import CONFIGS, VOCAB, batch_of, jit, random_params
 
-from fedqsn_jax.models.attention import (
-    RopeScaling,
-    attend,
-    rope_frequencies,
-    rotate,
-    rotation_of,
-)
+from fedqsn_jax.models.attention import attend
 from fedqsn_jax.models.cache import attendable, empty_cache, last_real, positions_of
 from fedqsn_jax.models.dropout import drop
 from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.models.relative_positions import relative_buckets
+from fedqsn_jax.models.rotary_positions import (
+    RopeScaling,
+    rope_frequencies,
+    rotate,
+    rotation_of,
+)
 from fedqsn_jax.models.transformer import Execution
 
 

@@ -5,16 +5,11 @@ from typing import Any, ClassVar, Self
 
 from flax import linen as nn
 
-from fedqsn_jax.models.attention import (
-    Attention,
-    RopeScaling,
-    Slots,
-    rope_frequencies,
-    rotation_of,
-)
+from fedqsn_jax.models.attention import Attention, Slots
 from fedqsn_jax.models.cache import Cache, positions_of
 from fedqsn_jax.models.decoder import next_logits, through_layers
 from fedqsn_jax.models.hugging_face import Settings, Tensor, embedding, linear, token_ids
+from fedqsn_jax.models.rotary_positions import RopeScaling, rope_frequencies, rotation_of
 from fedqsn_jax.models.transformer import (
     Embed,
     Execution,
