@@ -14,7 +14,7 @@ from fedqsn_jax.models.transformer import Execution
 from fedqsn_jax.types import Array, Key
 
 _CUDNN_LARGEST_HEAD = 128
-_PACKED = ("query", "key", "value")
+_PROJECTIONS = ("query", "key", "value")
 
 
 class Slots(NamedTuple):
@@ -112,8 +112,8 @@ class Attention(nn.Module):
         """
         dropout_key = self.make_rng("dropout") if self.train and self.rate > 0 else None
         to_itself = source is None and key_value is None and slots is None and prefix is None
-        if to_itself and rotation is None and bias is None and self._packs(hidden, mask):
-            attended, cached = self._attend_packed(hidden, mask, dropout_key, packed), None
+        if to_itself and rotation is None and bias is None and self._has_kernel(hidden, mask):
+            attended, cached = self._attend_in_kernel(hidden, mask, dropout_key, packed), None
         else:
             query, key, value = self._projected(hidden, source, rotation, key_value)
             cached = None
@@ -149,7 +149,7 @@ class Attention(nn.Module):
     def _scale(self) -> float:
         return self.size**-0.5 if self.scale is None else self.scale
 
-    def _packs(self, hidden: Array, mask: Array | None) -> bool:
+    def _has_kernel(self, hidden: Array, mask: Array | None) -> bool:
         """Whether `attention_gpu` attends, of one product that makes query, key and value."""
         return (
             gpu_blocks.applies()
@@ -160,7 +160,7 @@ class Attention(nn.Module):
             and attention_gpu.fits(hidden.shape[1], self.size, self.execution.dtype)
         )
 
-    def _attend_packed(
+    def _attend_in_kernel(
         self,
         hidden: Array,
         mask: Array | None,
@@ -169,7 +169,7 @@ class Attention(nn.Module):
     ) -> Array:
         rows, length, width = hidden.shape
         params, dtype = self.variables["params"], self.execution.dtype
-        kernels = [params[name]["kernel"].reshape(width, -1) for name in _PACKED]
+        kernels = [params[name]["kernel"].reshape(width, -1) for name in _PROJECTIONS]
         # Behind a barrier, or XLA packs them twice: once for each pass.
         kernel = jax.lax.optimization_barrier(jnp.concatenate(kernels, axis=1).astype(dtype))
         product = hidden.astype(dtype) @ kernel
@@ -182,7 +182,7 @@ class Attention(nn.Module):
         else:
             packed = packed.map(_biases)
         seen = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
-        attended = attention_gpu.attend_packed(
+        attended = attention_gpu.self_attention(
             attention_gpu.Heads(
                 self.heads,
                 self.size,
@@ -229,7 +229,7 @@ class Attention(nn.Module):
 
 
 def _biases(params: Any) -> attention_gpu.Biases:
-    return attention_gpu.Biases(*[params[name]["bias"] for name in _PACKED])
+    return attention_gpu.Biases(*[params[name]["bias"] for name in _PROJECTIONS])
 
 
 def with_prefix(

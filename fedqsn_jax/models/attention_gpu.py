@@ -71,7 +71,7 @@ def fits(length: int, size: int, dtype: Any) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend_packed(
+def self_attention(
     heads: Heads,
     interpret: bool,
     product: Array,
@@ -110,7 +110,7 @@ def attend_packed(
 
 
 def _attend_forward(heads, interpret, product, biases, packed, seen, words):
-    attended = attend_packed(heads, interpret, product, biases, packed, seen, words)
+    attended = self_attention(heads, interpret, product, biases, packed, seen, words)
     return attended, (product, packed, seen, words)
 
 
@@ -132,7 +132,7 @@ def _attend_backward(heads, interpret, residuals, cotangent):
     return gradient.reshape(product.shape), to_biases, None, None, None
 
 
-attend_packed.defvjp(_attend_forward, _attend_backward)
+self_attention.defvjp(_attend_forward, _attend_backward)
 
 
 def _flat(values: Array) -> Array:
@@ -148,7 +148,7 @@ class _Head:
         length: int,
         starts: Biases[int],
         product: Any,
-        vectors: Any,
+        packed: Any,
         seen: Any,
         words: Any,
     ) -> None:
@@ -161,7 +161,7 @@ class _Head:
         shape = self.padded, heads.size
         self.inside = None if exists is None else column_of(exists, shape)
         self.query, self.key, self.value = (
-            self._load(product, part, vectors, start) for part, start in enumerate(starts)
+            self._load(product, part, packed, start) for part, start in enumerate(starts)
         )
         rows = jnp.full_like(self.positions, self.row)
         visible = triton.load(
@@ -173,14 +173,17 @@ class _Head:
         self.words = (words[0], words[1]) if heads.rate else None
 
     def columns(self, part: int = 0) -> Array:
-        """Of the query (0), the key (1) or the value (2)."""
+        """This head's in a product: of the query (0), the key (1) or the value (2).
+
+        Those of the query are also what it has of biases and of what was attended.
+        """
         heads = self.heads
         return (part * heads.count + self.head) * heads.size + span(0, heads.size)
 
-    def _load(self, product: Any, part: int, vectors: Any, start: int) -> Array:
+    def _load(self, product: Any, part: int, packed: Any, start: int) -> Array:
         values = load_block(product, self.tokens, self.columns(part), self.inside)
         values = values.astype(jnp.float32)
-        values += row_of(load_span(vectors, start + self.columns(), None), values.shape)
+        values += row_of(load_span(packed, start + self.columns(), None), values.shape)
         if self.inside is not None:
             values = jnp.where(self.inside, values, 0)
         return values.astype(product.dtype)
@@ -221,12 +224,12 @@ def _forward_kernel(
     length: int,
     starts: Biases[int],
     product: Any,
-    vectors: Any,
+    packed: Any,
     seen: Any,
     words: Any,
     attended: Any,
 ) -> None:
-    head = _Head(heads, length, starts, product, vectors, seen, words)
+    head = _Head(heads, length, starts, product, packed, seen, words)
     weights = head.drop(head.probabilities()[0]).astype(product.dtype)
     values = dot(weights, head.value, (1, 0)) * kept_scale(heads.rate)
     store_block(attended, head.tokens, head.columns(), head.inside, values)
@@ -237,14 +240,14 @@ def _backward_kernel(
     length: int,
     starts: Biases[int],
     product: Any,
-    vectors: Any,
+    packed: Any,
     seen: Any,
     words: Any,
     cotangent: Any,
     gradient: Any,
     sums: Any,
 ) -> None:
-    head = _Head(heads, length, starts, product, vectors, seen, words)
+    head = _Head(heads, length, starts, product, packed, seen, words)
     flowing = load_block(cotangent, head.tokens, head.columns(), head.inside)
     probabilities, sees = head.probabilities()
     # What the kept are multiplied by, and the scale, wait for the smaller matrices.

@@ -353,7 +353,7 @@ class _Layer(nn.Module):
         return self._added(stream, changed, ("mlp", "down"), "mlp_norm", for_norms), None
 
     def _packed(self) -> gpu_blocks.Packed | None:
-        """Biases and scales for the kernels, where kernels are used."""
+        """Biases and scales, for those kernels that are used; XLA drops what none reads."""
         if self.is_initializing() or not gpu_blocks.applies():
             return None
         params = traverse_util.flatten_dict(self.variables["params"])
@@ -378,7 +378,7 @@ class _Layer(nn.Module):
             hidden = normed(hidden + change)
             return hidden, hidden
 
-        def vectors(params: Any) -> norm_gpu.Vectors:
+        def vectors_of(params: Any) -> norm_gpu.Vectors:
             branch, ending = params[last[0]][last[1]], params[norm]
             return norm_gpu.Vectors(branch["bias"], ending["scale"], ending["bias"])
 
@@ -387,8 +387,8 @@ class _Layer(nn.Module):
             gpu_blocks.interpreted(),
             hidden,
             change,
-            vectors(self.variables["params"]),
-            packed.map(vectors),
+            vectors_of(self.variables["params"]),
+            packed.map(vectors_of),
             jnp.zeros(2, jnp.uint32) if key is None else words_of(key),
         )
 

@@ -148,12 +148,12 @@ def _forward_kernel(
     shape: tuple[int, int],
     start: int,
     product: Any,
-    vectors: Any,
+    packed: Any,
     outputs: Any,
     *slope: Any,
 ) -> None:
     block = _Block(tokens, shape, pl.program_id(0) * shape[0], pl.program_id(1))
-    values = block.load(product) + block.vector(vectors, start)
+    values = block.load(product) + block.vector(packed, start)
     below, power = _distribution(values)
     block.store(outputs, values * below)
     if slope:

@@ -260,18 +260,18 @@ def _forward_kernel(
     starts: Vectors[int],
     hidden: Any,
     change: Any,
-    vectors: Any,
+    packed: Any,
     *rest: Any,
 ) -> None:
     *streams, normed, total = rest
     block = _Block(branch, shape, pl.program_id(0) * shape.block)
-    changed = _each(jnp.add, block.load(change), block.vector(vectors, starts.bias))
+    changed = _each(jnp.add, block.load(change), block.vector(packed, starts.bias))
     changed = block.drop(tuple(streams), changed)
     # Rounded as it is kept: the backward pass takes the same norm again.
     values = _each(lambda x, y: (x + y).astype(total.dtype), block.load(hidden), changed)
     block.store(total, values)
     values, _ = block.normed(_each(lambda x: x.astype(jnp.float32), values))
-    scale, offset = block.vector(vectors, starts.scale), block.vector(vectors, starts.offset)
+    scale, offset = block.vector(packed, starts.scale), block.vector(packed, starts.offset)
     block.store(normed, _each(lambda x, factor, more: x * factor + more, values, scale, offset))
 
 
@@ -283,15 +283,14 @@ def _backward_kernel(
     total: Any,
     cotangent: Any,
     other_cotangent: Any,
-    vectors: Any,
+    packed: Any,
     *rest: Any,
 ) -> None:
     streams = rest[:1] if branch.rate else ()
     to_hidden, *to_change, sums_ref = rest[len(streams) :]
     program = pl.program_id(0)
     steps = -(-shape.blocks // programs)
-
-    scale = shape.vector(vectors, starts.scale)
+    scale = shape.vector(packed, starts.scale)
 
     def add_tokens(step: Any, sums: list[list[Array]]) -> list[list[Array]]:
         block = _Block(branch, shape, (program * steps + step) * shape.block)

@@ -84,7 +84,7 @@ def training(
 
 
 def step_seconds(run: Callable[[int], None], steps: tuple[int, int]) -> float:
-    """Time of one step: the difference of a long and a short local training, in turn, medians."""
+    """Time of one step: how much longer a long local training takes, by the steps it has more."""
     times: tuple[list[float], list[float]] = [], []
     for _ in range(12):
         for client in range(2):
