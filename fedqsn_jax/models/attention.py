@@ -155,6 +155,7 @@ class Attention(nn.Module):
             gpu_blocks.applies()
             and not self.is_initializing()
             and self.execution.attention == "auto"
+            and self.biases
             and self.heads == self.kv_heads
             and (mask is None or mask.shape[1:3] == (1, 1))
             and attention_gpu.fits(hidden.shape[1], self.size, self.execution.dtype)
@@ -173,14 +174,8 @@ class Attention(nn.Module):
         # Behind a barrier, or XLA packs them twice: once for each pass.
         kernel = jax.lax.optimization_barrier(jnp.concatenate(kernels, axis=1).astype(dtype))
         product = hidden.astype(dtype) @ kernel
-        if self.biases:
-            biases = attention_gpu.Biases(*[each.reshape(-1) for each in _biases(params)])
-        else:
-            biases = attention_gpu.Biases(*[jnp.zeros(product.shape[-1] // 3, jnp.float32)] * 3)
-        if packed is None or not self.biases:
-            packed = gpu_blocks.Packed.of(biases)
-        else:
-            packed = packed.map(_biases)
+        biases = attention_gpu.Biases(*[each.reshape(-1) for each in _biases(params)])
+        packed = gpu_blocks.Packed.of(biases) if packed is None else packed.map(_biases)
         seen = jnp.ones((1, length), bool) if mask is None else mask[:, 0, 0]
         attended = attention_gpu.self_attention(
             attention_gpu.Heads(

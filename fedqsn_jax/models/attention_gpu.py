@@ -219,46 +219,28 @@ class _Head:
         return jnp.where(kept, values, 0)
 
 
-def _forward_kernel(
-    heads: Heads,
-    length: int,
-    starts: Biases[int],
-    product: Any,
-    packed: Any,
-    seen: Any,
-    words: Any,
-    attended: Any,
-) -> None:
-    head = _Head(heads, length, starts, product, packed, seen, words)
-    weights = head.drop(head.probabilities()[0]).astype(product.dtype)
+def _forward_kernel(heads: Heads, length: int, starts: Biases[int], *refs: Any) -> None:
+    *inputs, attended = refs
+    head = _Head(heads, length, starts, *inputs)
+    weights = head.drop(head.probabilities()[0]).astype(head.value.dtype)
     values = dot(weights, head.value, (1, 0)) * kept_scale(heads.rate)
     store_block(attended, head.tokens, head.columns(), head.inside, values)
 
 
-def _backward_kernel(
-    heads: Heads,
-    length: int,
-    starts: Biases[int],
-    product: Any,
-    packed: Any,
-    seen: Any,
-    words: Any,
-    cotangent: Any,
-    gradient: Any,
-    sums: Any,
-) -> None:
-    head = _Head(heads, length, starts, product, packed, seen, words)
+def _backward_kernel(heads: Heads, length: int, starts: Biases[int], *refs: Any) -> None:
+    *inputs, cotangent, gradient, sums = refs
+    head = _Head(heads, length, starts, *inputs)
     flowing = load_block(cotangent, head.tokens, head.columns(), head.inside)
     probabilities, sees = head.probabilities()
     # What the kept are multiplied by, and the scale, wait for the smaller matrices.
     scale = kept_scale(heads.rate)
-    to_value = dot(head.drop(probabilities).astype(product.dtype), flowing, (0, 0)) * scale
+    to_value = dot(head.drop(probabilities).astype(flowing.dtype), flowing, (0, 0)) * scale
     # Kept in half the registers, so that more programs run side by side.
-    probabilities = probabilities.astype(product.dtype)
+    probabilities = probabilities.astype(flowing.dtype)
     to_weights = head.drop(dot(flowing, head.value, (1, 1)))
     weighted = probabilities.astype(jnp.float32) * to_weights
     mean = column_of(weighted.sum(axis=1), weighted.shape)
-    to_products = (weighted - probabilities.astype(jnp.float32) * mean).astype(product.dtype)
+    to_products = (weighted - probabilities.astype(jnp.float32) * mean).astype(flowing.dtype)
     # Where a query sees nothing, probabilities are not zero, but no gradient flows.
     flows = column_of(sees, head.query.shape)
     scale *= heads.scale

@@ -3,21 +3,19 @@
 Triton's blocks have sizes that are powers of two; what sticks out of a matrix is masked.
 """
 
-import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.experimental.pallas import triton
 
 from fedqsn_jax.types import Array
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["starts"])
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Packed:
     """Vectors side by side, as one operand of kernels.
 
@@ -30,7 +28,7 @@ class Packed:
     """
 
     values: Array
-    starts: Any
+    starts: Any = struct.field(pytree_node=False)
 
     @classmethod
     def of(cls, vectors: Any) -> Self:
@@ -42,7 +40,7 @@ class Packed:
 
     def map(self, function: Callable[[Any], Any]) -> Self:
         """The same vectors, and a function of where they begin, such as a part of a tree."""
-        return dataclasses.replace(self, starts=function(self.starts))
+        return type(self)(self.values, function(self.starts))
 
 
 def applies() -> bool:
