@@ -121,6 +121,32 @@ def test_gelu_is_the_exact_one():
     assert_same(ours, theirs, 2e-6)
 
 
+def test_gelu_in_bfloat16_keeps_its_derivative_to_one_part_in_202():
+    """Where the derivative is at its ends, its least and greatest value, and far out: 0 and 1."""
+    ends = jnp.array([-(2**0.5), 2**0.5])
+    product = jnp.concatenate([ends, jnp.linspace(-12, 12, 16 * 256 - 2)])
+    product = product.reshape(16, 256).astype(jnp.bfloat16)
+    bias = jnp.zeros(256)
+
+    def with_derivative(gelu, product):
+        outputs, pull = jax.vjp(gelu, product)
+        return outputs, pull(jnp.ones_like(product))[0]
+
+    def ours(product):
+        return biased_gelu(INTERPRETED, product, bias, gpu_blocks.Packed.of(bias).map(lambda _: 0))
+
+    outputs, slope = jit(lambda product: with_derivative(ours, product))(product)
+    assert outputs.dtype == slope.dtype == jnp.bfloat16
+    exact, derivative = with_derivative(
+        lambda product: jax.nn.gelu(product, approximate=False), product.astype(jnp.float32)
+    )
+    np.testing.assert_allclose(outputs.astype(jnp.float32), exact, rtol=2**-8, atol=2e-6)
+    found = np.asarray(slope, np.float32)
+    np.testing.assert_allclose(found, derivative, rtol=2**-8, atol=0.51 / 202)
+    far = np.abs(np.asarray(product, np.float32)) > 6
+    np.testing.assert_array_equal(found[far], np.asarray(product)[far] > 0)
+
+
 ENCODER = EncoderConfig("roberta", 20, 64, 2, 2, 128, positions=32, pad_token_id=1, classes=3)
 
 

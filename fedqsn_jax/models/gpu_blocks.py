@@ -3,6 +3,7 @@
 Triton's blocks have sizes that are powers of two; what sticks out of a matrix is masked.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any, Self
@@ -41,6 +42,50 @@ class Packed:
     def map(self, function: Callable[[Any], Any]) -> Self:
         """The same vectors, and a function of where they begin, such as a part of a tree."""
         return type(self)(self.values, function(self.starts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """Of float32 values, by single instructions of the hardware.
+
+    From Pallas's operations come products that are not one with the sums that follow them,
+    quotients to the last bit but one, and powers with care for the smallest results. Kernels that
+    are bound by the number of their instructions, not by memory, say here what they need.
+
+    Attributes:
+      interpreted: Whether the kernel is interpreted; then these are JAX's.
+    """
+
+    interpreted: bool
+
+    def multiply_add(self, one: Array, other: Array | float, addend: Array | float) -> Array:
+        """``one * other + addend``; on a GPU rounded once."""
+        if self.interpreted:
+            return one * other + addend
+        return self._instruction("fma.rn", one, other, addend)
+
+    def reciprocal(self, values: Array) -> Array:
+        """``1 / values``; on a GPU off by a unit in the last place."""
+        return 1 / values if self.interpreted else self._instruction("rcp.approx.ftz", values)
+
+    def power_of_two(self, exponents: Array) -> Array:
+        """``2**exponents``; on a GPU off by 2**-22, and zero below 2**-126."""
+        if self.interpreted:
+            return jnp.exp2(exponents)
+        return self._instruction("ex2.approx.ftz", exponents)
+
+    def _instruction(self, name: str, first: Array, *others: Array | float) -> Array:
+        # Whole numbers, too, have to be float32: an instruction takes bits as they are.
+        numbers = [jnp.asarray(each, jnp.float32) for each in (first, *others)]
+        arguments = [jnp.broadcast_to(each, first.shape) for each in numbers]
+        operands = ", ".join(f"${place}" for place in range(len(arguments) + 1))
+        return triton.elementwise_inline_asm(
+            f"{name}.f32 {operands};",
+            args=arguments,
+            constraints=",".join(["=f"] + ["f"] * len(arguments)),
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(first.shape, jnp.float32)],
+        )[0]
 
 
 def applies() -> bool:
