@@ -1,11 +1,12 @@
 """GELU of a biased product for NVIDIA GPUs, in Pallas for the Triton compiler.
 
 The exact GELU is bound by arithmetic when the error function is computed to the last bit and its
-derivative's exponential beside it. Here both come from one exponential, to 2e-7. The forward pass
+derivative's exponential beside it. Here both come from one exponential, to 5e-7. The forward pass
 keeps the derivative in place of what it is the derivative at, so that the backward pass is bound by
 memory alone; it sums the gradient of the bias on the way. Where products are in bfloat16 the
 derivative is kept in 8 bits: it lies between -0.129 and 1.129, and one step is 1/202, so that it is
-off by 0.0025 at most, and 0 and 1 are exact; bfloat16 is off by up to 0.0039 above 1.
+off by 0.0025 at most; below -3.54 it is 0, above 3.54 it is 1. bfloat16 is off by up to 0.0039
+above 1, and nearer to 0 less than the codes are.
 """
 
 import functools
@@ -42,11 +43,12 @@ _POLYNOMIAL = tuple(
 )
 _POLE = 0.3275911 * math.sqrt(0.5)
 _LOG2_E = math.log2(math.e)
-# Codes of the derivative, 1 to 255: the first is of its least value, the last of its greatest.
-_STEPS = 202
-_ZERO = 27
-# From here to its double, float32 values are the whole numbers, which the last bits count.
-_WHOLE = 2.0**23
+# Codes of the derivative are 1 to 255, from its least to its greatest value; 0 and 1 are exact.
+_CODES_PER_UNIT = 202
+_CODE_OF_ZERO = 27
+# From here to its double float32 values are the whole numbers: a sum with it is rounded to one,
+# whose lowest byte is the code.
+_FIRST_WHOLE = 2.0**23
 
 
 def fits(columns: int, dtype: Any) -> bool:
@@ -60,12 +62,13 @@ def biased_gelu(interpret: bool, product: Array, bias: Array, packed: Packed) ->
 
     Args:
       interpret: Run without a GPU, slowly.
-      product: ``[..., columns]``.
+      product: ``[..., columns]``; bfloat16, or, which `fits` refuses as nothing but tests needs it,
+        float32, whose derivative is kept in float32.
       bias: Float32 ``[columns]``, which gradients are with respect to.
-      packed: Where its values are read, from the start on.
+      packed: Where its values are read; ``starts`` is the place of the first, a static integer.
 
     Returns:
-      The same shape and type as the product.
+      The same shape and type as the product. The gradient is by the derivative as it is kept.
     """
     del bias
     return _applied(interpret, product, packed, keeps_slope=False)[0]
@@ -127,24 +130,24 @@ def _in_codes(product: Any) -> bool:
 
 
 def _code(arithmetic: Arithmetic, slope: Array) -> Array:
-    """The uint8 code of float32 derivatives."""
-    # Conversions to integers would be the slowest part of the kernel.
-    whole = arithmetic.multiply_add(slope, _STEPS, _WHOLE + _ZERO)
+    """The uint8 codes of float32 derivatives; where GELU is not finite, anything."""
+    # Conversions from float32 to integers would be the slowest part of the kernel.
+    whole = arithmetic.multiply_add(slope, _CODES_PER_UNIT, _FIRST_WHOLE + _CODE_OF_ZERO)
     return jax.lax.bitcast_convert_type(whole, jnp.uint32).astype(jnp.uint8)
 
 
 def _decoded(slope: Array) -> Array:
-    """Float32 derivatives, of what was kept."""
+    """Float32 derivatives of what was kept, uint8 codes or float32."""
     if slope.dtype != jnp.uint8:
-        return slope.astype(jnp.float32)
-    bits = slope.astype(jnp.uint32) | np.float32(_WHOLE).view(np.uint32)
+        return slope
+    bits = slope.astype(jnp.uint32) | np.float32(_FIRST_WHOLE).view(np.uint32)
     whole = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return (whole - (_WHOLE + _ZERO)) * (1 / _STEPS)
+    return (whole - (_FIRST_WHOLE + _CODE_OF_ZERO)) * (1 / _CODES_PER_UNIT)
 
 
 def _distribution(arithmetic: Arithmetic, values: Array) -> tuple[Array, Array]:
     """The normal distribution function and ``exp(-x**2 / 2)``, of float32 values."""
-    power = arithmetic.power_of_two((-0.5 * _LOG2_E) * values * values)
+    power = arithmetic.exp2((-0.5 * _LOG2_E) * values * values)
     place = arithmetic.reciprocal(arithmetic.multiply_add(jnp.abs(values), _POLE, 1.0))
     tail = jnp.full_like(values, _POLYNOMIAL[-1])
     for coefficient in _POLYNOMIAL[-2::-1]:

@@ -15,6 +15,9 @@ from jax.experimental.pallas import triton
 
 from fedqsn_jax.types import Array
 
+# Triton has no bfloat16 below.
+_LEAST_CAPABILITY = (8, 0)
+
 
 @struct.dataclass
 class Packed:
@@ -46,31 +49,31 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """Of float32 values, by single instructions of the hardware.
+    """Arithmetic of float32 arrays of one shape, an instruction an operation.
 
-    From Pallas's operations come products that are not one with the sums that follow them,
-    quotients to the last bit but one, and powers with care for the smallest results. Kernels that
-    are bound by the number of their instructions, not by memory, say here what they need.
+    Pallas's own operations never become fused multiply-adds, divide nearly exactly, and take powers
+    with care for subnormal numbers: several instructions each. Kernels that are bound by the number
+    of their instructions, not by memory, say here what they need. Bounds are from the PTX ISA.
 
     Attributes:
-      interpreted: Whether the kernel is interpreted; then these are JAX's.
+      interpret: Whether the kernel is interpreted; then the operations are JAX's.
     """
 
-    interpreted: bool
+    interpret: bool
 
     def multiply_add(self, one: Array, other: Array | float, addend: Array | float) -> Array:
-        """``one * other + addend``; on a GPU rounded once."""
-        if self.interpreted:
+        """``one * other + addend``; on a GPU rounded once. The last two may be numbers."""
+        if self.interpret:
             return one * other + addend
         return self._instruction("fma.rn", one, other, addend)
 
     def reciprocal(self, values: Array) -> Array:
-        """``1 / values``; on a GPU off by a unit in the last place."""
-        return 1 / values if self.interpreted else self._instruction("rcp.approx.ftz", values)
+        """``1 / values``; on a GPU off by a unit in the last place at most."""
+        return 1 / values if self.interpret else self._instruction("rcp.approx.ftz", values)
 
-    def power_of_two(self, exponents: Array) -> Array:
-        """``2**exponents``; on a GPU off by 2**-22, and zero below 2**-126."""
-        if self.interpreted:
+    def exp2(self, exponents: Array) -> Array:
+        """``2**exponents``; on a GPU off by 2**-22 of it at most, and zero below 2**-126."""
+        if self.interpret:
             return jnp.exp2(exponents)
         return self._instruction("ex2.approx.ftz", exponents)
 
@@ -89,8 +92,16 @@ class Arithmetic:
 
 
 def applies() -> bool:
-    """Whether the kernels are used where they fit: on GPUs."""
-    return jax.default_backend() == "gpu"
+    """Whether the kernels are used where they fit: on NVIDIA GPUs, from Ampere on."""
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.devices()[0]
+    # JAX says "gpu" of AMD's too.
+    return "cuda" in device.client.platform_version and _capability(device) >= _LEAST_CAPABILITY
+
+
+def _capability(device: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in device.compute_capability.split("."))
 
 
 def interpreted() -> bool:
