@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractDevice, AbstractMesh
 from language_cases import jit
 
+from fedqsn_jax.lora import find_adapters
+from fedqsn_jax.low_rank import adapt
 from fedqsn_jax.models import gelu_gpu, gpu_blocks
 from fedqsn_jax.models.attention import Prefix
 from fedqsn_jax.models.attention_gpu import Biases, Heads, self_attention
@@ -222,6 +225,41 @@ def test_an_encoder_is_the_same_with_and_without_them(monkeypatch):
         # no gradient but for rounding.
         error, usual = (np.linalg.norm(each - right) for each in (ours, rounded))
         assert error <= 1.5 * usual + 2**-8 * max(np.linalg.norm(right), 5e-3 * largest)
+
+
+def test_adapters_are_the_same_with_and_without_them(monkeypatch):
+    """The kernel that makes query, key and value of one product has theirs merged."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(2, 20, (2, 16)), jnp.int32)
+    batch = {"tokens": tokens, "mask": jnp.ones((2, 16), bool)}
+    shapes = make_language_model(ENCODER).init(jax.random.key(0))
+    lora = find_adapters(shapes, (), (), 2, 2.0)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lora.add, KEY, shapes))
+    leaves = [0.1 * normal(*leaf.shape, seed=place) for place, leaf in enumerate(leaves)]
+    params = jax.tree.unflatten(structure, leaves)
+
+    def results(dtype, kernels):
+        monkeypatch.setattr(gpu_blocks, "applies", lambda: kernels)
+        model = make_language_model(ENCODER, Execution(dtype), 0.0)
+        apply_fn, merged = adapt(lora, model.apply_fn, params, batch)
+
+        def loss(params):
+            logits = apply_fn(params, batch, None)
+            return (logits * normal(2, 3)).sum(), logits
+
+        gradient, logits = jit(jax.grad(loss, has_aux=True))(params)
+        gradients = flatten_dict(gradient, sep="/")
+        adapters = {path: leaf for path, leaf in gradients.items() if "_lora_" in path}
+        return adapters | {"logits": logits}, {one.matrix.path for one in merged.adapters}
+
+    exact, _ = results("float32", False)
+    plain, merged = results("bfloat16", False)
+    assert not merged
+    fused, merged = results("bfloat16", True)
+    assert merged == {f"layers/attention/{name}/kernel" for name in ("query", "key", "value")}
+    assert len(exact) == 1 + 2 * len(lora.adapters)
+    for name, right in exact.items():
+        error, usual = (np.linalg.norm(each[name] - right) for each in (fused, plain))
+        assert error <= 1.5 * usual + 2**-7 * np.linalg.norm(right), name
 
 
 @pytest.mark.parametrize("prefixed", [False, True])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from language_run_cases import BERT, GPT2, VOCABULARY, classify, write, write_model
 
 from fedqsn_jax.command_line import read_config
@@ -104,7 +105,8 @@ def test_prompts_are_tuned_for_a_model_that_stays_with_the_server(bert, tmp_path
 def test_a_decoder_writes_texts_for_every_view(gpt2, tmp_path, capsys):
     run = tmp_path / "run"
     # Few sites: most of the time is compilation of what is done to them.
-    options = ["--config.data.held_out_share=0.3", "--config.upload.bits=4", *RESIDUAL]
+    changes = ["data.held_out_share=0.3", "upload.bits=4", "lora.rank=2", "lora.quantize=True"]
+    options = [*(f"--config.{change}" for change in changes), *RESIDUAL]
     assert main([*write(gpt2), *options, f"--workdir={run}"]) == 0
     output = capsys.readouterr().out
     assert "texts after the last round" in output
@@ -124,12 +126,15 @@ def test_a_decoder_writes_texts_for_every_view(gpt2, tmp_path, capsys):
     assert set(summary["clients"]["own"]) == views
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["own/global/perplexity"] > 1
+    # Up go adapters alone, of which one matrix of 2 x 16 is codes of 4 bits.
+    assert last["bytes/up_per_client"] < 0.1 * last["bytes/down_per_client"]
     # They are not written again as long as the round is the same.
     before = (run / "texts.json").stat().st_mtime_ns
     assert main([*write(gpt2), *options, f"--workdir={run}"]) == 0
     assert (run / "texts.json").stat().st_mtime_ns == before
 
 
+ADAPTED = ("query/kernel", "down/kernel")
 OTHERS = {
     "qwen2": LlamaConfig(
         "qwen2",
@@ -154,13 +159,18 @@ OTHERS = {
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("family", OTHERS)
-def test_every_other_family_trains_and_is_exported_as_it_is_evaluated(family, tmp_path):
-    """The exported model computes what the run's does; its loss is the one that was reported."""
+@pytest.mark.parametrize(("family", "rank"), [("qwen2", 2), ("t5", 0)])
+def test_every_other_family_trains_and_is_exported_as_it_is_evaluated(family, rank, tmp_path):
+    """The exported model computes what the run's does; its loss is the one that was reported.
+
+    With adapters it is the merged one, and nothing but what they are added to has changed.
+    """
     place, run, out = tmp_path / family, tmp_path / "run", tmp_path / "out"
     place.mkdir()
     write_model(place, OTHERS[family])
-    fields = {"generation.prompts": 0, "pretraining.steps": 0, "rounds": 1}
+    fields = {"generation.prompts": 0, "pretraining.steps": 0, "rounds": 1, "lora.rank": rank}
+    if rank:
+        fields["lora.matrices"] = tuple(f"*/{name}" for name in ADAPTED)
     changes = [f"--config.{name}={value}" for name, value in fields.items()]
     assert main([*write(place), *changes, *RESIDUAL, f"--workdir={run}"]) == 0
     assert export([f"--workdir={run}", f"--out={out}"]) == 0
@@ -172,8 +182,9 @@ def test_every_other_family_trains_and_is_exported_as_it_is_evaluated(family, tm
     logits = apply(exported.params, batch, None)
     np.testing.assert_array_equal(logits, apply(trained.params, batch, None))
     before = load_pretrained(place, jax.random.key(0)).params
-    for start, end in zip(*map(jax.tree.leaves, (before, exported.params)), strict=True):
-        assert (start != end).any()
+    moved = jax.tree.map(lambda start, end: (start != end).any(), before, exported.params)
+    for path, has_moved in traverse_util.flatten_dict(moved, sep="/").items():
+        assert has_moved == (not rank or path.endswith(ADAPTED)), path
     last = trained.history[-1]
     sums = problem.task.statistics(logits, batch, jnp.ones(len(logits), bool))
     assert problem.task.summarize(sums)["loss"] == pytest.approx(last["global/loss"], rel=1e-4)
