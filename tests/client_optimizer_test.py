@@ -7,6 +7,8 @@ import optax
 import pytest
 
 from fedqsn_jax.client_optimizer import unscheduled, warmed_adamw, warmup_and_decay
+from fedqsn_jax.config import TrainingConfig
+from fedqsn_jax.configured import local_optimizer
 
 RATE, DECAY, EPS = 0.1, 0.01, 1e-6
 
@@ -82,6 +84,39 @@ def test_adamw_by_hand(clip):
     expected = numpy_adamw(parameter, gradients, rates, clip)
     optimizer = warmed_adamw(RATE, weight_decay=DECAY, clip_norm=clip)
     ours = train(optimizer, jnp.float32(parameter), jnp.float32(gradients), jnp.int32(6), 6)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_a_configuration_says_all_of_it():
+    """AdamW of batches of two gradients, cut, at rates that rise and fall."""
+    parameter, gradients = case(8)
+    settings = TrainingConfig(
+        optimizer="adamw",
+        learning_rate=RATE,
+        weight_decay=DECAY,
+        schedule="linear",
+        warmup=0.5,
+        accumulate=2,
+        clip_norm=0.5,
+    )
+    ours = train(
+        local_optimizer(settings), jnp.float32(parameter), jnp.float32(gradients), jnp.int32(8), 8
+    )
+    means = gradients.reshape(4, 2, 4).mean(axis=1)
+    rates = RATE * np.array([1 / 3, 2 / 3, 1, 1 / 2])
+    np.testing.assert_allclose(ours, numpy_adamw(parameter, means, rates, 0.5), rtol=1e-5)
+
+
+def test_a_configuration_of_sgd_is_sgd_with_momentum():
+    parameter, gradients = case(4)
+    settings = TrainingConfig(optimizer="sgd", learning_rate=RATE, momentum=0.5)
+    ours = train(
+        local_optimizer(settings), jnp.float32(parameter), jnp.float32(gradients), jnp.int32(4), 4
+    )
+    expected, velocity = parameter, np.zeros(4)
+    for gradient in gradients:
+        velocity = 0.5 * velocity + gradient
+        expected = expected - RATE * velocity
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 

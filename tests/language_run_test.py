@@ -272,6 +272,19 @@ def test_configurations_take_task_model_and_algorithm(name):
     assert found == CONFIGS[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "smoothing"), [("glue.py:rte,roberta-large", 0.0), ("nlg.py:dart,gpt2-large", 0.1)]
+)
+def test_the_papers_set_up(name, smoothing):
+    config = read_config(f"configs/{name}", [])
+    assert (config.data.clients, config.cohort.size, config.rounds) == (25, 5, 10)
+    client = config.client
+    assert (client.epochs, client.steps, client.label_smoothing) == (1, 0, smoothing)
+    for training in (config.pretraining, client):
+        assert (training.optimizer, training.schedule, training.warmup) == ("adamw", "linear", 0.06)
+        assert training.clip_norm == 0
+
+
 WORDS_THAT_DO_NOT_FIT = {
     "glue.py:sst3,roberta-base": ("'sst3', 'roberta-base': taken for the model", "rte, sst2, mrpc"),
     "glue.py:fedaveg,rte,roberta-base": ("'fedaveg', 'roberta-base': taken for the model", "fedsn"),

@@ -277,12 +277,17 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys, monkeyp
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_run_that_was_interrupted_before_its_rounds_leaves_nothing(tmp_path, capsys, monkeypatch):
+def test_a_run_that_was_interrupted_before_its_rounds_leaves_nothing(
+    tmp_path, capsys, monkeypatch, request
+):
     def interrupted(*arguments):
         # Up to here there is nothing that a stop at the next boundary would save.
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("fedqsn_jax.experiment.first_entry", interrupted)
+    # A shell's background job ignores the signal, and so would this process as its child.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     directory = tmp_path / "new" / "run"
     assert main([*SMALL, f"--workdir={directory}"]) == 130
     output, error = capsys.readouterr()
