@@ -74,11 +74,9 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
     clients = make_language_model(pretrained.config, execution, settings.client_dropout)
     server = make_language_model(pretrained.config, execution, settings.server_dropout)
     task = _task(settings, data.kind, pretrained.config)
-    notes = [tokenizer.note] if tokenizer.note else []
+    notes = [*([tokenizer.note] if tokenizer.note else []), *data.notes]
     if pretrained.fresh:
         notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
-    if data.cut:
-        notes.append(f"{data.cut} rows lost tokens beyond data.length = {data.kind.length}")
     params, files = jax.tree.map(jnp.asarray, pretrained.params), description_files(directory)
     if isinstance(pretrained.config, EncoderConfig) and settings.prompted is not None:
         problem = prompted_problem(

@@ -255,7 +255,7 @@ def test_a_file_is_divided(tmp_path):
     assert splits.test["tokens"].shape == (5, 5)
     assert splits.private["tokens"].shape == (4, 5)
     assert splits.clients.offsets.tolist() == [0, 4, 8, 11]
-    assert (splits.num_classes, data.cut, data.prompts) == (2, 0, None)
+    assert (splits.num_classes, data.notes, data.prompts) == (2, (), None)
     for batch in (splits.test, splits.private, splits.clients.examples):
         good = np.asarray(batch["tokens"])[:, 1] == ids("good")[0]
         assert np.array_equal(good, np.asarray(batch["label"]) == 1)
@@ -264,13 +264,17 @@ def test_a_file_is_divided(tmp_path):
 def test_natural_clients(tmp_path):
     source = write_sst2(tmp_path, client_id=lambda n: f"hospital {n % 4}")
     natural = {"partition": "natural", "private_rows": 0}
-    splits = load(tmp_path, source, test=source, length=5, data=natural).splits
-    assert splits.clients.offsets.tolist() == [0, 5, 10, 15, 20]
+    data = load(tmp_path, source, test=source, length=5, data=natural)
+    splits = data.splits
+    assert (splits.clients.offsets.tolist(), data.notes) == ([0, 5, 10, 15, 20], ())
     assert set(splits.clients.examples) == set(splits.test) == {"tokens", "mask", "label"}
     # Row n has label n % 2, so every hospital has one label.
     assert (
         np.asarray(splits.clients.examples["label"]).reshape(4, 5).std(axis=1).tolist() == [0] * 4
     )
+    dealt = load(tmp_path, source, test=source, length=5, data={"partition": "iid"})
+    (note,) = dealt.notes
+    assert note.startswith(f"the column client_id of {source} is not used: data.partition = 'iid'")
     (tmp_path / "other").mkdir()
     other = write_sst2(tmp_path / "other")
     assert "does not say whose its rows are" in refusal(load, tmp_path, other, data=natural)
@@ -347,7 +351,8 @@ def test_the_cache_saves_the_work(tmp_path, tokenized):
     first = load(tmp_path, source, length=3)
     second = load(tmp_path, source, length=3)
     assert len(tokenized) == 1
-    assert first.cut == second.cut == 20
+    assert first.notes == second.notes
+    assert first.notes[0] == "20 rows lost tokens beyond data.length = 3"
     for name, array in first.splits.clients.examples.items():
         assert np.array_equal(array, second.splits.clients.examples[name])
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700

@@ -20,7 +20,7 @@ from fedqsn_jax.data.array_cache import cached, default_directory
 from fedqsn_jax.data.federated import Splits
 from fedqsn_jax.data.packing import PackingOptions, pack
 from fedqsn_jax.data.prompts import Prompts, make_prompts
-from fedqsn_jax.data.splits import Rows, make_splits, take
+from fedqsn_jax.data.splits import CLIENT_COLUMN, Rows, make_splits, take
 from fedqsn_jax.data.text_formats import FORMATS, TextFormat, generation_example, own_format
 from fedqsn_jax.data.text_sources import Row, TextSource, open_source
 from fedqsn_jax.data.tokenization import TextTokenizer
@@ -76,14 +76,14 @@ class TextData(NamedTuple):
       splits: Arrays named as in `packing.pack`; ``num_classes`` is 0 for generation.
       prompts: The distinct prompts of the test rows with all their references; None for
         classification.
-      cut: How many training and test rows lost tokens.
       kind: The format.
+      notes: What the user should know about how these came to be, a line each.
     """
 
     splits: Splits
     prompts: Prompts | None
-    cut: int
     kind: TextFormat
+    notes: tuple[str, ...]
 
 
 def load(
@@ -149,7 +149,15 @@ def load(
     if test_rows is not None:
         prompts = make_prompts(test_rows, kind, tokenizer, options, new_tokens)
     splits = make_splits(train, test, len(kind.labels), config, generator)
-    return TextData(splits, prompts, cut, kind)
+    notes = []
+    if cut:
+        notes.append(f"{cut} rows lost tokens beyond data.length = {kind.length}")
+    if CLIENT_COLUMN in train and config.partition != "natural":
+        notes.append(
+            f"the column {CLIENT_COLUMN} of {train_source.name} is not used: data.partition = "
+            f"{config.partition!r}, and only 'natural' deals rows by it"
+        )
+    return TextData(splits, prompts, kind, tuple(notes))
 
 
 def text_format(settings: TextSettings) -> TextFormat:
