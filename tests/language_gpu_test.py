@@ -1,5 +1,7 @@
 """Language models' kernels for GPUs against plain JAX; without a GPU, Pallas interprets them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from fedqsn_jax.low_rank import adapt
 from fedqsn_jax.models import gelu_gpu, gpu_blocks
 from fedqsn_jax.models.attention import Prefix
 from fedqsn_jax.models.attention_gpu import Biases, Heads, self_attention
+from fedqsn_jax.models.convolution import convolve
 from fedqsn_jax.models.dropout import drop, words_of
 from fedqsn_jax.models.encoder import Encoder, EncoderConfig
 from fedqsn_jax.models.gelu_gpu import biased_gelu
@@ -188,6 +191,32 @@ def test_instructions_of_gpus_are_in_the_program_for_one():
     program = lowered.as_text()
     for name in ("fma.rn.f32 $0, $1, $2, $3;", "rcp.approx.ftz.f32 $0, $1;", "ex2.approx.ftz.f32"):
         assert name in program
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "attends", "convolves"),
+    [
+        ("PJRT C API\ncuda 13000", "9.0", True, True),
+        ("PJRT C API\ncuda 12090", "8.0", True, True),
+        ("PJRT C API\ncuda 12090", "7.5", False, False),
+        # What its programs consist of is decided when they are lowered.
+        ("PJRT C API\nrocm 70000", "gfx942", False, True),
+    ],
+)
+def test_kernels_are_for_nvidias_gpus_from_ampere_on(
+    monkeypatch, version, capability, attends, convolves
+):
+    client = SimpleNamespace(platform_version=version)
+    device = SimpleNamespace(client=client, compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert gpu_blocks.applies() == attends
+    images, kernel = jnp.ones((1, 8, 8, 32)), jnp.ones((3, 3, 32, 64))
+    # A new function, as JAX keeps what it has traced.
+    program = str(jax.make_jaxpr(lambda *arrays: convolve(*arrays))(images, kernel))
+    assert ("pallas_call" in program) == convolves
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert not gpu_blocks.applies()
 
 
 ENCODER = EncoderConfig("roberta", 20, 64, 2, 2, 128, positions=32, pad_token_id=1, classes=3)

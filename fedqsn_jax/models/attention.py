@@ -314,7 +314,7 @@ def _cudnn_applies(query: Array, key: Array) -> bool:
     """Whether cuDNN's flash attention takes these arrays, forwards and backwards."""
     size, lengths = query.shape[-1], (query.shape[1], key.shape[1])
     return (
-        jax.default_backend() == "gpu"
+        gpu_blocks.knows_bfloat16()
         and query.dtype == jnp.bfloat16
         and size <= _CUDNN_LARGEST_HEAD
         and size % 8 == 0

@@ -8,12 +8,13 @@ compiled for a device.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedqsn_jax.models import convolution_gpu, convolution_thin
+from fedqsn_jax.models import convolution_gpu, convolution_thin, gpu_blocks
 from fedqsn_jax.types import Array
 
 _Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -44,7 +45,7 @@ def convolve(images: Array, kernel: Array, stride: int = 1, padding: str = "SAME
         before = pads[0][0], pads[1][0]
         return convolution_gpu.convolve(images, kernel, before, out_size, precision)
 
-    return jax.lax.platform_dependent(images, kernel, cuda=by_kernels, default=by_patches)
+    return _where_they_run(by_kernels, by_patches, images, kernel)
 
 
 def convolve_relu(
@@ -77,7 +78,7 @@ def convolve_relu(
         before = pads[0][0], pads[1][0]
         return convolution_thin.convolve_relu(images, kernel, bias, before, out_size)
 
-    return jax.lax.platform_dependent(images, kernel, bias, cuda=by_kernels, default=by_parts)
+    return _where_they_run(by_kernels, by_parts, images, kernel, bias)
 
 
 def convolve_relu_pool(
@@ -112,7 +113,16 @@ def convolve_relu_pool(
         before = pads[0][0], pads[1][0]
         return convolution_gpu.convolve_relu_pool(images, kernel, bias, before, out_size, precision)
 
-    return jax.lax.platform_dependent(images, kernel, bias, cuda=by_kernels, default=by_patches)
+    return _where_they_run(by_kernels, by_patches, images, kernel, bias)
+
+
+def _where_they_run(
+    by_kernels: Callable[..., Array], otherwise: Callable[..., Array], *arrays: Array
+) -> Array:
+    """Applies the one on NVIDIA GPUs that Triton supports, the other on all other devices."""
+    if gpu_blocks.predates_triton():
+        return otherwise(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=by_kernels, default=otherwise)
 
 
 def _placing(

@@ -15,8 +15,7 @@ from jax.experimental.pallas import triton
 
 from fedqsn_jax.types import Array
 
-# Triton has no bfloat16 below.
-_LEAST_CAPABILITY = (8, 0)
+_AMPERE = (8, 0)
 
 
 @struct.dataclass
@@ -93,14 +92,29 @@ class Arithmetic:
 
 def applies() -> bool:
     """Whether the kernels are used where they fit: on NVIDIA GPUs, from Ampere on."""
+    return knows_bfloat16()
+
+
+def knows_bfloat16() -> bool:
+    """Whether this is an NVIDIA GPU with bfloat16, which cuDNN's attention needs."""
+    capability = _capability()
+    return capability is not None and capability >= _AMPERE
+
+
+def predates_triton() -> bool:
+    """Whether this is an NVIDIA GPU that Triton does not support."""
+    capability = _capability()
+    return capability is not None and capability < _AMPERE
+
+
+def _capability() -> tuple[int, ...] | None:
+    """The compute capability of an NVIDIA GPU; None for any other device."""
     if jax.default_backend() != "gpu":
-        return False
-    device = jax.devices()[0]
+        return None
+    device = jax.local_devices()[0]
     # JAX says "gpu" of AMD's too.
-    return "cuda" in device.client.platform_version and _capability(device) >= _LEAST_CAPABILITY
-
-
-def _capability(device: Any) -> tuple[int, ...]:
+    if "cuda" not in device.client.platform_version:
+        return None
     return tuple(int(part) for part in device.compute_capability.split("."))
 
 
