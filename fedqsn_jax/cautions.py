@@ -10,6 +10,7 @@ from typing import Any
 from fedqsn_jax.config import Config
 from fedqsn_jax.configured import algorithm_of
 from fedqsn_jax.unused import ignored_settings
+from fedqsn_jax.views import Attacker, has_received
 
 Entry = Mapping[str, Any]
 """What an evaluated round told; see `running.Entry`."""
@@ -43,12 +44,15 @@ def _broken_promises(config: Config) -> list[str]:
     ]
 
 
-def after(config: Config, history: Sequence[Entry]) -> list[str]:
-    """Returns what to tell at the end of a run, a line each: rejected updates, divergence.
+def after(config: Config, history: Sequence[Entry], attackers: Mapping[str, Attacker]) -> list[str]:
+    """Returns what to tell at the end of a run, a line each.
+
+    Told are rejected updates, divergence, and attackers without a copy of anything.
 
     Args:
       config: The settings.
       history: The entries of the run.
+      attackers: The attackers at its end, by name.
     """
     counts = [rejected(config, entry) for entry in history]
     lines = []
@@ -60,7 +64,14 @@ def after(config: Config, history: Sequence[Entry]) -> list[str]:
                 f"in {sum(map(bool, counts))} of the {rounds} rounds that were evaluated",
             )
         )
-    return lines + [DIVERGED] * diverged(history[-1])
+    lines += [DIVERGED] * diverged(history[-1])
+    lines += [
+        f"{name} has received nothing, as none of its clients took part: its figures tell nothing "
+        f"of the method"
+        for name, attacker in attackers.items()
+        if not has_received(attacker)
+    ]
+    return lines
 
 
 def rejected(config: Config, entry: Entry) -> int:

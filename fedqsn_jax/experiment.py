@@ -365,7 +365,7 @@ def _finish(
             summary["texts"] = write_texts(simulation, state, texts, work.texts, done)
     write_json(work.summary, summary)
     display.final_table(summary)
-    for line in cautions.after(config, history):
+    for line in cautions.after(config, history, state.attackers):
         display.warning(line)
     display.message(f"written to {work.path}")
 

@@ -152,7 +152,7 @@ def federate(
             history += entries
             if on_progress is not None:
                 on_progress(finished, entries)
-    for line in cautions.after(config, history):
+    for line in cautions.after(config, history, state.attackers):
         warnings.warn(line, stacklevel=2)
     return Federated(
         jax.jit(simulation.merged)(state.params),

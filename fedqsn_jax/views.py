@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from fedqsn_jax.masking import Sites, hide, spread
@@ -94,6 +95,11 @@ def update_attacker(
     )
     known = {path: seen | columns[path] for path, seen in attacker.known.items()}
     return dataclasses.replace(attacker, copy=copy, known=known)
+
+
+def has_received(attacker: Attacker) -> bool:
+    """Whether any of the colluding clients has taken part so far; on the host."""
+    return any(np.asarray(leaf).any() for leaf in jax.tree.leaves(attacker.copy))
 
 
 def attacker_params(attacker: Attacker, sites: Sites) -> Params:

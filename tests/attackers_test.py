@@ -12,6 +12,8 @@ from rounds_cases import (
     simulated_proxies,
 )
 
+from fedqsn_jax import cautions
+from fedqsn_jax.config import Config
 from fedqsn_jax.views import attacker_params
 
 
@@ -28,6 +30,7 @@ def test_attackers_know_what_they_have_received(model, data, shared):
     }
     copies = {name: jax.tree.map(np.array, zeros) for name in members}
     met = dict.fromkeys(members, 0)
+    assert len(cautions.after(Config(), [{}], state.attackers)) == len(members)
     simulate = functools.partial(simulated_proxies, TRANSFORM, model)
     for _ in range(5):
         cohort, (proxies, server_visible) = cohort_of(state), simulate(state)
@@ -45,6 +48,8 @@ def test_attackers_know_what_they_have_received(model, data, shared):
         for name, attacker in state.attackers.items():
             jax.tree.map(np.testing.assert_array_equal, attacker.known, known[name])
             jax.tree.map(np.testing.assert_array_equal, double(attacker.copy), copies[name])
+            told = any(name in line for line in cautions.after(Config(), [{}], state.attackers))
+            assert told == (met[name] == 0)
         for path, seen in server_visible.items():
             one, four = (np.asarray(a.known[path]) for a in state.attackers.values())
             assert not (one & ~four).any()

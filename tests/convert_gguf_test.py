@@ -164,4 +164,4 @@ def test_its_command_line(converted, tmp_path, capsys, monkeypatch):
     assert json.loads((out / "config.json").read_text())["num_key_value_heads"] == KV_HEADS
     monkeypatch.setattr("sys.argv", ["convert_gguf.py", "--package=nowhere", f"--out={out}"])
     assert convert_gguf.main() == 2
-    assert capsys.readouterr().err == "no GGUF file: --gguf=None --package=nowhere\n"
+    assert "convert_gguf.py: --package=nowhere: no such file" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_final_table_in_a_pipe(history):
     assert "up 500 1,400 35.7%" in lines
     assert re.search(r"global - attacker_1 +0\.2500  what the method buys", text)
     assert re.search(r"global - proxy +0\.1875 ", text)
-    assert "seconds: 10.0 in total, 0.5 a round" in text
+    assert "seconds: 10.0 in the rounds and their evaluations, 0.5 a round" in text
 
 
 def test_final_table_of_a_run_that_hides_nothing_claims_nothing(history):

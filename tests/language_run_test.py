@@ -11,6 +11,7 @@ from flax import traverse_util
 from language_run_cases import BERT, GPT2, VOCABULARY, classify, write, write_model
 
 from fedqsn_jax.command_line import read_config
+from fedqsn_jax.config import ConfigError
 from fedqsn_jax.data import tokenization
 from fedqsn_jax.experiment import load_problem
 from fedqsn_jax.export import main as export
@@ -19,6 +20,7 @@ from fedqsn_jax.models.language import make_language_model
 from fedqsn_jax.models.llama import LlamaConfig
 from fedqsn_jax.models.pretrained import load_pretrained
 from fedqsn_jax.models.pretrained import read_config as read_settings
+from fedqsn_jax.models.registry import make_model
 from fedqsn_jax.models.rotary_positions import RopeScaling
 from fedqsn_jax.models.t5 import T5Config
 from fedqsn_jax.problem import problem_settings
@@ -51,6 +53,15 @@ def test_a_classifier_learns_and_is_exported(bert, tmp_path, capsys):
         assert (run / "model" / name).read_bytes() == (bert / name).read_bytes()
     assert "classifier/out/kernel" in output
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    # As the README reads it.
+    model = make_language_model(read_settings(run / "model", classes=2, pooling="mean"))
+    problem = load_problem(problem_settings(load(run).config))
+    batch = {name: jnp.asarray(problem.splits.test[name]) for name in ("tokens", "mask")}
+    logits = jax.jit(lambda params: model.apply_fn(params, batch, None))(load(run).params)
+    share = np.mean(logits.argmax(-1) == problem.splits.test["label"])
+    assert share == last["global/accuracy"]
+    with pytest.raises(ConfigError, match="make_language_model"):
+        make_model(load(run).config.model, classes=2)
     # One word decides; sixty steps of the server's on eight rows are enough to see it.
     assert last["global/accuracy"] == 1.0
     # The embeddings' 58 x 16 codes of 4 bits replace as many float32 numbers.

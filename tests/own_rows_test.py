@@ -226,13 +226,13 @@ def test_rejected_updates_are_counted_in_the_rounds_that_say():
         {"round": number, "clients/rejected": count}
         for number, count in ((5, 3), (10, 0), (15, 1), (20, 0))
     ]
-    (line,) = cautions.after(Config(), history)
+    (line,) = cautions.after(Config(), history, {})
     assert line.startswith("4 clients' updates were rejected")
     assert "in 2 of the 4 rounds that were evaluated" in line
-    assert cautions.after(with_fields(Config(), {"participation.nan": 0.1}), history) == []
-    assert cautions.after(Config(), [history[0], history[2]]) == []
+    assert cautions.after(with_fields(Config(), {"participation.nan": 0.1}), history, {}) == []
+    assert cautions.after(Config(), [history[0], history[2]], {}) == []
     diverged = [history[0], {"round": 20, "clients/rejected": 0, "global/loss": float("nan")}]
-    assert cautions.after(Config(), diverged) == [cautions.DIVERGED]
+    assert cautions.after(Config(), diverged, {}) == [cautions.DIVERGED]
 
 
 @pytest.mark.usefixtures("only_shapes")

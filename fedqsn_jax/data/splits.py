@@ -102,6 +102,6 @@ def _deal(
 def no_client_ids(name: str) -> str:
     """The message for a natural partition of data that does not say whose its rows are."""
     return (
-        f"data.partition = 'natural': {name} does not say whose its rows are; "
-        f"allowed are dirichlet, shards, iid"
+        f"data.partition = 'natural': {name} does not say whose its rows are, in a column "
+        f"{CLIENT_COLUMN}; allowed are dirichlet, shards, iid"
     )

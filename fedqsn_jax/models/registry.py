@@ -2,7 +2,7 @@
 
 from flax import linen as nn
 
-from fedqsn_jax.config import ModelConfig
+from fedqsn_jax.config import LANGUAGE, ConfigError, ModelConfig
 from fedqsn_jax.models.cnn import CNN
 from fedqsn_jax.models.mlp import MLP
 from fedqsn_jax.models.resnet import ResNet18
@@ -15,7 +15,15 @@ def make_model(config: ModelConfig, classes: int, dropout: float = 0.0) -> nn.Mo
       config: Its name and widths.
       classes: Number of logits.
       dropout: Dropout rate; it changes no parameters.
+
+    Raises:
+      ConfigError: It is a language model, which its own directory describes.
     """
+    if config.name == LANGUAGE:
+        raise ConfigError(
+            f"model.name = {LANGUAGE!r}: models.language's make_language_model makes such a model, "
+            f"of what models.pretrained's read_config reads in the run's model/"
+        )
     if config.name == "mlp":
         return MLP(config.hidden, classes, dropout)
     if config.name == "resnet18":

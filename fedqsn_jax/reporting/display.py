@@ -145,7 +145,7 @@ class Display:
         self.message("")
         total, each = summary["seconds"]["total"], summary["seconds"]["per_round"]
         pace = "" if each is None else f", {each:.3g} a round"
-        self.message(f"seconds: {total:.1f} in total{pace}")
+        self.message(f"seconds: {total:.1f} in the rounds and their evaluations{pace}")
 
     def _print_texts(self, metrics: Mapping[str, float]) -> None:
         """The scores of what the views wrote."""

@@ -29,7 +29,7 @@ VARIANTS = {"plain bfloat16": False, "with the kernels": True}
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--rows", type=int, default=16)
     options, flags = parser.parse_known_args()
     config = read_config("configs/sst2_minilm.py", flags)

@@ -43,7 +43,8 @@ def main() -> int:
     options = parser.parse_args()
     file = options.gguf or _in_package(options.package)
     if file is None or not file.is_file():
-        print(f"no GGUF file: --gguf={options.gguf} --package={options.package}", file=sys.stderr)
+        where = f"--gguf={options.gguf}" if options.gguf else f"--package={options.package}"
+        print(f"convert_gguf.py: {where}: no such file, or no package with one", file=sys.stderr)
         return 2
     convert(file, options.out)
     print(f"{options.out}: from {file.name}")
