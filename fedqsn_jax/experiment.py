@@ -18,6 +18,7 @@ from fedqsn_jax.config import LANGUAGE, Config
 from fedqsn_jax.configured import root_key
 from fedqsn_jax.costs import expected_costs, tensor_rows
 from fedqsn_jax.data.held_out import HeldOut
+from fedqsn_jax.data.splits import fingerprint
 from fedqsn_jax.ending import tell
 from fedqsn_jax.image_problem import load_image_problem
 from fedqsn_jax.memory import answer_out_of_memory
@@ -128,6 +129,9 @@ def _run(
         Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints,
     ):
         restored = _restore(experiment, checkpoints)
+        if restored is not None:
+            rows = fingerprint(experiment.problem.splits)
+            processes.by_leader(lambda: work.check_rows(rows))
         display.message(f"{work.path}: only you may read it; it holds the hidden model")
         if restored is not None and _is_finished(restored, config, work):
             display.message(
@@ -273,6 +277,7 @@ def _train(
 
     def begin() -> None:
         work.write_config(config)
+        work.write_rows(fingerprint(splits))
         work.keep_files(experiment.problem.files)
         metrics.rewrite(history)
         board.rewrite(history)

@@ -21,6 +21,7 @@ except ImportError:  # Not everywhere; there, two runs are not kept apart.
     fcntl = None  # type: ignore[assignment]
 
 _CONFIG_FILE = "config.json"
+_ROWS_FILE = "rows.sha256"
 _MODE = 0o700
 
 _ATTEMPTS = 10
@@ -165,6 +166,31 @@ class WorkDirectory:
                 temporary.replace(self.path / _CONFIG_FILE)
         except OSError as error:
             raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
+
+    def write_rows(self, fingerprint: str) -> None:
+        """Writes what tells the rows of the run from others; see `data.splits.fingerprint`.
+
+        Raises:
+          ConfigError: The file system refuses.
+        """
+        try:
+            with replacing(self.path / _ROWS_FILE) as temporary:
+                temporary.write_text(fingerprint + "\n")
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
+
+    def check_rows(self, fingerprint: str) -> None:
+        """Makes sure that a run goes on with the rows that it has begun with.
+
+        Raises:
+          ConfigError: Its rows were others.
+        """
+        file = self.path / _ROWS_FILE
+        if file.exists() and file.read_text().strip() != fingerprint:
+            raise ConfigError(
+                f"--workdir={self.path}: the rows are not those with which the run was begun; "
+                f"allowed are the same data, or another directory"
+            )
 
     def keep_files(self, files: Sequence[Path]) -> None:
         """Keeps copies of files in `model`, each whole or not at all, one after the other.

@@ -201,6 +201,7 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys, monkeyp
         "checkpoints",
         "config.json",
         "metrics.jsonl",
+        "rows.sha256",
         "summary.json",
         "tensorboard",
     }
@@ -232,6 +233,9 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys, monkeyp
         assert "seed = 9 (there: 0)" in message
         message = refusal(capsys, [*arguments, *mode, "--config.rounds=2"])
         assert "rounds = 2" in message
+    (directory / "rows.sha256").write_text("other rows\n")
+    assert "the rows are not those with which the run was begun" in refusal(capsys, arguments)
+    (directory / "rows.sha256").write_bytes(before[directory / "rows.sha256"])
     with WorkDirectory(directory).claim(trained.config), monkeypatch.context() as patch:
         # Before JAX, data and model are waited for.
         patch.setattr("fedqsn_jax.main._run", None)

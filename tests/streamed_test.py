@@ -196,7 +196,11 @@ def test_ones_own_memory_mapped_arrays(data, model, tmp_path):
     mapped = {**host.examples, "x": np.load(tmp_path / "x.npy", mmap_mode="r")}
     test = {name: np.asarray(array) for name, array in data.examples.items()}
     settings = {name: SETTINGS[name] for name in ("client", "cohort", "rounds_per_call")}
-    settings |= {"rounds": 2, "evaluation": {"proxy_samples": 2}, "site_rules": ("head/*: none",)}
+    settings |= {
+        "rounds": 2,
+        "evaluation": {"proxy_samples": 2, "attackers": (8,)},
+        "site_rules": ("head/*: none",),
+    }
 
     def federate(rows, resident):
         return own_model.federate(

@@ -14,6 +14,7 @@ from fedqsn_jax.config import ConfigError, DataConfig
 from fedqsn_jax.data import array_cache, text
 from fedqsn_jax.data.packing import PackingOptions, pack
 from fedqsn_jax.data.prompts import make_prompts
+from fedqsn_jax.data.splits import fingerprint
 from fedqsn_jax.data.text import TextSettings
 from fedqsn_jax.data.text_formats import FORMATS
 from fedqsn_jax.data.text_sources import Row, open_source
@@ -259,6 +260,19 @@ def test_a_file_is_divided(tmp_path):
     for batch in (splits.test, splits.private, splits.clients.examples):
         good = np.asarray(batch["tokens"])[:, 1] == ids("good")[0]
         assert np.array_equal(good, np.asarray(batch["label"]) == 1)
+
+
+def test_other_rows_have_another_fingerprint(tmp_path):
+    def found(file="rows.tsv", rows=range(20), changed="good"):
+        lines = [f"the film is {[changed, 'bad'][row % 2]}\t{1 - row % 2}" for row in rows]
+        (tmp_path / file).write_text("\n".join(["sentence\tlabel", *lines, ""]))
+        source = f"tsv:{tmp_path / file}"
+        return fingerprint(load(tmp_path, source, test=source, length=6).splits)
+
+    same = found()
+    assert found("elsewhere.tsv") == same
+    assert found(rows=range(18)) != same
+    assert found(changed="food") != same
 
 
 def test_natural_clients(tmp_path):

@@ -1,11 +1,13 @@
 """From named arrays to a run's splits: private rows, clients' rows, test rows."""
 
+import hashlib
+
 import jax.numpy as jnp
 import numpy as np
 
 from fedqsn_jax.config import ConfigError, DataConfig
 from fedqsn_jax.data import partition
-from fedqsn_jax.data.federated import Splits
+from fedqsn_jax.data.federated import FederatedData, Splits
 from fedqsn_jax.data.held_out import hold_out
 from fedqsn_jax.data.streamed import HostData, place
 from fedqsn_jax.types import Batch
@@ -97,6 +99,23 @@ def _deal(
         return partition.shards(labels, config.clients, config.shards_per_client, generator)
     except ValueError as error:
         raise ConfigError(f"{setting}: {error}") from error
+
+
+def fingerprint(splits: Splits) -> str:
+    """Digest of the division into clients, and of the private and the test rows, in hex.
+
+    The clients' own rows may be many and stay unread. As rows are drawn and dealt at random, other
+    rows are found by it if their number is another; one that is changed, where the server has it.
+    """
+    digest = hashlib.sha256()
+    if isinstance(splits.clients, FederatedData | HostData):
+        digest.update(np.asarray(splits.clients.offsets, np.int64).tobytes())
+    for rows in (splits.private, splits.test):
+        for name in sorted(rows):
+            array = np.asarray(rows[name])
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def no_client_ids(name: str) -> str:
