@@ -277,7 +277,8 @@ def _train(
 
     def begin() -> None:
         work.write_config(config)
-        work.write_rows(fingerprint(splits))
+        if finished == 0:
+            work.write_rows(fingerprint(splits))
         work.keep_files(experiment.problem.files)
         metrics.rewrite(history)
         board.rewrite(history)

@@ -159,13 +159,7 @@ class WorkDirectory:
         Raises:
           ConfigError: The file system refuses.
         """
-        temporary = self.path / f".{_CONFIG_FILE}.new"
-        try:
-            with cleaning_up(lambda: temporary.unlink(missing_ok=True)):
-                temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-                temporary.replace(self.path / _CONFIG_FILE)
-        except OSError as error:
-            raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
+        self._write(_CONFIG_FILE, json.dumps(to_dict(config), indent=2))
 
     def write_rows(self, fingerprint: str) -> None:
         """Writes what tells the rows of the run from others; see `data.splits.fingerprint`.
@@ -173,24 +167,32 @@ class WorkDirectory:
         Raises:
           ConfigError: The file system refuses.
         """
-        try:
-            with replacing(self.path / _ROWS_FILE) as temporary:
-                temporary.write_text(fingerprint + "\n")
-        except OSError as error:
-            raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
+        self._write(_ROWS_FILE, fingerprint)
 
     def check_rows(self, fingerprint: str) -> None:
         """Makes sure that a run goes on with the rows that it has begun with.
 
         Raises:
-          ConfigError: Its rows were others.
+          ConfigError: Its rows were others, or the file system refuses.
         """
         file = self.path / _ROWS_FILE
-        if file.exists() and file.read_text().strip() != fingerprint:
+        try:
+            # Runs of earlier versions have none.
+            same = not file.exists() or file.read_bytes().strip() == fingerprint.encode()
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
+        if not same:
             raise ConfigError(
                 f"--workdir={self.path}: the rows are not those with which the run was begun; "
                 f"allowed are the same data, or another directory"
             )
+
+    def _write(self, name: str, content: str) -> None:
+        try:
+            with replacing(self.path / name) as temporary:
+                temporary.write_text(content + "\n")
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
 
     def keep_files(self, files: Sequence[Path]) -> None:
         """Keeps copies of files in `model`, each whole or not at all, one after the other.

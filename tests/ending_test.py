@@ -181,7 +181,7 @@ def interrupted_cache(directory, monkeypatch):
 
 def interrupted_configuration(directory, monkeypatch):
     # In the place of the replacement, after the new file was written.
-    monkeypatch.setattr("pathlib.Path.replace", interrupt)
+    monkeypatch.setattr("os.replace", interrupt)
     WorkDirectory(directory).write_config(Config())
 
 
