@@ -12,9 +12,9 @@ user's own files: ``--config.data.train=tsv:train.tsv --config.data.test=tsv:dev
 
 Numbers of clients, rounds and epochs are all that the authors' code shows; rate and batch are those
 usual for RoBERTa on GLUE. Dropout is 0.1, for server and clients, as in RoBERTa's own
-configuration. A GPU is wanted: with random weights a step of RoBERTa-base on 64 rows of 128 tokens
-takes 11.2 ms on an H200 (JAX 0.11.2, 2026-11-30). Neither the accuracy nor the time of a whole run
-was measured.
+configuration. A GPU is wanted: with that dropout and random weights a step of RoBERTa-base on 64
+rows of 128 tokens takes 11.2 ms on an H200 (JAX 0.11.2, 2026-11-30). Neither the accuracy nor the
+time of a whole run was measured.
 """
 
 from fedqsn_jax.config import as_released, default_config

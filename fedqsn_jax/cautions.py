@@ -1,6 +1,7 @@
 """What a user is warned of: before a run by its settings alone, and at its end by what came of it.
 
-A run, the call for a user's own model and a sweep say the same.
+A run and the call for a user's own model say the same; a sweep does, but for attackers that have
+received nothing.
 """
 
 import math

@@ -137,7 +137,7 @@ def test_a_decoder_writes_texts_for_every_view(gpt2, tmp_path, capsys):
     assert set(summary["clients"]["own"]) == views
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["own/global/perplexity"] > 1
-    # Up go adapters alone, of which one matrix of 2 x 16 is codes of 4 bits.
+    # Up go adapters alone.
     assert last["bytes/up_per_client"] < 0.1 * last["bytes/down_per_client"]
     # They are not written again as long as the round is the same.
     before = (run / "texts.json").stat().st_mtime_ns

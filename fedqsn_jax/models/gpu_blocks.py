@@ -92,6 +92,7 @@ class Arithmetic:
 
 def applies() -> bool:
     """Whether the kernels are used where they fit: on NVIDIA GPUs, from Ampere on."""
+    # Apart from it, as tests set this where there is no GPU: cuDNN's attention would not run there.
     return knows_bfloat16()
 
 

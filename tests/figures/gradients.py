@@ -17,10 +17,9 @@ from flax.traverse_util import flatten_dict
 
 from fedqsn_jax.command_line import read_config
 from fedqsn_jax.experiment import load_problem
-from fedqsn_jax.language_tasks import sequence_classification
 from fedqsn_jax.models import gpu_blocks
 from fedqsn_jax.models.language import make_language_model
-from fedqsn_jax.models.pretrained import load_pretrained
+from fedqsn_jax.models.pretrained import read_config as read_settings
 from fedqsn_jax.models.transformer import Execution
 from fedqsn_jax.problem import problem_settings
 
@@ -35,21 +34,18 @@ def main() -> None:
     config = read_config("configs/sst2_minilm.py", flags)
     problem = load_problem(problem_settings(config))
     batch = {name: rows[: options.rows] for name, rows in problem.splits.test.items()}
-    classifier = load_pretrained(
-        config.model.pretrained, jax.random.key(0), classes=2, pooling=config.model.pooling
-    )
+    architecture = read_settings(config.model.pretrained, classes=2, pooling=config.model.pooling)
     valid = jnp.ones(options.rows, bool)
 
     def gradient(dtype: str, kernels: bool) -> dict[str, np.ndarray]:
         gpu_blocks.applies = lambda: kernels
-        model = make_language_model(classifier.config, Execution(dtype), 0.0)
-        task = sequence_classification()
+        model = make_language_model(architecture, Execution(dtype))
 
         def loss(params):
-            return task.loss(model.apply_fn(params, batch, None), batch, valid)
+            return problem.task.loss(model.apply_fn(params, batch, None), batch, valid)
 
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-            found = jax.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, classifier.params))
+            found = jax.jit(jax.grad(loss))(problem.params)
         return {path: np.asarray(leaf) for path, leaf in flatten_dict(found, sep="/").items()}
 
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {options.rows} rows")
