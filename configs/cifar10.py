@@ -17,7 +17,8 @@ others are the server's own, the rest is dealt to 100 clients by Dirichlet(0.5) 
 are not augmented.
 """
 
-from fedqsn_jax.config import MODELS, default_config
+from fedqsn_jax.config import default_config
+from fedqsn_jax.config.schema import MODELS
 
 
 def get_config(variant: str = "fedqsn"):

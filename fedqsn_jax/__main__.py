@@ -2,7 +2,7 @@
 
 import sys
 
-from fedqsn_jax.ending import REFUSED, tell
+from fedqsn_jax.host.signals import REFUSED, tell
 
 COMMANDS = ("main", "sweep", "benchmark", "export")
 """Each is ``python -m fedqsn_jax.COMMAND``."""

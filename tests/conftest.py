@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from rounds_cases import fast, shared_federation
 
-from fedqsn_jax.data.federated import FederatedData, from_clients
-from fedqsn_jax.masking import Sites, find_sites
+from fedqsn_jax.data.population import FederatedData, from_clients
+from fedqsn_jax.protocol.sites import Sites, find_sites
 
 # Tracing makes many objects that live long: looking for garbage as often as usual takes a
 # twentieth of the tests' time.

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.models.encoder import EncoderConfig
-from fedqsn_jax.models.gpt2 import GPT2Config
-from fedqsn_jax.models.language import make_language_model
-from fedqsn_jax.models.llama import LlamaConfig
-from fedqsn_jax.models.rotary_positions import RopeScaling
-from fedqsn_jax.models.t5 import T5Config
+from fedqsn_jax.models.language.encoder import EncoderConfig
+from fedqsn_jax.models.language.families import make_language_model
+from fedqsn_jax.models.language.gpt2 import GPT2Config
+from fedqsn_jax.models.language.llama import LlamaConfig
+from fedqsn_jax.models.language.rotary_positions import RopeScaling
+from fedqsn_jax.models.language.t5 import T5Config
 
 VOCAB = 20
 # Compiling is most of what these tests take.

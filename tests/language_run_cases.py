@@ -6,10 +6,10 @@ import jax
 import numpy as np
 from text_cases import MARKS, WORDS, write_tokenizer
 
-from fedqsn_jax.models.encoder import EncoderConfig
-from fedqsn_jax.models.gpt2 import GPT2Config
-from fedqsn_jax.models.language import LanguageConfig, make_language_model
-from fedqsn_jax.models.pretrained import save_pretrained
+from fedqsn_jax.models.language.encoder import EncoderConfig
+from fedqsn_jax.models.language.families import LanguageConfig, make_language_model
+from fedqsn_jax.models.language.gpt2 import GPT2Config
+from fedqsn_jax.models.language.pretrained import save_pretrained
 
 VOCABULARY = len(MARKS) + len(WORDS)
 BERT = EncoderConfig("bert", VOCABULARY, 16, 2, 2, 16, positions=16, classes=0)

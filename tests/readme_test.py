@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+from locations import ROOT
 
-from fedqsn_jax.main import main
+from fedqsn_jax.cli.main import main
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -60,7 +61,7 @@ def test_the_two_commands():
 
 
 def test_every_field_is_in_the_readme():
-    from fedqsn_jax.config import Config, flatten
+    from fedqsn_jax.config.schema import Config, flatten
 
     missing = [name for name in flatten(Config()) if f"`{name}`" not in README]
     assert not missing

@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedqsn_jax.aggregation import make_aggregator
-from fedqsn_jax.algorithms import fedqsn
-from fedqsn_jax.client import make_client_update
-from fedqsn_jax.client_optimizer import unscheduled
-from fedqsn_jax.cohort import ClientAxis, sample_cohort
-from fedqsn_jax.metrics import make_evaluator
-from fedqsn_jax.participation import EVERYONE
-from fedqsn_jax.proxy import dequantize_proxy, whole_proxy
-from fedqsn_jax.quantization import NormalFloat
-from fedqsn_jax.randomness import client_round_key, fold_in_name
-from fedqsn_jax.rounds import make_federation
-from fedqsn_jax.tasks import classification
+from fedqsn_jax.core.keys import client_round_key, fold_in_name
+from fedqsn_jax.core.tasks import classification
+from fedqsn_jax.protocol.algorithms import fedqsn
+from fedqsn_jax.protocol.proxy import dequantize_proxy, whole_proxy
+from fedqsn_jax.protocol.quantization import NormalFloat
+from fedqsn_jax.rounds.aggregation import make_aggregator
+from fedqsn_jax.rounds.client import make_client_update
+from fedqsn_jax.rounds.client_axis import ClientAxis, sample_cohort
+from fedqsn_jax.rounds.client_optimizer import unscheduled
+from fedqsn_jax.rounds.evaluation import make_evaluator
+from fedqsn_jax.rounds.federation import make_federation
+from fedqsn_jax.rounds.participation import EVERYONE
 
 FAST = {"xla_backend_optimization_level": 0}
 """Most of these tests' time is compilation."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from fedqsn_jax.data.tokenization import load_tokenizer
+from fedqsn_jax.data.text.tokenization import load_tokenizer
 
 MARKS = ("<pad>", "<start>", "<end>", "<unknown>")
 _SENTENCE = """good bad film a the of is not eats food name Type area price pub cheap centre

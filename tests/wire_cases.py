@@ -8,21 +8,20 @@ raise ``wire.VERSION`` and write them anew, from the root of the repository::
 
 import hashlib
 import math
-import pathlib
 import struct
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from locations import GOLDENS
 
-from fedqsn_jax import wire
-from fedqsn_jax.layout import Layout
-from fedqsn_jax.masking import find_sites
-from fedqsn_jax.proxy import Proxy
-from fedqsn_jax.quantization import NormalFloat, Quantized, Uniform
+from fedqsn_jax.protocol import wire
+from fedqsn_jax.protocol.layout import Layout
+from fedqsn_jax.protocol.proxy import Proxy
+from fedqsn_jax.protocol.quantization import NormalFloat, Quantized, Uniform
+from fedqsn_jax.protocol.sites import find_sites
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
 # For what a test compiles but does not check: compiling takes most of the time of such a test.
 COMPILE_FAST = {"xla_backend_optimization_level": 0}
 

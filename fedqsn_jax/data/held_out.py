@@ -1,29 +1,14 @@
 """Rows of clients that are kept for testing: some of each client, and all of some clients."""
 
 import numpy as np
-from flax import struct
 
-from fedqsn_jax.config import ConfigError, DataConfig
-from fedqsn_jax.data.federated import FederatedData, from_host
+from fedqsn_jax.config.schema import ConfigError, DataConfig
+from fedqsn_jax.data.population import FederatedData, from_host
 from fedqsn_jax.data.streamed import HostData
-from fedqsn_jax.types import Batch
 
 OWN, NEW = "own", "new"
 """Groups of held-out rows: of clients that train on others of their rows, and of clients that never
 take part."""
-
-
-@struct.dataclass
-class HeldOut:
-    """What a run is evaluated on.
-
-    Attributes:
-      test: Rows of no client, named arrays ``[rows, ...]``.
-      clients: Rows of clients, by group: `OWN`, `NEW`; groups may be absent.
-    """
-
-    test: Batch
-    clients: dict[str, FederatedData]
 
 
 def hold_out(

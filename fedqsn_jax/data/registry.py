@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from fedqsn_jax.config import DataConfig
-from fedqsn_jax.data import digits, tfds_images
-from fedqsn_jax.data.federated import Splits
+from fedqsn_jax.config.schema import DataConfig
+from fedqsn_jax.data.images import digits, tfds_images
+from fedqsn_jax.data.population import Splits
 
 _STREAM = 0x64617461  # Keeps this generator apart from others with the same seed.
 

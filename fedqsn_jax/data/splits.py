@@ -5,12 +5,12 @@ import hashlib
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.config import ConfigError, DataConfig
+from fedqsn_jax.config.schema import ConfigError, DataConfig
+from fedqsn_jax.core.types import Batch
 from fedqsn_jax.data import partition
-from fedqsn_jax.data.federated import FederatedData, Splits
 from fedqsn_jax.data.held_out import hold_out
+from fedqsn_jax.data.population import FederatedData, Splits
 from fedqsn_jax.data.streamed import HostData, place
-from fedqsn_jax.types import Batch
 
 Rows = dict[str, np.ndarray]
 """Named arrays ``[rows, ...]`` on the host."""

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from fedqsn_jax.config import ConfigError
-from fedqsn_jax.data.federated import FederatedData
-from fedqsn_jax.memory import device_bytes
-from fedqsn_jax.types import Array, Batch
+from fedqsn_jax.config.schema import ConfigError
+from fedqsn_jax.core.types import Array, Batch
+from fedqsn_jax.data.population import FederatedData
+from fedqsn_jax.host.devices import device_bytes
 
 _RESIDENT_SHARE = 0.5
 """Of a device's memory: what rows may take of it by themselves; the rest is the training's."""

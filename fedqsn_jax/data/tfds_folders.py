@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedqsn_jax.config import ConfigError
+from fedqsn_jax.config.schema import ConfigError
+from fedqsn_jax.core.errors import UserError
 
 FORMAT = "array_record"
 """The format of TFDS's files that can be read without TensorFlow."""
@@ -86,7 +87,7 @@ class PreparedSet:
         """
         try:
             yield
-        except ConfigError:
+        except UserError:
             raise
         except (OSError, RuntimeError, ValueError, LookupError) as error:
             reason = " ".join(str(error).split())

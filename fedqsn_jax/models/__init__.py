@@ -1,1 +1,4 @@
-"""Models, and the adapters that make pure functions of them."""
+"""Networks, and the adapters that turn Flax modules into pure functions.
+
+They know nothing of masks, clients or rounds.
+"""

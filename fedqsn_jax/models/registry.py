@@ -2,10 +2,10 @@
 
 from flax import linen as nn
 
-from fedqsn_jax.config import LANGUAGE, ConfigError, ModelConfig
-from fedqsn_jax.models.cnn import CNN
-from fedqsn_jax.models.mlp import MLP
-from fedqsn_jax.models.resnet import ResNet18
+from fedqsn_jax.config.schema import LANGUAGE, ConfigError, ModelConfig
+from fedqsn_jax.models.image.cnn import CNN
+from fedqsn_jax.models.image.mlp import MLP
+from fedqsn_jax.models.image.resnet import ResNet18
 
 
 def make_model(config: ModelConfig, classes: int, dropout: float = 0.0) -> nn.Module:

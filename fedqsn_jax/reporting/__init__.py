@@ -1,1 +1,4 @@
-"""What a run tells its user: the terminal, files of metrics, TensorBoard, pictures."""
+"""What users see of a run: tables, progress, pictures, summaries, metrics on disk.
+
+It is given numbers and knows nothing of how they came about.
+"""

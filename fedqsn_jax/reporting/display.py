@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fedqsn_jax.reporting.console import standard_console
+from fedqsn_jax.host.console import standard_console
 from fedqsn_jax.reporting.progress import Progress, make_progress
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 

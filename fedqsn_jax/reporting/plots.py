@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from fedqsn_jax.reporting.files import replacing
+from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.reporting.summary import Metrics, views_of
 
 _DPI = 150

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedqsn_jax.reporting.files import replacing
+from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.reporting.summary import Metrics
 
 if TYPE_CHECKING:

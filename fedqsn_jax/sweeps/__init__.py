@@ -1,1 +1,1 @@
-"""Sweeps: many settings of a configuration, in as few compiled programs as possible."""
+"""Many settings in one command: the grid, shared programs, results and their pictures."""

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from fedqsn_jax import cautions
-from fedqsn_jax.config import Config
+from fedqsn_jax.config.schema import Config
+from fedqsn_jax.simulation import cautions
 
 Where = Mapping[str, Any]
 """What tells a point from others: its settings and its seed."""

@@ -9,8 +9,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedqsn_jax.command_line import find_file, literal, load_function, one_line
-from fedqsn_jax.config import (
+from fedqsn_jax.config.command_line import find_file, literal, load_function, one_line
+from fedqsn_jax.config.schema import (
     Config,
     ConfigError,
     flatten,
@@ -19,9 +19,10 @@ from fedqsn_jax.config import (
     unknown_field,
     with_fields,
 )
-from fedqsn_jax.simulation import TRACEABLE
+from fedqsn_jax.core.errors import UserError
+from fedqsn_jax.simulation.compose import TRACEABLE
+from fedqsn_jax.simulation.unused import as_used, unused_fields, without_effect
 from fedqsn_jax.sweeps.cautions import before
-from fedqsn_jax.unused import as_used, unused_fields, without_effect
 
 Grid = dict[str, list[Any]]
 """Dotted fields, and the values that each takes."""
@@ -191,7 +192,7 @@ def _resolve_point(values: dict[str, Any], changes: dict[str, Any]) -> Config:
         config = resolve(nested)
         if config.rounds < 1:
             raise ConfigError(f"rounds = {config.rounds}: in a sweep allowed is 1 or more")
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(f"{error} (at the sweep's point {described(changes)})") from error
     return config
 

@@ -19,21 +19,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.config import Config, with_fields
-from fedqsn_jax.configured import calls_of
-from fedqsn_jax.data.federated import ClientData, FederatedData
-from fedqsn_jax.data.held_out import HeldOut
+from fedqsn_jax.config.schema import Config, with_fields
+from fedqsn_jax.core.trees import tree_bytes
+from fedqsn_jax.core.types import Array, Key, Params
+from fedqsn_jax.data.population import ClientData, FederatedData, HeldOut
 from fedqsn_jax.data.streamed import HostData
-from fedqsn_jax.experiment import Experiment
-from fedqsn_jax.memory import device_bytes, tree_bytes
-from fedqsn_jax.parallelism import STEP_BYTES
-from fedqsn_jax.problem import Problem
-from fedqsn_jax.rounds import CallResult, ServerState
-from fedqsn_jax.running import Entry, entry_of, place, run_rounds
-from fedqsn_jax.simulation import Simulation
+from fedqsn_jax.host.devices import device_bytes
+from fedqsn_jax.problems.problem import Problem
+from fedqsn_jax.rounds.federation import CallResult, ServerState
+from fedqsn_jax.runs.experiment import Experiment
+from fedqsn_jax.simulation.compose import Simulation
+from fedqsn_jax.simulation.configured import calls_of
+from fedqsn_jax.simulation.parallelism import STEP_BYTES
+from fedqsn_jax.simulation.running import Entry, entry_of, place, run_rounds
 from fedqsn_jax.sweeps.grid import arguments_of
 from fedqsn_jax.sweeps.sources import Start
-from fedqsn_jax.types import Array, Key, Params
 
 _COPIES = 2
 """What a point takes side by side with others, in terms of the estimate for a run of its own: the

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedqsn_jax.config import ConfigError, flatten
-from fedqsn_jax.ending import cleaning_up
+from fedqsn_jax.config.schema import ConfigError, flatten
+from fedqsn_jax.host.atomic_files import replacing
+from fedqsn_jax.host.signals import cleaning_up
 from fedqsn_jax.reporting.estimates import Setting, estimate
-from fedqsn_jax.reporting.files import replacing
 from fedqsn_jax.reporting.writers import to_plain, write_json
+from fedqsn_jax.runs.working_directory import check_free, check_writable, claim_directory
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point
-from fedqsn_jax.workdir import check_free, check_writable, claim_directory
 
 Record = dict[str, Any]
 """A finished point: ``settings``, ``seed`` and ``metrics``."""

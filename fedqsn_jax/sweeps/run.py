@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 
-from fedqsn_jax.config import Config, ConfigError
-from fedqsn_jax.ending import cleaning_up
-from fedqsn_jax.experiment import Experiment
-from fedqsn_jax.memory import answer_out_of_memory
+from fedqsn_jax.config.schema import Config, ConfigError
+from fedqsn_jax.core.errors import UserError
+from fedqsn_jax.host.signals import cleaning_up
 from fedqsn_jax.reporting.estimates import Setting
 from fedqsn_jax.reporting.sweep_display import SweepDisplay
-from fedqsn_jax.running import Entry
+from fedqsn_jax.runs.experiment import Experiment
+from fedqsn_jax.simulation.memory import answer_out_of_memory
+from fedqsn_jax.simulation.running import Entry
 from fedqsn_jax.sweeps.cautions import after
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point, described, label_of, program_of
 from fedqsn_jax.sweeps.program import Program, may_be_side_by_side, settings_at_once
@@ -213,6 +214,6 @@ def _missing(plan: Plan, records: Sequence[Record]) -> list[Point]:
 def _prepare(point: Point, sources: Sources) -> Experiment:
     try:
         return sources.prepare(point.config)
-    except ConfigError as error:
+    except UserError as error:
         where = described(label_of(point))
         raise ConfigError(f"{error} (at the sweep's point {where})") from error

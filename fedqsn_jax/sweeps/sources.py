@@ -11,16 +11,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from fedqsn_jax.config import Config, EvaluationConfig, PretrainingConfig
-from fedqsn_jax.configured import federation_key
-from fedqsn_jax.data.federated import ClientData
-from fedqsn_jax.data.held_out import HeldOut
-from fedqsn_jax.experiment import Experiment, load_problem, prepare
-from fedqsn_jax.memory import tree_bytes
-from fedqsn_jax.metrics import make_evaluator
-from fedqsn_jax.pretraining import make_pretraining
-from fedqsn_jax.problem import Problem, ProblemSettings, problem_settings
-from fedqsn_jax.types import Key, Params
+from fedqsn_jax.config.schema import Config, EvaluationConfig, PretrainingConfig
+from fedqsn_jax.core.keys import federation_key
+from fedqsn_jax.core.trees import tree_bytes
+from fedqsn_jax.core.types import Key, Params
+from fedqsn_jax.data.population import ClientData, HeldOut
+from fedqsn_jax.problems.problem import Problem, ProblemSettings, problem_settings
+from fedqsn_jax.problems.training import make_pretraining
+from fedqsn_jax.rounds.evaluation import make_evaluator
+from fedqsn_jax.runs.experiment import Experiment, load_problem, prepare
 
 KEPT_BYTES = 2**31
 """Of data and parameters that are kept for later points; beyond, the oldest are dropped."""
@@ -87,7 +86,7 @@ class Sources:
         training = _Training(problem_settings(config), config.pretraining, config.evaluation)
         params, score = self._once(training, lambda: self._train(training, problem))
         clients = problem.splits.clients
-        return Start(federation_key(config), params, clients, experiment.held_out, score)
+        return Start(federation_key(config.seed), params, clients, experiment.held_out, score)
 
     def _train(self, training: _Training, problem: Problem) -> tuple[Params, float]:
         train, evaluate = self._functions(training, problem)

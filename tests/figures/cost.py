@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import jax
 
-from fedqsn_jax.command_line import read_config
-from fedqsn_jax.experiment import prepare
-from fedqsn_jax.measuring import timed_calls
+from fedqsn_jax.benchmarks.measuring import timed_calls
+from fedqsn_jax.config.command_line import read_config
+from fedqsn_jax.runs.experiment import prepare
 
 
 def calls(algorithm: str) -> Iterator[float]:

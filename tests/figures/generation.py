@@ -13,8 +13,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from fedqsn_jax.generation import GenerationSettings, make_generator
-from fedqsn_jax.models import language, llama, transformer
+from fedqsn_jax.generation.beam_search import GenerationSettings, make_generator
+from fedqsn_jax.models.language import families, llama, transformer
 
 SHAPES = {
     "smollm2-135m": llama.LlamaConfig(
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=3)
     options = parser.parse_args()
     config = SHAPES[options.model]
-    model = language.make_language_model(config, transformer.Execution(dtype=options.dtype))
+    model = families.make_language_model(config, transformer.Execution(dtype=options.dtype))
     settings = GenerationSettings(options.new_tokens, options.beams)
     generate = jax.jit(make_generator(model.decoder, settings, config.eos_token_ids, 0))
     params = jax.jit(model.init)(jax.random.key(0))

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from fedqsn_jax.command_line import read_config
-from fedqsn_jax.experiment import load_problem
-from fedqsn_jax.models import gpu_blocks
-from fedqsn_jax.models.language import make_language_model
-from fedqsn_jax.models.pretrained import read_config as read_settings
-from fedqsn_jax.models.transformer import Execution
-from fedqsn_jax.problem import problem_settings
+from fedqsn_jax.config.command_line import read_config
+from fedqsn_jax.models.kernels import gpu_blocks
+from fedqsn_jax.models.language.families import make_language_model
+from fedqsn_jax.models.language.pretrained import read_config as read_settings
+from fedqsn_jax.models.language.transformer import Execution
+from fedqsn_jax.problems.problem import problem_settings
+from fedqsn_jax.runs.experiment import load_problem
 
 VARIANTS = {"plain bfloat16": False, "with the kernels": True}
 

@@ -17,22 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.algorithms import make_algorithm
-from fedqsn_jax.client import make_client_update
-from fedqsn_jax.client_optimizer import warmed_adamw
-from fedqsn_jax.config import resolve
-from fedqsn_jax.data.federated import FederatedData
-from fedqsn_jax.language_tasks import conditional_generation, sequence_classification
-from fedqsn_jax.masking import find_sites
-from fedqsn_jax.models.encoder import EncoderConfig
-from fedqsn_jax.models.gpt2 import GPT2Config
-from fedqsn_jax.models.language import make_language_model
-from fedqsn_jax.models.llama import LlamaConfig
-from fedqsn_jax.models.transformer import Execution
-from fedqsn_jax.proxy import dequantize_proxy, whole_proxy
-from fedqsn_jax.quantization import NormalFloat
-from fedqsn_jax.running import initial_state, run_rounds
-from fedqsn_jax.simulation import make_simulation
+from fedqsn_jax.config.schema import resolve
+from fedqsn_jax.data.population import FederatedData
+from fedqsn_jax.generation.language_tasks import conditional_generation, sequence_classification
+from fedqsn_jax.models.language.encoder import EncoderConfig
+from fedqsn_jax.models.language.families import make_language_model
+from fedqsn_jax.models.language.gpt2 import GPT2Config
+from fedqsn_jax.models.language.llama import LlamaConfig
+from fedqsn_jax.models.language.transformer import Execution
+from fedqsn_jax.protocol.algorithms import make_algorithm
+from fedqsn_jax.protocol.proxy import dequantize_proxy, whole_proxy
+from fedqsn_jax.protocol.quantization import NormalFloat
+from fedqsn_jax.protocol.sites import find_sites
+from fedqsn_jax.rounds.client import make_client_update
+from fedqsn_jax.rounds.client_optimizer import warmed_adamw
+from fedqsn_jax.simulation.compose import make_simulation
+from fedqsn_jax.simulation.running import initial_state, run_rounds
 
 ROBERTA = EncoderConfig(
     "roberta", 50265, 768, 12, 12, 3072, positions=514, token_types=1, pad_token_id=1

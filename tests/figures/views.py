@@ -18,11 +18,11 @@ import statistics
 import jax
 from scipy import stats
 
-from fedqsn_jax.command_line import read_config
-from fedqsn_jax.config import Config
-from fedqsn_jax.experiment import prepare
-from fedqsn_jax.pretraining import pretrain
-from fedqsn_jax.running import first_entry, initial_state, run_rounds
+from fedqsn_jax.config.command_line import read_config
+from fedqsn_jax.config.schema import Config
+from fedqsn_jax.problems.training import pretrain
+from fedqsn_jax.runs.experiment import prepare
+from fedqsn_jax.simulation.running import first_entry, initial_state, run_rounds
 
 _P2 = ["--config.p1=0.2", "--config.p2=0.2"]
 _P3 = ["--config.p1=0.3", "--config.p2=0.3"]

@@ -1,0 +1,1 @@
+"""`federate`: the one call for a model and rows of a user's own."""

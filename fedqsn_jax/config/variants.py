@@ -1,0 +1,67 @@
+"""What stands after a configuration file's name where it takes a task, a model and an algorithm."""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from fedqsn_jax.config.schema import ALGORITHMS, ConfigError
+
+_RELEASED = "released"
+_CHOICES = (*ALGORITHMS, _RELEASED)
+
+
+class Variant(NamedTuple):
+    """A variant of a configuration.
+
+    Attributes:
+      task: One of the tasks.
+      model: A directory, or a name on the Hugging Face hub.
+      algorithm: One of `config.ALGORITHMS`.
+      released: Whether FedQSN is to have the choices of the authors' code, `config.as_released`.
+    """
+
+    task: str
+    model: str
+    algorithm: str = "fedqsn"
+    released: bool = False
+
+
+def read_variant(
+    text: str, default: Variant, tasks: Collection[str], models: Mapping[str, str]
+) -> Variant:
+    """Reads words with commas between them, in any order: a task, a model, an algorithm.
+
+    Example:
+      >>> default = Variant("sst2", "someone/small")
+      >>> read_variant("fedavg,rte", default, ("rte", "sst2"), {"large": "someone/large"})
+      Variant(task='rte', model='someone/small', algorithm='fedavg', released=False)
+
+    Args:
+      text: The words. One that is no task, no algorithm (or ``released``) and no short name of a
+        model is a model itself.
+      default: What holds for a kind that no word is of.
+      tasks: Names of tasks.
+      models: What short names of models stand for.
+
+    Raises:
+      ConfigError: A word is empty, or two are of the same kind: one of them is misspelled, or
+        would go unnoticed.
+    """
+    found: dict[str, list[str]] = {"task": [], "algorithm": [], "model": []}
+    for word in text.split(","):
+        kind = "task" if word in tasks else "algorithm" if word in _CHOICES else "model"
+        found[kind].append(word)
+    for kind, words in found.items():
+        if len(words) > 1 or "" in words:
+            raise ConfigError(
+                f"{', '.join(map(repr, words))}: taken for the {kind}; allowed are one task "
+                f"({', '.join(tasks)}), one algorithm ({', '.join(_CHOICES)}) and one model "
+                f"({', '.join(models)}, another name on the hub, or a directory)"
+            )
+    task, algorithm, model = (next(iter(words), None) for words in found.values())
+    released = algorithm == _RELEASED
+    return Variant(
+        task or default.task,
+        models.get(model, model) if model else default.model,
+        "fedqsn" if released else algorithm or default.algorithm,
+        released,
+    )

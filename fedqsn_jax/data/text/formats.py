@@ -1,0 +1,259 @@
+"""What the columns of a row mean: the paper's tasks, and formats of a user's own.
+
+Lengths and prompts are those of the code that the authors of FedQSN (arXiv 2508.18911) released.
+A column may have several names, since the same data set names its columns differently in TFDS, in
+its original files and on the Hugging Face hub.
+"""
+
+import dataclasses
+import re
+import string
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fedqsn_jax.config.schema import ConfigError
+from fedqsn_jax.data.text.sources import Row
+
+Names = tuple[str, ...]
+"""The names that one column may have."""
+
+_OUTPUT = "\nOutput: "
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFormat:
+    """How rows become the input and the target of a model.
+
+    Attributes:
+      inputs: For each input its column's names. Classification has one or two inputs (a pair).
+      target: The names of the column that has the label or the completion.
+      length: Tokens a row, padded and cut.
+      labels: Names of the labels in the order of their numbers; empty for generation.
+      prompt: From the values of the inputs to the prompt; None for classification.
+      test_split: The TFDS split with targets that nothing is trained on.
+      f1: Whether the F1 score of label 1 is reported beside the accuracy.
+    """
+
+    inputs: tuple[Names, ...]
+    target: Names
+    length: int
+    labels: tuple[str, ...] = ()
+    prompt: Callable[..., str] | None = None
+    test_split: str = "validation"
+    f1: bool = False
+
+    @property
+    def generates(self) -> bool:
+        """Whether the target is text."""
+        return self.prompt is not None
+
+
+def classification_example(row: Row, kind: TextFormat) -> tuple[tuple[str, ...], int]:
+    """Returns a row's one or two texts and its label's number.
+
+    Raises:
+      ConfigError: A column is missing, or the label is not one of the format's.
+    """
+    texts = tuple(_text(*_field(row, names), row.where) for names in kind.inputs)
+    value, column = _field(row, kind.target)
+    return texts, _label(value, kind.labels, f"{row.where}: {column}")
+
+
+def generation_example(row: Row, kind: TextFormat) -> tuple[str, str]:
+    """Returns a row's prompt and completion.
+
+    Raises:
+      ConfigError: A column is missing or cannot be understood.
+    """
+    if kind.prompt is None:
+        raise ValueError("generation_example: the format is one of classification")
+    fields = [_field(row, names) for names in kind.inputs]
+    try:
+        prompt = kind.prompt(*(value for value, _ in fields))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{place_of(row, kind.inputs)}: {error}") from error
+    return prompt, _text(*_field(row, kind.target), row.where)
+
+
+def place_of(row: Row, columns: Iterable[Names]) -> str:
+    """Returns where columns of a row stand, for messages: ``train.tsv:12: sentence``."""
+    present = (next((n for n in names if n in row.values), names[0]) for names in columns)
+    return f"{row.where}: {', '.join(present)}"
+
+
+def own_format(
+    columns: tuple[str, ...],
+    target: str,
+    length: int,
+    labels: tuple[str, ...] = (),
+    template: str = "",
+) -> TextFormat:
+    """Makes the format of a user's own data.
+
+    Args:
+      columns: The input columns: one text or a pair for classification, any number for generation.
+      target: The column of the label or the completion.
+      length: Tokens a row.
+      labels: Names of the labels; they make it classification.
+      template: The prompt for generation, with columns in braces: ``"{question}\\nAnswer: "``.
+        Empty: the columns with `` | `` between them, and then a line ``Output: ``.
+
+    Raises:
+      ConfigError: Something is missing, or the template names a column that is not there.
+    """
+    if not columns or not target or length < 1:
+        raise ConfigError(
+            "data.columns, data.target, data.length: your own format needs at least one input "
+            "column, the column of the label or completion, and a number of tokens"
+        )
+    inputs = tuple((column,) for column in columns)
+    if labels:
+        if len(columns) > 2:
+            raise ConfigError(f"data.columns = {columns!r}: allowed are one or two with labels")
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            raise ConfigError(f"data.labels = {labels!r}: allowed are two or more different names")
+        return TextFormat(inputs, (target,), length, labels)
+    template = template or " | ".join("{" + column + "}" for column in columns) + _OUTPUT
+    try:
+        named = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ConfigError(f"data.template = {template!r}: {error}") from error
+    if not named <= set(columns):
+        raise ConfigError(
+            f"data.template = {template!r}: {', '.join(sorted(named - set(columns)))} is not in "
+            f"data.columns = {columns!r}"
+        )
+
+    def prompt(*values: Any) -> str:
+        return template.format(**dict(zip(columns, map(_as_text, values), strict=True)))
+
+    return TextFormat(inputs, (target,), length, prompt=prompt, test_split="test")
+
+
+def _field(row: Row, names: Names) -> tuple[Any, str]:
+    """The value of the first of the columns that the row has, and its name."""
+    for name in names:
+        if row.values.get(name) is not None:
+            return row.values[name], name
+    absent = "no value in" if any(name in row.values for name in names) else "no column"
+    raise ConfigError(
+        f"{row.where}: {absent} {' or '.join(map(repr, names))}; the row has "
+        f"{', '.join(map(repr, row.values)) or 'nothing'}"
+    )
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    try:
+        return _as_text(value)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {column}: {error}") from error
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return str(value)
+    raise TypeError(f"needed is text, not a {type(value).__name__}")
+
+
+def _label(value: Any, labels: tuple[str, ...], place: str) -> int:
+    text = str(value).strip()
+    if text in labels:
+        return labels.index(text)
+    # Where names are numbers themselves, a number that is no name must not be taken for a position.
+    numbered = not any(name.isdecimal() for name in labels)
+    if numbered and text.isdecimal() and int(text) < len(labels):
+        return int(text)
+    numbers = f"0 to {len(labels) - 1}, or " if numbered else ""
+    raise ConfigError(f"{place} = {value!r}: allowed are {numbers}{', '.join(labels)}")
+
+
+def _e2e_prompt(meaning: Any) -> str:
+    """``key: value | key: value`` of a restaurant's attributes, in any of their three notations."""
+    if isinstance(meaning, dict):
+        pairs = [(key, value) for key, value, _ in _table(meaning)]
+    elif "[" in meaning:
+        pairs = re.findall(r"([^,\[\]]+)\[([^\]]*)\]", meaning)
+    else:
+        pairs = [tuple(each.split(":", 1)) for each in meaning.split("|")]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{meaning!r} is not 'key : value | ...' or 'key[value], ...'")
+    shown = {"eatType": "Type", "priceRange": "price"}
+    named = [(key.strip(), value.strip()) for key, value in pairs]
+    return " | ".join(f"{shown.get(key, key)}: {value}" for key, value in named) + _OUTPUT
+
+
+def _dart_prompt(triples: Any) -> str:
+    """``(subject | relation | object), ...``"""
+    if isinstance(triples, dict):
+        rows: dict[Any, list[str]] = {}
+        for _, content, number in _table(triples):
+            rows.setdefault(number, []).append(content)
+        triples = list(rows.values())
+    return ", ".join(f"({' | '.join(map(str, triple))})" for triple in triples) + _OUTPUT
+
+
+def _table(value: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    """Header, content and row number of each cell of one of TFDS's tables."""
+    table = value["table"]
+    return list(zip(table["column_header"], table["content"], table["row_number"], strict=True))
+
+
+def _plain_prompt(*values: Any) -> str:
+    return " | ".join(map(_as_text, values)) + _OUTPUT
+
+
+def _pair(length: int, labels: tuple[str, ...], *inputs: Names, **more: Any) -> TextFormat:
+    return TextFormat(inputs, ("label",), length, labels, **more)
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+
+FORMATS: dict[str, TextFormat] = {
+    "sst2": _pair(50, ("negative", "positive"), ("sentence",)),
+    "rte": _pair(160, _ENTAILMENT, ("sentence1",), ("sentence2",)),
+    "qnli": _pair(90, _ENTAILMENT, ("question",), ("sentence",)),
+    "mnli": _pair(
+        128,
+        ("entailment", "neutral", "contradiction"),
+        ("premise", "sentence1"),
+        ("hypothesis", "sentence2"),
+        test_split="validation_matched",
+    ),
+    "mrpc": TextFormat(
+        (("sentence1", "#1 String"), ("sentence2", "#2 String")),
+        ("label", "Quality"),
+        80,
+        ("not_equivalent", "equivalent"),
+        f1=True,
+    ),
+    "qqp": TextFormat(
+        (("question1",), ("question2",)),
+        ("label", "is_duplicate"),
+        60,
+        ("not_duplicate", "duplicate"),
+        f1=True,
+    ),
+    "e2e": TextFormat(
+        (("meaning_representation", "input_text", "mr"),),
+        ("human_reference", "target_text", "ref"),
+        128,
+        prompt=_e2e_prompt,
+        test_split="test",
+    ),
+    "dart": TextFormat(
+        (("tripleset", "input_text"),),
+        ("target", "target_text"),
+        128,
+        prompt=_dart_prompt,
+        test_split="test",
+    ),
+    "viggo": TextFormat(
+        (("meaning_representation",),), ("target",), 128, prompt=_plain_prompt, test_split="test"
+    ),
+    "dialogsum": TextFormat(
+        (("topic",), ("dialogue",)), ("summary",), 400, prompt=_plain_prompt, test_split="test"
+    ),
+}
+"""The paper's tasks by name, and MNLI, which it has not, with the length usual for it."""

@@ -1,0 +1,1 @@
+"""Texts that a model writes: beam search, tasks and scores of language models."""

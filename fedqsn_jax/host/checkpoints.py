@@ -1,0 +1,413 @@
+"""Checkpoints of a run: its state and its metrics history, one directory a round.
+
+The only file that knows Orbax. A checkpoint is written under a temporary name and renamed when it
+is whole, so an interrupted save leaves nothing that counts as one, and state and history are always
+of the same round. It holds four items:
+
+- ``state``: the tensors as plain arrays, by name; typed keys as their key data.
+- ``tensors``: what those are, ``{"types": {"params/kernel": "float32[64,10]"}, "keys": {...}}``, so
+  that a state that does not fit is refused in one line before anything large is read; and a digest
+  of all that, so that no changed bit goes unnoticed.
+- ``history``: a JSON list.
+- ``metrics``: the score, by which Orbax keeps the best.
+
+Orbax gets host arrays only: a checkpoint does not depend on the devices that wrote it. Where
+several processes run, all of them save together, in a directory that all of them see: process 0
+writes, and Orbax lets none go on before the others are ready. Each reads by itself.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging as absl_logging
+from orbax.checkpoint import v1 as ocp
+
+from fedqsn_jax.host.failed_reads import failures_told_once
+
+State = TypeVar("State")
+"""A pytree of arrays: jax arrays of plain dtypes and typed pseudo-random keys."""
+
+History = list[dict[str, Any]]
+"""JSON objects, one for each evaluated round."""
+
+_STATE = "state"
+_TENSORS = "tensors"
+_HISTORY = "history"
+_SCORE = "score"
+_DIGEST = "digest"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, read or used; the message is one line."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest, and the best by their score.
+
+    It is a context manager. Leaving it waits for the save in flight. Nothing is created before the
+    first save, which also removes what an interrupted save left behind; so a second process may
+    look at the checkpoints of a run that goes on.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> state = {"weights": jnp.arange(3.0)}
+      >>> with Checkpoints(tempfile.mkdtemp(), keep_latest=2, keep_best=1) as checkpoints:
+      ...     checkpoints.save(5, state, [{"round": 5}], score=0.5)
+      ...     checkpoints.latest_round()
+      ...     checkpoints.restore(like=state)
+      5
+      ({'weights': Array([0., 1., 2.], dtype=float32)}, [{'round': 5}])
+    """
+
+    def __init__(self, directory: Path | str, keep_latest: int, keep_best: int):
+        """Names the directory, and touches nothing.
+
+        Args:
+          directory: Where the checkpoints lie, or will.
+          keep_latest: The number of latest checkpoints that are kept, at least 1.
+          keep_best: The checkpoints with the highest scores that are kept too; of equal scores the
+            later. The latest may be among them.
+        """
+        self._directory = Path(directory).absolute()
+        self._keep_latest = keep_latest
+        self._keep_best = keep_best
+        self._names = ocp.path.step.standard_name_format()
+        self._writer: ocp.training.Checkpointer | None = None
+        # The round of the save that may still be in flight, and Orbax's handle on it.
+        self._pending: tuple[int, Any] | None = None
+        self._silence = _OrbaxSilence()
+        absl_logging.get_absl_logger().addFilter(self._silence)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def rounds(self) -> list[int]:
+        """Returns the rounds that have a checkpoint, ascending, after the save in flight.
+
+        Raises:
+          CheckpointError: The save in flight failed.
+        """
+        self.wait()
+        return sorted(step.step for step in self._names.find_all(self._directory))
+
+    def latest_round(self) -> int | None:
+        """Returns the last round that has a checkpoint, or None.
+
+        Raises:
+          CheckpointError: The save in flight failed.
+        """
+        return max(self.rounds(), default=None)
+
+    def save(self, round: int, state: Any, history: History, score: float) -> None:
+        """Saves a checkpoint, in the background, unless the round has one already.
+
+        The arguments are copied to the host before this returns: the state's buffers may be
+        donated and the history may grow. A save that is still in flight is waited for.
+
+        Args:
+          round: The number of finished rounds.
+          state: A pytree of arrays.
+          history: JSON objects.
+          score: The higher, the better; NaN is the worst.
+
+        Raises:
+          CheckpointError: This save could not begin, or the one in flight failed.
+          TypeError: A leaf of the state is no array, or the history is no JSON.
+          ValueError: The state has no tensors, or two of one name.
+        """
+        leaves = _named_leaves(state)
+        # Orbax serializes JSON later, in its thread, when the caller may have appended to it.
+        history = json.loads(json.dumps(history))
+        if round in self.rounds():
+            return
+        keys = {name: leaf for name, leaf in leaves.items() if _is_key(leaf)}
+        tensors: dict[str, Any] = {
+            "types": {name: _type(leaf) for name, leaf in leaves.items()},
+            "keys": {name: str(jax.random.key_impl(key)) for name, key in keys.items()},
+        }
+        plain = leaves | {name: jax.random.key_data(key) for name, key in keys.items()}
+        # Orbax refuses empty arrays; their type says all about them.
+        plain = {name: leaf for name, leaf in plain.items() if leaf.size}
+        if not plain:
+            # Orbax would refuse it too, but only after it has started threads, which then hang.
+            raise ValueError("the state has no tensors to save")
+        try:
+            # On a CPU device_get gives views of the devices' own memory. Orbax copies them before
+            # it returns: deepcopy_host_arrays, in the context of the writer.
+            host = jax.device_get(plain)
+            tensors[_DIGEST] = _digest(tensors, host, history)
+            items = {_STATE: host, _TENSORS: tensors, _HISTORY: history}
+            response = self._open_writer().save_checkpointables_async(
+                round, items, metrics={_SCORE: float(score)}, force=True
+            )
+        except Exception as error:
+            self._close_writer()
+            raise self._unwritten(round, error) from error
+        self._pending = round, response
+
+    def restore(self, like: State, round: int | None = None) -> tuple[State, History]:
+        """Returns what a checkpoint holds: arrays on the default device, none weakly typed.
+
+        Args:
+          like: A pytree of arrays or of `jax.ShapeDtypeStruct`: the state that is expected. Only
+            its structure, shapes and dtypes matter.
+          round: Which checkpoint; None is the latest.
+
+        Raises:
+          CheckpointError: There is no such checkpoint, it cannot be read, or it holds a state of
+            another structure, shape or dtype.
+        """
+        expected = {name: _type(leaf) for name, leaf in _named_leaves(like).items()}
+        path, round, rounds = self._find(round)
+        try:
+            tensors = _load(path, _TENSORS)[_TENSORS]
+            stored, implementations = dict(tensors["types"]), dict(tensors["keys"])
+        except Exception as error:
+            raise _unreadable(path, round, rounds, error) from error
+        difference = _first_difference(stored, expected)
+        if difference:
+            raise CheckpointError(f"{path}: {difference}")
+        try:
+            state, history = _load_checked(path, tensors)
+            host = {
+                name: _host_array(name, state, leaf) for name, leaf in _named_leaves(like).items()
+            }
+        except Exception as error:
+            raise _unreadable(path, round, rounds, error) from error
+        arrays = jax.device_put(host)
+        for name, implementation in implementations.items():
+            arrays[name] = jax.random.wrap_key_data(arrays[name], impl=implementation)
+        leaves = [arrays[name] for name in expected]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), history
+
+    def read(
+        self, prefix: str, round: int | None = None
+    ) -> tuple[dict[str, np.ndarray], History, int]:
+        """Returns a part of a state without knowing the rest.
+
+        Args:
+          prefix: For example ``params``: the tensors whose names begin with ``params/``.
+          round: Which checkpoint; None is the latest.
+
+        Returns:
+          Host arrays by what follows the prefix, the history, and the checkpoint's round.
+
+        Raises:
+          CheckpointError: There is no such checkpoint, or it cannot be read.
+        """
+        path, round, rounds = self._find(round)
+        try:
+            state, history = _load_checked(path, _load(path, _TENSORS)[_TENSORS])
+        except Exception as error:
+            raise _unreadable(path, round, rounds, error) from error
+        prefix = f"{prefix}/"
+        found = {name: array for name, array in state.items() if name.startswith(prefix)}
+        arrays = {name.removeprefix(prefix): np.asarray(array) for name, array in found.items()}
+        return arrays, history, round
+
+    def _find(self, round: int | None) -> tuple[Path, int, list[int]]:
+        """The path and round of a checkpoint, by default the latest, and all rounds."""
+        rounds = self.rounds()
+        if not rounds or (round is not None and round not in rounds):
+            which = "" if round is None else f" of round {round}"
+            there = f"; there are those of {', '.join(map(str, rounds))}" if rounds else ""
+            raise CheckpointError(f"{self._directory}: there is no checkpoint{which}{there}")
+        round = rounds[-1] if round is None else round
+        return self._directory / self._names.build_name(round), round, rounds
+
+    def wait(self) -> None:
+        """Waits until the save in flight is on disk.
+
+        Raises:
+          CheckpointError: It failed. It is reported once, and later saves start afresh.
+        """
+        if self._pending is None:
+            return
+        round, response = self._pending
+        try:
+            response.result()
+        except Exception as error:
+            self._pending = None
+            self._close_writer()
+            raise self._unwritten(round, error) from error
+        self._pending = None
+
+    def close(self) -> None:
+        """Waits, and ends Orbax's threads.
+
+        Raises:
+          CheckpointError: The save in flight failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._close_writer()
+            absl_logging.get_absl_logger().removeFilter(self._silence)
+
+    def _open_writer(self) -> ocp.training.Checkpointer:
+        if self._writer is None:
+            context = ocp.Context()
+            context.memory.deepcopy_host_arrays = True
+            # By itself Orbax would take lists and dictionaries for pytrees of scalars.
+            registry = ocp.handlers.local_registry()
+            for name in (_TENSORS, _HISTORY):
+                registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+            context.checkpointables.registry = registry
+            policies = ocp.training.preservation_policies
+            self._writer = ocp.training.Checkpointer(
+                self._directory,
+                context=context,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(self._keep_latest),
+                        policies.BestN(
+                            get_metric_fn=_sortable_score,
+                            n=self._keep_best,
+                            # Only a deletion that was interrupted leaves one without.
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            )
+        return self._writer
+
+    def _close_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            # What failed has been reported; Orbax would raise it again when it closes.
+            with contextlib.suppress(Exception):
+                writer.wait()
+            writer.close()
+
+    def _unwritten(self, round: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self._directory}: the checkpoint of round {round} could not be written "
+            f"({_one_line(error)})"
+        )
+
+
+def _load(path: Path, *items: str) -> dict[str, Any]:
+    """Reads in this process, without waiting for others."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+    context = ocp.Context(multiprocessing_options=alone if jax.process_count() > 1 else None)
+    with failures_told_once(path), context:
+        return ocp.load_checkpointables(path, dict.fromkeys(items))
+
+
+class _OrbaxSilence(logging.Filter):
+    """Drops Orbax's records, unless absl's verbosity is debug.
+
+    Orbax tells every save's story at the level of absl's default verbosity, and every failure
+    several times with tracebacks; failures reach the caller as exceptions.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        from_orbax = "/orbax/checkpoint/" in record.pathname.replace("\\", "/")
+        return not from_orbax or absl_logging.level_debug()
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in named:
+            raise ValueError(f"two tensors of the state have the name {name}")
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            raise TypeError(f"{name} is of type {type(leaf).__name__}; allowed are jax arrays")
+        named[name] = leaf
+    return named
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _type(leaf: Any) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _load_checked(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, Any], History]:
+    """Loads state and history; ValueError unless they are what was saved, to the last bit."""
+    loaded = _load(path, _STATE, _HISTORY)
+    if _digest(tensors, loaded[_STATE], loaded[_HISTORY]) != tensors[_DIGEST]:
+        raise ValueError("its digest is not that of its contents")
+    return loaded[_STATE], loaded[_HISTORY]
+
+
+def _digest(tensors: dict[str, Any], state: dict[str, Any], history: History) -> str:
+    """BLAKE2b of what a checkpoint holds, but for the digest itself and the score."""
+    facts = {name: fact for name, fact in tensors.items() if name != _DIGEST}
+    digest = hashlib.blake2b(json.dumps([facts, history], sort_keys=True).encode(), digest_size=32)
+    for name in sorted(state):
+        # As bytes: NumPy gives no buffer of dtypes that are not its own, such as bfloat16.
+        digest.update(np.ascontiguousarray(state[name]).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _first_difference(stored: dict[str, str], expected: dict[str, str]) -> str | None:
+    for name, type_ in expected.items():
+        if name not in stored:
+            return f"{name} is not stored, but {type_} is expected"
+        if stored[name] != type_:
+            return f"{name} is stored as {stored[name]}, but {type_} is expected"
+    for name, type_ in stored.items():
+        if name not in expected:
+            return f"{name} is stored as {type_}, but not expected"
+    return None
+
+
+def _host_array(name: str, loaded: dict[str, Any], like: Any) -> np.ndarray:
+    """Returns the array that was loaded, having made sure that it is what the checkpoint said."""
+    plain = jax.eval_shape(jax.random.key_data, like) if _is_key(like) else like
+    array = loaded[name] if plain.size else np.zeros(plain.shape, plain.dtype)
+    if _type(array) != _type(plain):
+        raise ValueError(f"{name} is {_type(array)}")
+    return array
+
+
+def _unreadable(path: Path, round: int, rounds: list[int], error: Exception) -> CheckpointError:
+    earlier = [other for other in rounds if other < round]
+    goal = f"resume from round {earlier[-1]}" if earlier else "start from the beginning"
+    return CheckpointError(
+        f"{path}: this checkpoint cannot be read ({_one_line(error)}); "
+        f"if it is damaged, move or remove that directory to {goal}"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    """Returns what went wrong first: what Orbax wraps around it tells of its own handlers."""
+    chain: list[BaseException] = []
+    inner: BaseException | None = error
+    # An exception that is raised again can come to stand in its own chain.
+    while inner is not None and inner not in chain:
+        chain.append(inner)
+        inner = inner.__cause__ or (None if inner.__suppress_context__ else inner.__context__)
+    error = chain[-1]
+    text = " ".join(str(error).split()).partition(" [tensorstore_spec=")[0]
+    # TensorStore tells the place first and the reason last.
+    text = text if len(text) <= 300 else f"{text[:80]} ... {text[-200:]}"
+    return f"{type(error).__name__}: {text}"
+
+
+def _sortable_score(metrics: dict[str, float]) -> float:
+    return -math.inf if math.isnan(metrics[_SCORE]) else metrics[_SCORE]

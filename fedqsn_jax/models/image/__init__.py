@@ -1,0 +1,1 @@
+"""Image classifiers: MLP, CNNs, ResNet-18."""

@@ -1,0 +1,4 @@
+"""GPU kernels beside plain JAX that computes the same.
+
+They never import config, host or reporting.
+"""

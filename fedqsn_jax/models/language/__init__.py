@@ -1,0 +1,1 @@
+"""Language models of the families that Hugging Face names, read from and written to its files."""

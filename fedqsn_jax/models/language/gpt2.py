@@ -1,0 +1,256 @@
+"""GPT-2 (Radford et al., 2019)."""
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+from flax import linen as nn
+
+from fedqsn_jax.core.types import Array
+from fedqsn_jax.models.kernels.dropout import Dropout
+from fedqsn_jax.models.language.attention import Attention, Slots
+from fedqsn_jax.models.language.cache import Cache, positions_of
+from fedqsn_jax.models.language.decoder import next_logits, through_layers
+from fedqsn_jax.models.language.hugging_face import (
+    Settings,
+    Tensor,
+    embedding,
+    layer_norm,
+    linear,
+    token_ids,
+)
+from fedqsn_jax.models.language.transformer import (
+    Embed,
+    Execution,
+    Mlp,
+    check_length,
+    real_tokens,
+    stack,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """A GPT-2.
+
+    Attributes:
+      family: ``gpt2``.
+      vocab_size: Number of tokens.
+      width: Of the hidden states.
+      layers: Number of layers.
+      heads: Attention heads a layer.
+      inner: Width between the MLP's matrices.
+      activation: A name in `transformer.ACTIVATIONS`.
+      positions: Rows of the position table.
+      norm_epsilon: Of the layer norms.
+      embedding_dropout: Rate after the embeddings.
+      residual_dropout: Rate in the residual branches.
+      attention_dropout: Rate of the attention's probabilities.
+      stddev: Of initial kernels.
+      tied: Whether the token embedding is the output layer too.
+      pad_token_id: The padding's id, where the file names one.
+      bos_token_id: The id of the first token.
+      eos_token_ids: Ids that end a text.
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    inner: int
+    activation: str = "gelu_new"
+    positions: int = 1024
+    norm_epsilon: float = 1e-5
+    embedding_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    stddev: float = 0.02
+    tied: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    FAMILIES: ClassVar[tuple[str, ...]] = ("gpt2",)
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence."""
+        return self.positions
+
+    @property
+    def prefix(self) -> str:
+        """What names of tensors begin with, where the file has a head."""
+        return "transformer."
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Patterns of tensors that a file may hold and that are not read."""
+        causal_masks = ("h.*.attn.bias", "h.*.attn.masked_bias")
+        return (*causal_masks, "lm_head.weight") if self.tied else causal_masks
+
+    def with_dropout(self, rate: float) -> Self:
+        """Returns the same with one dropout rate everywhere."""
+        return dataclasses.replace(
+            self, embedding_dropout=rate, residual_dropout=rate, attention_dropout=rate
+        )
+
+    @classmethod
+    def from_settings(cls, family: str, settings: Settings) -> Self:
+        """Reads a config.json."""
+        settings.require("scale_attn_weights", True)
+        settings.require("scale_attn_by_inverse_layer_idx", False)
+        settings.require("add_cross_attention", False)
+        width = settings.integer("n_embd", 768)
+        return cls(
+            family=family,
+            vocab_size=settings.integer("vocab_size"),
+            width=width,
+            layers=settings.integer("n_layer", 12),
+            heads=settings.integer("n_head", 12),
+            inner=settings.integer("n_inner", 4 * width),
+            activation=settings.activation("activation_function", "gelu_new"),
+            positions=settings.integer("n_positions", 1024),
+            norm_epsilon=settings.number("layer_norm_epsilon", 1e-5),
+            embedding_dropout=settings.rate("embd_pdrop", 0.1),
+            residual_dropout=settings.rate("resid_pdrop", 0.1),
+            attention_dropout=settings.rate("attn_pdrop", 0.1),
+            stddev=settings.number("initializer_range", 0.02),
+            tied=settings.flag("tie_word_embeddings", True),
+            pad_token_id=settings.token("pad_token_id"),
+            bos_token_id=settings.token("bos_token_id", 50256),
+            eos_token_ids=settings.tokens("eos_token_id", [50256]),
+        )
+
+    def to_settings(self) -> dict[str, Any]:
+        """Returns what config.json holds."""
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": self.family,
+            "vocab_size": self.vocab_size,
+            "n_embd": self.width,
+            "n_layer": self.layers,
+            "n_head": self.heads,
+            "n_inner": self.inner,
+            "activation_function": self.activation,
+            "n_positions": self.positions,
+            "layer_norm_epsilon": self.norm_epsilon,
+            "embd_pdrop": self.embedding_dropout,
+            "resid_pdrop": self.residual_dropout,
+            "attn_pdrop": self.attention_dropout,
+            "initializer_range": self.stddev,
+            "tie_word_embeddings": self.tied,
+            "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": token_ids(self.eos_token_ids),
+        }
+
+    def tensors(self) -> list[Tensor]:
+        """Returns how every tensor is written down."""
+        base, layer, ours = self.prefix, f"{self.prefix}h.{{}}.", "layers"
+        found = [
+            embedding("token_embed", f"{base}wte"),
+            embedding("position_embed", f"{base}wpe"),
+            *layer_norm("final_norm", f"{base}ln_f"),
+            *layer_norm(f"{ours}/attention_norm", f"{layer}ln_1"),
+            *layer_norm(f"{ours}/mlp_norm", f"{layer}ln_2"),
+        ]
+        # These kernels are written as we have them, [in, out], and query, key and value as one.
+        for part, name in enumerate(("query", "key", "value")):
+            place, fused = f"{ours}/attention/{name}", f"{layer}attn.c_attn"
+            found += [
+                Tensor(f"{place}/kernel", f"{fused}.weight", 1, part=part, parts=3),
+                Tensor(f"{place}/bias", f"{fused}.bias", part=part, parts=3),
+            ]
+        for place, name, inputs in (
+            ("attention/out", "attn.c_proj", 2),
+            ("mlp/up", "mlp.c_fc", 1),
+            ("mlp/down", "mlp.c_proj", 1),
+        ):
+            found += [
+                Tensor(f"{ours}/{place}/kernel", f"{layer}{name}.weight", inputs),
+                Tensor(f"{ours}/{place}/bias", f"{layer}{name}.bias"),
+            ]
+        return found if self.tied else [*found, *linear("lm_head", "lm_head", bias=False)]
+
+
+class GPT2(nn.Module):
+    """Tokens to logits of the next token.
+
+    Attributes:
+      config: The architecture.
+      execution: How it is computed.
+    """
+
+    config: GPT2Config
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        mask: Array | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
+        train: bool = False,
+    ) -> tuple[Array, Cache | None]:
+        """Returns float32 logits ``[rows, length, vocab]`` and the cache with these tokens.
+
+        Args:
+          tokens: int32 ``[rows, length]``.
+          mask: bool or integer, the same shape: which tokens are real; None: all are.
+          cache: What was seen before, or None.
+          last_only: Whether to give the logits after each row's last real token only,
+            ``[rows, 1, vocab]``.
+          train: Whether dropout acts.
+
+        Raises:
+          ValueError: The sequences are longer than the model's positions.
+        """
+        config, dtype = self.config, self.execution.dtype
+        check_length(tokens.shape[1], config.max_length)
+        padded, mask = mask is not None, real_tokens(tokens, mask)
+        embed = Embed(config.vocab_size, config.width, dtype, config.stddev, name="token_embed")
+        positions = Embed(
+            config.positions, config.width, dtype, config.stddev, name="position_embed"
+        )
+        hidden = embed(tokens) + positions(positions_of(mask, cache))
+        hidden = Dropout(config.embedding_dropout, train)(hidden)
+        layers = stack(_Layer, config.layers, self.execution)
+        layers = layers(config, self.execution, train, name="layers")
+        hidden, cache = through_layers(layers, config.layers, hidden, mask, cache, padded)
+        hidden = nn.LayerNorm(config.norm_epsilon, dtype, name="final_norm")(hidden)
+        return next_logits(config, self.execution, embed, hidden, mask, last_only), cache
+
+
+class _Layer(nn.Module):
+    config: GPT2Config
+    execution: Execution
+    train: bool
+
+    @nn.compact
+    def __call__(self, carry: Any, layer: Array, shared: Any) -> tuple[Any, None]:
+        config, dtype = self.config, self.execution.dtype
+        (hidden, arrays), (seen, used) = carry, shared
+        attention = Attention(
+            config.heads,
+            config.heads,
+            config.width // config.heads,
+            self.execution,
+            rate=config.attention_dropout,
+            train=self.train,
+            stddev=config.stddev,
+            causal=True,
+            name="attention",
+        )
+        slots = None if arrays is None else Slots(arrays[0], arrays[1], layer, used)
+        normed = nn.LayerNorm(config.norm_epsilon, dtype, name="attention_norm")(hidden)
+        attended, arrays = attention(normed, seen, slots=slots)
+        hidden += Dropout(config.residual_dropout, self.train)(attended)
+        mlp = Mlp(config.inner, config.activation, self.execution, stddev=config.stddev, name="mlp")
+        changed = mlp(nn.LayerNorm(config.norm_epsilon, dtype, name="mlp_norm")(hidden))
+        hidden += Dropout(config.residual_dropout, self.train)(changed)
+        return (hidden, arrays), None

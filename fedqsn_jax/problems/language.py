@@ -1,0 +1,193 @@
+"""Texts, a pre-trained language model and its task, as a configuration names them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedqsn_jax.config.schema import ConfigError, DataConfig
+from fedqsn_jax.core.keys import fold_in_name, root_key
+from fedqsn_jax.core.tasks import Task
+from fedqsn_jax.data import registry
+from fedqsn_jax.data.text import loading
+from fedqsn_jax.data.text.formats import TextFormat
+from fedqsn_jax.data.text.loading import TextSettings, text_format
+from fedqsn_jax.data.text.prompts import Prompts
+from fedqsn_jax.data.text.tokenization import TextTokenizer, load_tokenizer
+from fedqsn_jax.generation.beam_search import GenerationSettings, make_generator
+from fedqsn_jax.generation.language_tasks import conditional_generation, sequence_classification
+from fedqsn_jax.generation.text_evaluation import make_text_evaluator
+from fedqsn_jax.models.language.encoder import EncoderConfig
+from fedqsn_jax.models.language.families import LanguageConfig, LanguageModel, make_language_model
+from fedqsn_jax.models.language.pretrained import (
+    description_files,
+    directory_of,
+    load_pretrained,
+    read_config,
+)
+from fedqsn_jax.models.language.t5 import T5Config
+from fedqsn_jax.models.language.transformer import Execution
+from fedqsn_jax.problems.problem import Problem, ProblemSettings, Texts
+from fedqsn_jax.problems.prompted import prompted_problem
+
+
+def load_language_problem(settings: ProblemSettings) -> Problem:
+    """Reads texts, tokenizer and model.
+
+    Clients, the server and the evaluation compute in the compute dtype; norms, softmax and
+    logits stay float32.
+
+    Raises:
+      ConfigError: One of them is absent or damaged, or they do not fit each other.
+    """
+    texts = text_settings(settings.data)
+    kind = text_format(texts)
+    directory = directory_of(settings.model.pretrained)
+    _check_fit(settings, read_config(directory), kind)
+    overrides = _overrides(settings, kind)
+    model_config = read_config(directory, **overrides)
+    execution = Execution(
+        settings.compute_dtype,
+        settings.model.attention,
+        settings.model.unroll,
+        settings.model.remat,
+    )
+    tokenizer = load_tokenizer(
+        directory,
+        model_config.vocab_size,
+        model_config.max_length,
+        model_config.pad_token_id,
+        () if isinstance(model_config, EncoderConfig) else model_config.eos_token_ids,
+    )
+    data = loading.load(
+        texts,
+        settings.data,
+        tokenizer,
+        registry.generator(settings.seed),
+        encoder_decoder=isinstance(model_config, T5Config),
+        new_tokens=settings.generation.new_tokens,
+    )
+    key = fold_in_name(root_key(settings.seed), "model")
+    pretrained = load_pretrained(directory, key, **overrides)
+    clients = make_language_model(pretrained.config, execution, settings.client_dropout)
+    server = make_language_model(pretrained.config, execution, settings.server_dropout)
+    task = _task(settings, data.kind, pretrained.config)
+    notes = [*([tokenizer.note] if tokenizer.note else []), *data.notes]
+    if pretrained.fresh:
+        notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
+    params, files = jax.tree.map(jnp.asarray, pretrained.params), description_files(directory)
+    if isinstance(pretrained.config, EncoderConfig) and settings.prompted is not None:
+        problem = prompted_problem(
+            settings,
+            settings.prompted,
+            data.splits,
+            pretrained.config,
+            params,
+            execution,
+            task,
+            tuple(notes),
+        )
+        return problem._replace(files=files)
+    return Problem(
+        data.splits,
+        params,
+        clients.apply_fn,
+        server.apply_fn,
+        clients.apply_fn,
+        task,
+        _texts(settings, clients, tokenizer, data.prompts),
+        notes=tuple(notes),
+        files=files,
+    )
+
+
+def text_settings(data: DataConfig) -> TextSettings:
+    """Returns those of the data's settings that are about text."""
+    names = [field.name for field in dataclasses.fields(TextSettings)]
+    return TextSettings(**{name: getattr(data, name) for name in names})
+
+
+def _overrides(settings: ProblemSettings, kind: TextFormat) -> dict[str, Any]:
+    """What a run chooses otherwise than a classifier's config.json says."""
+    if kind.generates:
+        return {}
+    pooling = settings.model.pooling
+    return {"classes": len(kind.labels)} | ({} if pooling == "auto" else {"pooling": pooling})
+
+
+def _check_fit(settings: ProblemSettings, model: LanguageConfig, kind: TextFormat) -> None:
+    source, task = settings.model.pretrained, settings.data.task
+    if kind.generates and isinstance(model, EncoderConfig):
+        raise ConfigError(
+            f"data.task = {task!r} is to write texts; model.pretrained = {source!r} is a "
+            f"{model.family}, which cannot; allowed are gpt2, llama, qwen2, t5"
+        )
+    if not kind.generates and not isinstance(model, EncoderConfig):
+        raise ConfigError(
+            f"data.task = {task!r} is classification; model.pretrained = {source!r} is a "
+            f"{model.family}, which has no classifier; allowed are bert, roberta"
+        )
+    if settings.prompted is not None and not isinstance(model, EncoderConfig):
+        raise ConfigError(
+            f"algorithm = 'fedsp' with model.pretrained = {source!r}: it is a {model.family}; "
+            f"allowed are bert, roberta"
+        )
+    if settings.label_smoothing and not kind.generates:
+        raise ConfigError(
+            f"client.label_smoothing = {settings.label_smoothing}: data.task = {task!r} is "
+            f"classification, only completions are smoothed; allowed is 0"
+        )
+    if settings.generation.prompts and not kind.generates:
+        raise ConfigError(
+            f"generation.prompts = {settings.generation.prompts}: data.task = {task!r} is "
+            f"classification, no text is written; allowed is 0"
+        )
+
+
+def _task(settings: ProblemSettings, kind: TextFormat, model: LanguageConfig) -> Task:
+    if not kind.generates:
+        return sequence_classification(kind.f1)
+    return conditional_generation(settings.label_smoothing, isinstance(model, T5Config))
+
+
+def _texts(
+    settings: ProblemSettings,
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    prompts: Prompts | None,
+) -> Texts | None:
+    generation = settings.generation
+    if prompts is None or model.decoder is None or not generation.prompts:
+        return None
+    some = first_prompts(prompts, generation.prompts)
+    generate = make_generator(
+        model.decoder,
+        GenerationSettings(
+            generation.new_tokens,
+            generation.beams,
+            generation.no_repeat_ngram,
+            generation.length_penalty,
+        ),
+        tokenizer.ends,
+        tokenizer.pad,
+        prompt_ngrams=not isinstance(model.config, T5Config),
+    )
+    return Texts(
+        some,
+        lambda on_prompts: make_text_evaluator(
+            generate, tokenizer, some, generation.batch_size, on_prompts
+        ),
+    )
+
+
+def first_prompts(prompts: Prompts, count: int) -> Prompts:
+    """Returns the first prompts, as long as the longest of them."""
+    length = int(np.max(prompts.mask[:count].sum(axis=1)))
+    return Prompts(
+        prompts.tokens[:count, :length],
+        prompts.mask[:count, :length],
+        prompts.texts[:count],
+        prompts.references[:count],
+    )

@@ -1,0 +1,112 @@
+"""The server's own training on its private rows, before the first round."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedqsn_jax.config.schema import Config, PretrainingConfig, TrainingConfig
+from fedqsn_jax.core.keys import fold_in_name, root_key
+from fedqsn_jax.core.tasks import Task
+from fedqsn_jax.core.trees import Selection, fill, keep
+from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
+from fedqsn_jax.data.population import FederatedData, single_client
+from fedqsn_jax.protocol.proxy import whole_proxy
+from fedqsn_jax.rounds.client import make_client_update
+from fedqsn_jax.rounds.client_optimizer import ADAMW_EPSILON, ClientOptimizer, scheduled
+
+
+def local_optimizer(settings: TrainingConfig) -> ClientOptimizer:
+    """Returns the optimizer of a client's round, or of the server's own training."""
+    makers = {
+        "sgd": lambda rate: optax.sgd(rate, settings.momentum or None),
+        "adam": optax.adam,
+        "adamw": lambda rate: optax.adamw(
+            rate, eps=ADAMW_EPSILON, weight_decay=settings.weight_decay
+        ),
+    }
+    return scheduled(
+        makers[settings.optimizer],
+        settings.learning_rate,
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        accumulate=settings.accumulate,
+        clip_norm=settings.clip_norm,
+    )
+
+
+class Preparation(NamedTuple):
+    """What the server does before the first round, where parameters hold more than one model.
+
+    Attributes:
+      trained: The tensors that it trains on its labelled rows.
+      finish: ``(settings, key, params, private) -> params``: what it does then, on all of its rows,
+        with the settings of its own training.
+    """
+
+    trained: Selection
+    finish: Callable[[PretrainingConfig, Key, Params, Batch], Params]
+
+
+def pretrain(
+    config: Config,
+    apply_fn: ApplyFn,
+    task: Task,
+    params: Params,
+    private: Batch,
+    preparation: Preparation | None = None,
+) -> Params:
+    """The server's own training on its private rows; without rows, none.
+
+    Args:
+      config: The settings: ``pretraining`` and the seed.
+      apply_fn: The model, with the dropout of pre-training.
+      task: Its loss.
+      params: Its initial parameters.
+      private: The server's rows.
+      preparation: What is trained, and what follows; None: everything, and nothing.
+    """
+    train = make_pretraining(config.pretraining, apply_fn, task, preparation)
+    return train(config.seed, params, private)
+
+
+def make_pretraining(
+    settings: PretrainingConfig,
+    apply_fn: ApplyFn,
+    task: Task,
+    preparation: Preparation | None = None,
+) -> Callable[[int, Params, Batch], Params]:
+    """Makes `pretrain` for many: of a seed, parameters and private rows, compiled once."""
+    trained = preparation.trained if preparation else None
+    first = jnp.int32(0)
+    update = make_client_update(
+        apply_fn,
+        task,
+        local_optimizer(settings),
+        settings.batch_size,
+        steps=settings.steps,
+        trained=trained,
+    )
+
+    def train(key: Array, params: Params, data: FederatedData) -> Params:
+        result = update.train(key, whole_proxy(params, ()), data, first)
+        moved = jax.tree.map(
+            lambda old, delta: (old + delta).astype(old.dtype), keep(params, trained), result.delta
+        )
+        return fill(moved, params)
+
+    compiled = jax.jit(train)
+    finish = jax.jit(functools.partial(preparation.finish, settings)) if preparation else None
+
+    def pretrain(seed: int, params: Params, private: Batch) -> Params:
+        key = root_key(seed)
+        if settings.steps and jax.tree.leaves(private)[0].shape[0]:
+            labelled = {name: rows[: settings.rows or None] for name, rows in private.items()}
+            rows = single_client(labelled)
+            params = compiled(fold_in_name(key, "pretraining"), params, rows)
+        return finish(fold_in_name(key, "preparation"), params, private) if finish else params
+
+    return pretrain

@@ -1,0 +1,117 @@
+"""Algorithms: small compositions of what the layers below offer."""
+
+import dataclasses
+
+from fedqsn_jax.protocol.masks import Sampling
+from fedqsn_jax.protocol.proxy import ProxyTransform, chain, client_mask, quantize, server_mask
+from fedqsn_jax.protocol.quantization import Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """What an algorithm does to the model on its way to the clients, and what it promises.
+
+    Attributes:
+      name: The name that configurations use.
+      quantizer: How kernels of sites travel; None: as they are.
+      p1: Probability of a column that is hidden for good.
+      p2: Probability of a column that is hidden from one client in one round.
+      sampling: How masks are drawn.
+      adapters_only: Whether the model's own tensors are public, and adapters, quantized in flat
+        blocks, are all that is secret, travels and is trained.
+      prompts_only: Whether the model never leaves the server at all: clients train prompts on an
+        auxiliary model, and the prompts are what they return.
+      unmet_invariants: The numbers of the design's invariants 2 and 3 (hidden values never change,
+        and never show) that it does not meet. A run warns of them.
+    """
+
+    name: str
+    quantizer: Quantizer | None = None
+    p1: float = 0.0
+    p2: float = 0.0
+    sampling: Sampling = "bernoulli"
+    adapters_only: bool = False
+    prompts_only: bool = False
+    unmet_invariants: frozenset[int] = frozenset()
+
+    @property
+    def leaks_hidden(self) -> bool:
+        """Whether what clients receive depends on the values of columns hidden from them."""
+        return 3 in self.unmet_invariants
+
+    @property
+    def transform(self) -> ProxyTransform:
+        """The chain that makes clients' proxies."""
+        stages = [server_mask(self.p1, self.sampling), client_mask(self.p2, self.sampling)]
+        if self.quantizer is not None:
+            stages.insert(0, quantize(self.quantizer))
+        return chain(*stages)
+
+
+def fedavg() -> Algorithm:
+    """Federated averaging (arXiv 1602.05629): every client receives the whole model."""
+    return Algorithm("fedavg")
+
+
+def fedsn(p1: float, p2: float, sampling: Sampling = "bernoulli") -> Algorithm:
+    """FedQSN's masks without its quantizer."""
+    return Algorithm("fedsn", None, p1, p2, sampling)
+
+
+def fedq(quantizer: Quantizer) -> Algorithm:
+    """FedQSN's quantizer without its masks."""
+    return Algorithm("fedq", quantizer)
+
+
+def fedqsn(
+    quantizer: Quantizer, p1: float, p2: float, sampling: Sampling = "bernoulli"
+) -> Algorithm:
+    """FedQSN (arXiv 2508.18911): server mask, client masks and quantizer."""
+    # Where blocks mix columns, the scales of visible ones tell of hidden ones.
+    unmet = frozenset({3}) if quantizer.mixes_columns and _is_positive(p1) else frozenset[int]()
+    return Algorithm("fedqsn", quantizer, p1, p2, sampling, unmet_invariants=unmet)
+
+
+def _is_positive(probability: float) -> bool:
+    # One that is no number is traced, and may be anything.
+    return not isinstance(probability, float | int) or probability > 0
+
+
+def fedlpp(quantizer: Quantizer) -> Algorithm:
+    """FedLPP (arXiv 2406.10976): a public backbone, and quantized copies of private adapters.
+
+    The server's step is the aggregator's, ``W + r (mean of returned - Q(W))``; the other update
+    rules that its authors' code has are the aggregator's too: 2 is ``from_sent``, 3 is
+    ``interpolate``, and 4 is that with a rate that falls linearly over the rounds.
+    """
+    return Algorithm("fedlpp", quantizer, adapters_only=True)
+
+
+def fedsp() -> Algorithm:
+    """FedSP (arXiv 2311.06805): soft prompts for a model that never leaves the server; see `fedsp`.
+
+    No round tells anything of that model, and none changes it. But the auxiliary model is distilled
+    from it before the first round, so what clients receive depends on it.
+    """
+    return Algorithm("fedsp", prompts_only=True, unmet_invariants=frozenset({3}))
+
+
+def make_algorithm(
+    name: str, quantizer: Quantizer, p1: float, p2: float, sampling: Sampling = "bernoulli"
+) -> Algorithm:
+    """Makes an algorithm by its name; it takes of the settings what it uses.
+
+    Raises:
+      ValueError: The name is unknown.
+    """
+    makers = {
+        "fedavg": fedavg,
+        "fedsn": lambda: fedsn(p1, p2, sampling),
+        "fedq": lambda: fedq(quantizer),
+        "fedqsn": lambda: fedqsn(quantizer, p1, p2, sampling),
+        "fedlpp": lambda: fedlpp(quantizer),
+        "fedsp": fedsp,
+    }
+    if name not in makers:
+        raise ValueError(f"algorithm = {name!r}: allowed are {', '.join(makers)}")
+    return makers[name]()

@@ -1,0 +1,268 @@
+"""What a client sees: a chain of transforms of what the server has.
+
+The pattern is optax's: a `ProxyTransform` is a NamedTuple of pure functions, made by a factory that
+closes over static settings; keys are always arguments. Every stage maps a `Proxy` to a `Proxy`, so
+transforms compose by `chain`. FedQSN (arXiv 2508.18911) is::
+
+  chain(quantize(NormalFloat(4, 64)), server_mask(0.2), client_mask(0.2))
+
+and FedAvg is ``identity()``. Probability zero is elided when the chain is built, so FedQSN without
+masks and quantizer is FedAvg bit for bit.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from fedqsn_jax.core.keys import fold_in_name
+from fedqsn_jax.core.trees import path_of
+from fedqsn_jax.core.types import Array, Columns, Key, Params
+from fedqsn_jax.protocol import quantization
+from fedqsn_jax.protocol.masks import Sampling, draw_masks, spread, visible_share
+from fedqsn_jax.protocol.quantization import Quantized, Quantizer
+from fedqsn_jax.protocol.sites import Sites
+
+_SERVER_MASK, _CLIENT_MASK = "server_mask", "client_mask"
+
+
+@struct.dataclass
+class Proxy:
+    """What one client receives, or what it is made of on the way there.
+
+    Invariant: zero wherever hidden (values, codes and scales), so that it can be encoded without
+    knowing anything else. The value that a model sees is the tensor's times its site's scale.
+
+    Attributes:
+      params: The parameters; the kernels of quantized sites are `Quantized`, the rest plain. None
+        where a tensor does not travel, because clients have it already.
+      visible: bool ``[layers, columns]`` a site; a site that is absent is visible as a whole, and
+        one that follows another is under that one's name.
+      scale: float32 scalar a site, ``1/kappa``; a site that is absent has scale 1.
+      sites: The mask sites (static).
+    """
+
+    params: Params
+    visible: Columns
+    scale: dict[str, Array]
+    sites: Sites = struct.field(pytree_node=False)
+
+
+class ProxyTransform(NamedTuple):
+    """One step from the server's parameters to a client's proxy.
+
+    Attributes:
+      init: ``(key, proxy) -> state``, once, before the first round: draws what stays secret.
+      prepare: ``(state, proxy) -> proxy``, once a round, the same for every client.
+      apply: ``(key, state, proxy) -> proxy``, for one client in one round. It only hides columns
+        and changes scales: `select_columns` with both gives the same proxy.
+      steps: The names of what it does; a chain does each at most once. Empty: it does nothing.
+    """
+
+    init: Callable[[Key, Proxy], Any]
+    prepare: Callable[[Any, Proxy], Proxy]
+    apply: Callable[[Key, Any, Proxy], Proxy]
+    steps: tuple[str, ...] = ()
+
+
+def whole_proxy(params: Params, sites: Sites) -> Proxy:
+    """Returns the proxy that hides nothing: the parameters as they are."""
+    return Proxy(params, {}, {}, sites)
+
+
+def identity() -> ProxyTransform:
+    """Returns the transform that changes nothing: clients receive the whole model (FedAvg)."""
+    return ProxyTransform(
+        init=lambda key, proxy: (),
+        prepare=lambda state, proxy: proxy,
+        apply=lambda key, state, proxy: proxy,
+    )
+
+
+def chain(*transforms: ProxyTransform) -> ProxyTransform:
+    """Composes transforms; each sees what the ones before it made.
+
+    A transform derives its keys from its own name, so its draws do not depend on its neighbours.
+
+    Raises:
+      ValueError: Two transforms do the same: two masks of a kind would hide the same columns, and
+        scale the others twice; a second quantizer would find nothing to do.
+    """
+    steps = [name for transform in transforms for name in transform.steps]
+    for name in steps:
+        if steps.count(name) > 1:
+            raise ValueError(f"chain: {name} stands in it {steps.count(name)} times; allowed is 1")
+
+    def init(key: Key, proxy: Proxy) -> tuple[Any, ...]:
+        return tuple(transform.init(key, proxy) for transform in transforms)
+
+    def prepare(states: tuple[Any, ...], proxy: Proxy) -> Proxy:
+        for transform, state in zip(transforms, states, strict=True):
+            proxy = transform.prepare(state, proxy)
+        return proxy
+
+    def apply(key: Key, states: tuple[Any, ...], proxy: Proxy) -> Proxy:
+        for transform, state in zip(transforms, states, strict=True):
+            proxy = transform.apply(key, state, proxy)
+        return proxy
+
+    return ProxyTransform(init, prepare, apply, tuple(steps))
+
+
+def quantize(quantizer: Quantizer) -> ProxyTransform:
+    """Quantizes the kernels of all sites that are to be, once a round for all clients.
+
+    Biases of sites and all other tensors stay as they are.
+    """
+
+    def prepare(state: tuple[()], proxy: Proxy) -> Proxy:
+        sites = {site.path: site for site in proxy.sites}
+
+        def visit(key_path: Any, leaf: Array) -> Array | Quantized:
+            site = sites.get(path_of(key_path))
+            if site is None or not site.quantized:
+                return leaf
+            return quantization.quantize(quantizer, site.to_matrices(leaf))
+
+        params = jax.tree_util.tree_map_with_path(visit, proxy.params)
+        # A zero has a code of its own: hide again, so that hidden columns have code zero.
+        return _hide(dataclasses.replace(proxy, params=params), proxy.visible)
+
+    return identity()._replace(prepare=prepare, steps=("quantize",))
+
+
+def server_mask(probability: float | Array, sampling: Sampling = "bernoulli") -> ProxyTransform:
+    """Hides columns from every client for good: the mask is drawn once, in ``init``.
+
+    Args:
+      probability: The probability (or share, ``fixed_count``) of a hidden column, ``p1``.
+      sampling: How the columns are chosen; see `masking.draw_masks`.
+    """
+    if isinstance(probability, float | int) and probability == 0:
+        return identity()
+
+    def init(key: Key, proxy: Proxy) -> Columns:
+        return draw_masks(fold_in_name(key, _SERVER_MASK), proxy.sites, probability, sampling)
+
+    def prepare(mask: Columns, proxy: Proxy) -> Proxy:
+        return _hide_and_scale(proxy, mask, probability, sampling)
+
+    return identity()._replace(init=init, prepare=prepare, steps=(_SERVER_MASK,))
+
+
+def client_mask(probability: float | Array, sampling: Sampling = "bernoulli") -> ProxyTransform:
+    """Hides further columns from each client, anew in each round.
+
+    Args:
+      probability: The probability (or share, ``fixed_count``) of a hidden column, ``p2``.
+      sampling: How the columns are chosen; see `masking.draw_masks`.
+    """
+    if isinstance(probability, float | int) and probability == 0:
+        return identity()
+
+    def apply(key: Key, state: tuple[()], proxy: Proxy) -> Proxy:
+        mask = draw_masks(fold_in_name(key, _CLIENT_MASK), proxy.sites, probability, sampling)
+        return _hide_and_scale(proxy, mask, probability, sampling)
+
+    return identity()._replace(apply=apply, steps=(_CLIENT_MASK,))
+
+
+def dequantize_proxy(proxy: Proxy) -> Proxy:
+    """Replaces the quantized kernels by the values that they stand for (float32, not scaled).
+
+    Masking a dequantized proxy gives exactly the values of masking first and dequantizing then, so
+    a simulation dequantizes once a round and not once a client.
+    """
+    params = dequantize_params(proxy.params, proxy.sites)
+    leaves = jax.tree.leaves(proxy.params, is_leaf=is_quantized)
+    values = dataclasses.replace(proxy, params=params)
+    if any(is_quantized(leaf) and leaf.quantizer.mixes_columns for leaf in leaves):
+        # There a code of zero has a value, also in a hidden column.
+        return _hide(values, proxy.visible)
+    return values
+
+
+def dequantize_params(params: Params, sites: Sites) -> Params:
+    """Replaces the quantized kernels of a tree by the values that they stand for, float32."""
+    by_path = {site.path: site for site in sites}
+
+    def visit(key_path: Any, leaf: Array | Quantized) -> Array:
+        if not isinstance(leaf, Quantized):
+            return leaf
+        return by_path[path_of(key_path)].from_matrices(quantization.dequantize(leaf))
+
+    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_quantized)
+
+
+def select_columns(prepared: Proxy, visible: Columns, scale: dict[str, Array]) -> Proxy:
+    """Returns what a client receives of a round's prepared proxy.
+
+    Args:
+      prepared: The proxy that is the same for every client.
+      visible: What this client sees of it: `Proxy.visible`.
+      scale: The factors: `Proxy.scale`.
+    """
+    return _hide(dataclasses.replace(prepared, visible=visible, scale=scale), visible)
+
+
+def effective_params(proxy: Proxy) -> Params:
+    """The parameters that the model computes with: dequantized values times the sites' scales."""
+    return scale_sites(dequantize_proxy(proxy).params, proxy.sites, proxy.scale)
+
+
+def scale_sites(params: Params, sites: Sites, scale: dict[str, Array]) -> Params:
+    """Multiplies kernels and biases of the sites in ``scale`` by their factor."""
+    columns = {
+        site.path: jnp.broadcast_to(scale[site.path], (site.layers, site.columns))
+        for site in sites
+        if site.path in scale
+    }
+    return jax.tree.map(jnp.multiply, params, spread(columns, params, sites, 1))
+
+
+def is_quantized(leaf: Any) -> bool:
+    """True for a `Quantized` kernel; the ``is_leaf`` of walks over a proxy's parameters."""
+    return isinstance(leaf, Quantized)
+
+
+def _hide_and_scale(
+    proxy: Proxy, mask: Columns, probability: float | Array, sampling: Sampling
+) -> Proxy:
+    visible, scale = dict(proxy.visible), dict(proxy.scale)
+    for site in proxy.sites:
+        path = site.path
+        if path in mask:
+            visible[path] = visible[path] & mask[path] if path in visible else mask[path]
+            share = visible_share(site, probability, sampling)
+            scale[path] = scale.get(path, jnp.float32(1)) / share
+    return _hide(dataclasses.replace(proxy, visible=visible, scale=scale), mask)
+
+
+def _hide(proxy: Proxy, visible: Columns) -> Proxy:
+    sites = {site.path: site for site in proxy.sites}
+    biases = {site.bias_path: site for site in proxy.sites if site.bias_path}
+
+    def visit(key_path: Any, leaf: Array | Quantized) -> Array | Quantized:
+        path = path_of(key_path)
+        site = sites.get(path) or biases.get(path)
+        if site is None or site.mask_path not in visible:
+            return leaf
+        seen = visible[site.mask_path]
+        if isinstance(leaf, Quantized):
+            seen = seen[:, None, :]
+            codes = _zero(leaf.codes, seen)
+            if leaf.quantizer.mixes_columns:
+                return dataclasses.replace(leaf, codes=codes)
+            return dataclasses.replace(leaf, codes=codes, scales=_zero(leaf.scales, seen))
+        return _zero(leaf, site.to_kernel(seen) if path in sites else site.to_bias(seen))
+
+    params = jax.tree_util.tree_map_with_path(visit, proxy.params, is_leaf=is_quantized)
+    return dataclasses.replace(proxy, params=params)
+
+
+def _zero(leaf: Array, seen: Array) -> Array:
+    # A selection, not a product: NaN in a hidden column must not get through.
+    return jnp.where(seen, leaf, jnp.zeros((), leaf.dtype))

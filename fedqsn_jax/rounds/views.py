@@ -1,0 +1,171 @@
+"""The four views of a model: what the owner, the server, a client and colluding clients have.
+
+``global - proxy`` is what a client that forgets loses; ``global - attacker`` is what the method
+buys.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from fedqsn_jax.core.keys import keyed_permutation
+from fedqsn_jax.core.types import Array, Columns, Key, Params
+from fedqsn_jax.protocol.masks import hide, spread
+from fedqsn_jax.protocol.proxy import Proxy, effective_params, scale_sites
+from fedqsn_jax.protocol.sites import Sites
+
+
+@struct.dataclass
+class Attacker:
+    """Colluding clients that keep everything they receive.
+
+    Attributes:
+      members: int32 ``[colluders]``, their client ids.
+      copy: The latest copy of every column and tensor that one of them has received, dequantized
+        and not scaled; zero where they have received nothing. None for tensors that are public.
+      known: bool ``[layers, columns]`` a site: the columns of which they have a copy.
+    """
+
+    members: Array
+    copy: Params
+    known: Columns
+
+
+def make_attacker(
+    key: Key, population: int, colluders: int, params: Params, sites: Sites
+) -> Attacker:
+    """Draws the colluding clients, who know nothing yet.
+
+    Smaller groups that are drawn with the same key are parts of larger ones.
+    """
+    members = keyed_permutation(key, jnp.arange(colluders, dtype=jnp.int32), population)
+    known = {
+        site.path: jnp.zeros((site.layers, site.columns), bool) for site in sites if site.draws
+    }
+    return Attacker(members, jax.tree.map(jnp.zeros_like, params), known)
+
+
+def received_columns(attacker: Attacker, ids: Array, visible: Columns) -> Columns:
+    """What the proxies of a round teach.
+
+    Args:
+      attacker: The attacker.
+      ids: The cohort, int32 ``[cohort]``.
+      visible: The columns that each client saw, bool ``[cohort, layers, columns]`` a site; a site
+        that is absent was seen by all.
+
+    Returns:
+      bool ``[layers, columns]`` a site: True where a colluder received the column; and under the
+      empty name a scalar: True if a colluder took part.
+    """
+    member = (ids[:, None] == attacker.members[None]).any(axis=1)
+    takes_part = member.any()
+    received = {
+        path: (visible[path] & member[:, None, None]).any(axis=0)
+        if path in visible
+        else jnp.broadcast_to(takes_part, known.shape)
+        for path, known in attacker.known.items()
+    }
+    return {"": takes_part, **received}
+
+
+def update_attacker(
+    attacker: Attacker, received: Columns, prepared: Proxy, sites: Sites
+) -> Attacker:
+    """Overwrites the attacker's copy by what was received in a round.
+
+    Args:
+      attacker: The attacker before the round.
+      received: What `received_columns` gives for the round.
+      prepared: The round's proxy before client masks, dequantized; its values are what every
+        client of the round received wherever it received anything.
+      sites: The mask sites.
+    """
+    columns = {path: received[path] for path in attacker.known}
+    now = spread(columns, attacker.copy, sites, received[""])
+    copy = jax.tree.map(
+        lambda is_new, new, old: jnp.where(is_new, new, old).astype(old.dtype),
+        now,
+        prepared.params,
+        attacker.copy,
+    )
+    known = {path: seen | columns[path] for path, seen in attacker.known.items()}
+    return dataclasses.replace(attacker, copy=copy, known=known)
+
+
+def has_received(attacker: Attacker) -> bool:
+    """Whether any of the colluding clients has taken part so far; on the host."""
+    return any(np.asarray(leaf).any() for leaf in jax.tree.leaves(attacker.copy))
+
+
+def attacker_params(attacker: Attacker, sites: Sites) -> Params:
+    """The attacker's model: its copy, each site divided by the share of it that is known."""
+    scale = {
+        path: jnp.where(known.any(), known.size / jnp.maximum(known.sum(), 1), 1.0)
+        for path, known in attacker.known.items()
+    }
+    return scale_sites(attacker.copy, sites, scale)
+
+
+def server_params(params: Params, prepared: Proxy) -> Params:
+    """The server view: the model without its hidden columns, rescaled, in full precision.
+
+    Args:
+      params: The hidden model.
+      prepared: What the transform prepared: its visible columns and scales are the server mask's.
+    """
+    visible = hide(params, prepared.sites, prepared.visible)
+    return scale_sites(visible, prepared.sites, prepared.scale)
+
+
+def evaluate_views(
+    evaluate: Callable[[Params, Any], dict[str, Array]],
+    rows: Any,
+    params: Params,
+    sendable: Params,
+    prepared: Proxy,
+    apply: Callable[[Key, Proxy], Proxy],
+    proxy_keys: Key,
+    attackers: dict[str, Attacker],
+    score: str,
+) -> dict[str, Array]:
+    """Evaluates all views.
+
+    Args:
+      evaluate: Evaluates parameters on rows: `metrics.Evaluator` or
+        `client_metrics.ClientEvaluator`.
+      rows: Held-out rows, as it wants them.
+      params: The hidden model.
+      sendable: The same without the tensors that are withheld as a whole.
+      prepared: The round's proxy before client masks, dequantized.
+      apply: Makes a client's proxy from it.
+      proxy_keys: Keys ``[samples]``: the client masks that the proxy view averages over.
+      attackers: The attackers by name.
+      score: The metric whose spread over client masks is reported.
+
+    Returns:
+      float32 scalars named ``view/metric``, with ``proxy/SCORE_std`` (population standard
+      deviation over the sampled client masks).
+    """
+    sites = prepared.sites
+    results = {
+        "global": evaluate(params, rows),
+        "server": evaluate(server_params(sendable, prepared), rows),
+    }
+    samples = jax.lax.map(
+        lambda key: evaluate(effective_params(apply(key, prepared)), rows), proxy_keys
+    )
+    results["proxy"] = {name: values.mean() for name, values in samples.items()}
+    results["proxy"][f"{score}_std"] = samples[score].std()
+    for name, attacker in attackers.items():
+        results[name] = evaluate(attacker_params(attacker, sites), rows)
+    return {
+        f"{view}/{name}": value
+        for view, values in results.items()
+        for name, value in values.items()
+    }

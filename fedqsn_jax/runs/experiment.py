@@ -1,0 +1,400 @@
+"""The main job: data, the server's own training, rounds, checkpoints and reports."""
+
+import contextlib
+import functools
+import signal
+import threading
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from fedqsn_jax.config.schema import LANGUAGE, Config
+from fedqsn_jax.core.keys import root_key
+from fedqsn_jax.data.population import HeldOut
+from fedqsn_jax.data.splits import fingerprint
+from fedqsn_jax.host import distributed
+from fedqsn_jax.host.checkpoints import Checkpoints
+from fedqsn_jax.host.signals import tell
+from fedqsn_jax.problems.images import load_image_problem
+from fedqsn_jax.problems.problem import Problem, ProblemSettings, problem_settings
+from fedqsn_jax.problems.training import pretrain
+from fedqsn_jax.reporting.display import Display
+from fedqsn_jax.reporting.summary import Costs, summarize
+from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
+from fedqsn_jax.rounds.federation import ServerState
+from fedqsn_jax.runs.working_directory import WorkDirectory
+from fedqsn_jax.runs.written_texts import passes, write_texts
+from fedqsn_jax.simulation import cautions
+from fedqsn_jax.simulation.compose import Simulation, make_simulation
+from fedqsn_jax.simulation.costs import expected_costs, tensor_rows
+from fedqsn_jax.simulation.memory import answer_out_of_memory
+from fedqsn_jax.simulation.running import (
+    Entry,
+    first_entry,
+    initial_state,
+    place,
+    run_rounds,
+)
+
+
+class Experiment(NamedTuple):
+    """A configuration with its data and its untrained model.
+
+    Attributes:
+      config: What to run.
+      problem: Data, model and task; the data in their place.
+      simulation: The method.
+    """
+
+    config: Config
+    problem: Problem
+    simulation: Simulation
+
+    @property
+    def held_out(self) -> HeldOut:
+        """What is evaluated on."""
+        return HeldOut(self.problem.splits.test, self.problem.splits.client_tests)
+
+
+def keep_compiled_programs(directory: str) -> None:
+    """Makes JAX keep compiled programs in a directory, and look for them there first.
+
+    Programs that compile in less than a second are not kept, by JAX's default.
+    """
+    jax.config.update("jax_compilation_cache_dir", directory)
+    # JAX looks at the setting once, which may have been before.
+    compilation_cache.reset_cache()
+
+
+def dry_run(
+    config: Config, directory: Path | None, display: Display, chosen: Collection[str] = ()
+) -> None:
+    """Shows the model's tensors and mask sites, bytes and memory; trains and writes nothing.
+
+    A run may be at work in the directory meanwhile.
+
+    Args:
+      config: What would run.
+      directory: Where, if that is known.
+      display: Where it is shown.
+      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
+
+    Raises:
+      ConfigError: The run would be refused.
+    """
+    if directory is not None:
+        distributed.by_leader(lambda: WorkDirectory(directory).check_fit(config))
+    _show(distributed.together(lambda: prepare(config)), display, chosen)
+
+
+def run(config: Config, directory: Path, display: Display, chosen: Collection[str] = ()) -> None:
+    """Runs, resumes or extends the run in a directory.
+
+    With several processes each calls this, with a directory that all of them see; the leader
+    alone writes to it, but for checkpoints, which they write together.
+
+    Args:
+      config: What to run.
+      directory: Where everything is written; see `workdir.WorkDirectory`.
+      display: Where progress is shown.
+      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
+
+    Raises:
+      ConfigError: The configuration is not possible, or the directory belongs to another one.
+      OutOfMemoryError: The device ran out of memory; the last checkpoint stands.
+      CheckpointError: The checkpoints in the directory cannot be read or do not fit.
+    """
+    work = WorkDirectory(directory)
+    distributed.by_leader(lambda: work.check(config))
+    experiment = distributed.together(lambda: prepare(config))
+    # It was chosen by the memory that each found on its own devices.
+    at_once = experiment.simulation.choice.axis.chunk_size
+    distributed.require_same("cohort.chunk_size = 0, so that each chose its own", str(at_once))
+    with contextlib.ExitStack() as claim:
+        distributed.by_leader(lambda: claim.enter_context(work.claim(config)))
+        _run(experiment, work, display, chosen)
+
+
+def _run(
+    experiment: Experiment, work: WorkDirectory, display: Display, chosen: Collection[str]
+) -> None:
+    """The run in a directory that is ours alone."""
+    config, settings = experiment.config, experiment.config.checkpoint
+    stopped = threading.Event()
+    with (
+        _stops_at(signal.SIGTERM, stopped),
+        Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints,
+    ):
+        restored = _restore(experiment, checkpoints)
+        if restored is not None:
+            rows = fingerprint(experiment.problem.splits)
+            distributed.by_leader(lambda: work.check_rows(rows))
+        display.message(f"{work.path}: only you may read it; it holds the hidden model")
+        if restored is not None and _is_finished(restored, config, work):
+            display.message(
+                f"finished at round {config.rounds}; a larger --config.rounds would extend the run"
+            )
+            distributed.by_leader(lambda: _finish(experiment, work, *restored, display))
+            return
+        _show(experiment, display, chosen)
+        chunk = experiment.simulation.choice.axis.chunk_size
+        with answer_out_of_memory(config, chunk, lambda: _what_stands(checkpoints)):
+            if restored is not None:
+                state, history = restored
+                display.message(f"resumed after round {int(state.round)}")
+            else:
+                if work.metrics.exists():
+                    display.warning(
+                        f"there is no checkpoint in {work.checkpoints}: the run starts again at "
+                        f"round 1"
+                    )
+                problem = experiment.problem
+                for line in _first_steps(config):
+                    display.message(line)
+                params = pretrain(
+                    config,
+                    problem.pretraining_apply,
+                    problem.task,
+                    problem.params,
+                    problem.splits.private,
+                    problem.preparation,
+                )
+                # Two processes' devices may round differently: the leader's model is the model.
+                state = initial_state(experiment.simulation, distributed.from_leader(params))
+                display.message("every view is evaluated before the first round")
+                history = [first_entry(experiment.simulation, state, experiment.held_out)]
+            # Before the rounds Ctrl-C does not wait: there is nothing of this run to be saved.
+            with _stops_at(signal.SIGINT, stopped):
+                state = _train(experiment, state, history, work, checkpoints, display, stopped)
+    finished = int(state.round)
+    if finished == config.rounds:
+        distributed.by_leader(lambda: _finish(experiment, work, state, history, display))
+    else:
+        display.message(f"stopped after round {finished}; the same command resumes there")
+
+
+def _first_steps(config: Config) -> Iterator[str]:
+    """What the server does before the first round, which may take a while, a line each."""
+    if config.pretraining.steps:
+        yield f"the server trains on its own rows first, {config.pretraining.steps} steps"
+    distillation = config.fedsp.distillation_steps
+    if config.algorithm == "fedsp" and distillation:
+        yield (
+            f"the server distils on its own rows the small model that clients get, "
+            f"{distillation} steps"
+        )
+
+
+def _is_finished(
+    restored: tuple[ServerState, list[Entry]], config: Config, work: WorkDirectory
+) -> bool:
+    summarized = distributed.is_leader() and work.summary.exists()
+    return int(restored[0].round) == config.rounds and distributed.any_of(summarized)
+
+
+def prepare(config: Config, problem: Problem | None = None) -> Experiment:
+    """Loads the data, initializes the model and composes the method; writes nothing.
+
+    Args:
+      config: What to run.
+      problem: What `load_problem` returned for its `problem_settings`, if that was called.
+
+    Raises:
+      ConfigError: The configuration is not possible.
+    """
+    problem = problem or load_problem(problem_settings(config))
+    simulation = make_simulation(
+        config,
+        problem.apply_fn,
+        problem.task,
+        problem.params,
+        problem.splits.clients,
+        problem.client_apply,
+    )
+    splits = problem.splits
+    clients, test, client_tests = place(
+        simulation, (splits.clients, splits.test, splits.client_tests)
+    )
+    splits = splits._replace(clients=clients, test=test, client_tests=client_tests)
+    return Experiment(config, problem._replace(splits=splits), simulation)
+
+
+def load_problem(settings: ProblemSettings) -> Problem:
+    """Loads the data and initializes the model, or reads its pre-trained weights.
+
+    Raises:
+      ConfigError: One of them is absent or damaged, or they do not fit each other.
+    """
+    if settings.model.name != LANGUAGE:
+        return load_image_problem(settings)
+    # Only here: images do without what texts need, which takes a second to import.
+    from fedqsn_jax.problems.language import load_language_problem
+
+    return load_language_problem(settings)
+
+
+def _what_stands(checkpoints: Checkpoints) -> str:
+    latest = checkpoints.latest_round()
+    if latest is None:
+        return "no checkpoint was written yet"
+    return f"the checkpoint of round {latest} stands"
+
+
+def _restore(
+    experiment: Experiment, checkpoints: Checkpoints
+) -> tuple[ServerState, list[Entry]] | None:
+    """The latest checkpoint, if there is one, in its place."""
+    simulation, params = experiment.simulation, experiment.problem.params
+
+    def restore() -> tuple[ServerState, list[Entry]] | None:
+        if checkpoints.latest_round() is None:
+            return None
+        key = root_key(experiment.config.seed)
+        return checkpoints.restore(jax.eval_shape(simulation.federation.init, key, params))
+
+    restored = distributed.together(restore)
+    return restored and (place(simulation, restored[0]), restored[1])
+
+
+def _train(
+    experiment: Experiment,
+    state: ServerState,
+    history: list[Entry],
+    work: WorkDirectory,
+    checkpoints: Checkpoints,
+    display: Display,
+    stopped: threading.Event,
+) -> ServerState:
+    """Runs the rounds that are left, adding to ``history``; returns the state after the last."""
+    config, simulation = experiment.config, experiment.simulation
+    splits = experiment.problem.splits
+    score = f"global/{simulation.task.score}"
+    metrics, board = MetricsFile(work.metrics), TensorBoard(work.tensorboard)
+    finished = int(state.round)
+
+    def begin() -> None:
+        work.write_config(config)
+        if finished == 0:
+            work.write_rows(fingerprint(splits))
+        work.keep_files(experiment.problem.files)
+        metrics.rewrite(history)
+        board.rewrite(history)
+
+    def record(entries: list[Entry]) -> None:
+        metrics.append(entries)
+        board.append(entries)
+
+    distributed.by_leader(begin)
+    if finished == 0:
+        checkpoints.save(0, state, history, history[-1][score])
+    calls = run_rounds(
+        simulation,
+        state,
+        splits.clients,
+        experiment.held_out,
+        seconds=history[-1]["seconds"],
+    )
+    with (
+        board,
+        display.progress(config.rounds, finished, simulation.task.score) as progress,
+    ):
+        for after, state, entries in calls:
+            history += entries
+            for entry in entries:
+                progress.update(entry["round"], entry)
+            progress.update(after)
+            # All stop at the same boundary, whichever of them was asked to.
+            stop = distributed.any_of(stopped.is_set())
+            every = config.checkpoint.every
+            due = stop or after // every > finished // every or after == config.rounds
+            distributed.by_leader(functools.partial(record, entries))
+            if due:
+                checkpoints.save(after, state, history, history[-1][score])
+            finished = after
+            if stop:
+                break
+    checkpoints.wait()
+    return state
+
+
+@contextlib.contextmanager
+def _stops_at(kind: signal.Signals, stopped: threading.Event) -> Iterator[None]:
+    """Turns the first signal of a kind into a request to stop at the next boundary.
+
+    Not a signal that is ignored, as a shell lets its background jobs ignore Ctrl-C, nor one that
+    is handled by something other than Python.
+    """
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+        # A second one acts as it would have without us.
+        signal.signal(kind, previous)
+        # This may be in the middle of a write to the same stream, which refuses another one; and
+        # whatever is raised here would end the round.
+        with contextlib.suppress(Exception):
+            tell("stopping after the rounds that are running; once more: at once")
+
+    previous = signal.getsignal(kind)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or previous in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(kind, request)
+    try:
+        yield
+    finally:
+        signal.signal(kind, previous)
+
+
+def _finish(
+    experiment: Experiment,
+    work: WorkDirectory,
+    state: ServerState,
+    history: list[Entry],
+    display: Display,
+) -> None:
+    """Writes and shows the final table, the curves and what the views wrote."""
+    from fedqsn_jax.reporting import plots  # Slow to import, and only needed at the end.
+
+    simulation, config = experiment.simulation, experiment.config
+    score = simulation.task.score
+    summary = summarize(history, _costs(experiment), history[-1]["seconds"], score)
+    title = f"{config.algorithm} on {_data_name(config)}, seed {config.seed}"
+    plots.accuracy_curves(history, work.picture, title, score)
+    texts = experiment.problem.texts
+    if texts is not None:
+        total = passes(simulation, state) * len(texts.prompts.texts)
+        with display.steps("writing texts", total) as done:
+            summary["texts"] = write_texts(simulation, state, texts, work.texts, done)
+    write_json(work.summary, summary)
+    display.final_table(summary)
+    for line in cautions.after(config, history, state.attackers):
+        display.warning(line)
+    display.message(f"written to {work.path}")
+
+
+def _show(experiment: Experiment, display: Display, chosen: Collection[str]) -> None:
+    simulation, config = experiment.simulation, experiment.config
+    clients = experiment.problem.splits.clients.clients
+    display.message(
+        f"{config.algorithm} on {_data_name(config)}: {clients} clients, "
+        f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
+        f"{simulation.choice.reason}"
+    )
+    for line in cautions.before(config, chosen):
+        display.warning(line)
+    for note in experiment.problem.notes:
+        display.message(note)
+    display.overview(tensor_rows(simulation, experiment.problem.params), _costs(experiment))
+
+
+def _data_name(config: Config) -> str:
+    return config.data.task if config.data.name == "text" else config.data.name
+
+
+def _costs(experiment: Experiment) -> Costs:
+    return expected_costs(experiment.simulation)

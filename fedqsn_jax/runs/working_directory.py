@@ -1,0 +1,391 @@
+"""The directory of a run: whose it is, who may read it, and which configuration made it."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fedqsn_jax.config.schema import Config, ConfigError, flatten, resolve, to_dict
+from fedqsn_jax.core.errors import UserError
+from fedqsn_jax.host.atomic_files import replacing
+from fedqsn_jax.host.signals import cleaning_up
+
+try:
+    import fcntl
+except ImportError:  # Not everywhere; there, two runs are not kept apart.
+    fcntl = None  # type: ignore[assignment]
+
+_CONFIG_FILE = "config.json"
+_ROWS_FILE = "rows.sha256"
+_MODE = 0o700
+
+_ATTEMPTS = 10
+"""How often a directory is made that others remove meanwhile; each of them does so once."""
+
+_LOOK_SECONDS = 0.1
+"""Longer than anyone takes to look whether a directory is free."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkDirectory:
+    """Names of what a run writes. The directory holds the hidden model: mode 0700."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Orbax checkpoints of the server's state."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object for each evaluated round."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The final table as JSON."""
+        return self.path / "summary.json"
+
+    @property
+    def texts(self) -> Path:
+        """What the views wrote after the last round, where the task is to write."""
+        return self.path / "texts.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def model(self) -> Path:
+        """What lay beside the pre-trained model's weights: its config.json and its tokenizer."""
+        return self.path / "model"
+
+    @property
+    def picture(self) -> Path:
+        """The curves of all views."""
+        return self.path / "accuracy.png"
+
+    def check(self, config: Config) -> None:
+        """Makes sure, without writing anything, that the directory can serve this configuration.
+
+        Raises:
+          ConfigError: Another run is at work in it, or as `check_fit` does.
+        """
+        check_free(self.path)
+        self.check_fit(config)
+
+    def check_fit(self, config: Config) -> None:
+        """Makes sure that the directory is, or could become, one of this configuration's.
+
+        Fields that have no effect may differ. Nothing is written, and a run may be at work in it
+        meanwhile.
+
+        Raises:
+          ConfigError: It belongs to another configuration, holds other things, or cannot be
+            written.
+        """
+        try:
+            self._check_contents(config)
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
+
+    def _check_contents(self, config: Config) -> None:
+        path = self.path
+        check_writable(path)
+        stored = self._stored()
+        if stored is None:
+            if path.exists() and any(self.path.iterdir()):
+                raise ConfigError(
+                    f"--workdir={path}: it holds other files and no {_CONFIG_FILE}; "
+                    f"name a new or empty directory"
+                )
+            return
+        self._compare(stored, config)
+
+    def what_remains(self) -> str:
+        """Returns what an interrupted run leaves to the same command, in words.
+
+        It may be called at any time: it waits for no save, and only reads names. (A checkpoint is a
+        directory that is called by its round, once it is whole.)
+        """
+        names = [path.name for path in self.checkpoints.glob("*")]
+        rounds = [int(name) for name in names if name.isdecimal()]
+        if not rounds:
+            return "nothing was saved, the same command starts again"
+        return f"the same command resumes after round {max(rounds)}, the last that was saved"
+
+    @contextmanager
+    def claim(self, config: Config) -> Iterator[None]:
+        """Creates the directory, or makes an existing one private, and keeps other runs out of it.
+
+        A directory that was created, and in which nothing was written, is removed at the end.
+        Other runs are kept out while the ``with`` block runs, by a lock on the directory itself: it
+        leaves nothing behind, and ends with the process however that ends. It is advisory; file
+        systems that have no such locks are taken as they are.
+
+        Raises:
+          ConfigError: Another run is at work in it, it does not serve this configuration (any
+            more), or the file system refuses.
+        """
+        with claim_directory(self.path):
+            # Another run may have been at work since the caller has looked.
+            self.check_fit(config)
+            yield
+
+    def config(self) -> Config:
+        """Returns the configuration that made the directory.
+
+        Raises:
+          ConfigError: There is none, or it is not one that this version knows.
+        """
+        stored = self._stored()
+        if stored is None:
+            raise ConfigError(f"--workdir={self.path}: there is no run in it, no {_CONFIG_FILE}")
+        try:
+            return resolve(stored)
+        except UserError as error:
+            raise ConfigError(f"--workdir={self.path}: {_CONFIG_FILE}: {error}") from error
+
+    def write_config(self, config: Config) -> None:
+        """Writes the configuration, all of it or nothing.
+
+        Raises:
+          ConfigError: The file system refuses.
+        """
+        self._write(_CONFIG_FILE, json.dumps(to_dict(config), indent=2))
+
+    def write_rows(self, fingerprint: str) -> None:
+        """Writes what tells the rows of the run from others; see `data.splits.fingerprint`.
+
+        Raises:
+          ConfigError: The file system refuses.
+        """
+        self._write(_ROWS_FILE, fingerprint)
+
+    def check_rows(self, fingerprint: str) -> None:
+        """Makes sure that a run goes on with the rows that it has begun with.
+
+        Raises:
+          ConfigError: Its rows were others, or the file system refuses.
+        """
+        file = self.path / _ROWS_FILE
+        try:
+            # Runs of earlier versions have none.
+            same = not file.exists() or file.read_bytes().strip() == fingerprint.encode()
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
+        if not same:
+            raise ConfigError(
+                f"--workdir={self.path}: the rows are not those with which the run was begun; "
+                f"allowed are the same data, or another directory"
+            )
+
+    def _write(self, name: str, content: str) -> None:
+        try:
+            with replacing(self.path / name) as temporary:
+                temporary.write_text(content + "\n")
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
+
+    def keep_files(self, files: Sequence[Path]) -> None:
+        """Keeps copies of files in `model`, each whole or not at all, one after the other.
+
+        So the hidden model can be exported wherever its directory is by then.
+
+        Raises:
+          ConfigError: The file system refuses.
+        """
+        try:
+            for file in files:
+                self.model.mkdir(mode=_MODE, exist_ok=True)
+                with replacing(self.model / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
+        except OSError as error:
+            raise ConfigError(f"--workdir={self.path}: model: {error.strerror}") from error
+
+    def _stored(self) -> dict[str, Any] | None:
+        file = self.path / _CONFIG_FILE
+        if not file.exists():
+            return None
+        try:
+            return dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"--workdir={self.path}: {_CONFIG_FILE} cannot be read") from error
+
+    def _compare(self, stored: dict[str, Any], config: Config) -> None:
+        ours = {name: _as_json(value) for name, value in flatten(config).items()}
+        theirs = _flatten(stored)
+        differing = {
+            name
+            for name in ours.keys() | theirs.keys()
+            if name != "rounds" and ours.get(name) != theirs.get(name)
+        }
+        if differing:
+            # Only now, as it waits for JAX. What decides on other fields' effect is compared, too.
+            from fedqsn_jax.simulation.unused import without_effect
+
+            differing -= without_effect(config)
+        if differing:
+            raise ConfigError(
+                f"--workdir={self.path}: it was made with another configuration: "
+                + ", ".join(
+                    f"{name} = {ours.get(name)!r} (there: {theirs.get(name)!r})"
+                    for name in sorted(differing)
+                )
+            )
+        if config.rounds < theirs.get("rounds", 0):
+            raise ConfigError(
+                f"rounds = {config.rounds}: the run in {self.path} has {theirs['rounds']}; "
+                f"allowed are as many or more"
+            )
+
+
+def check_writable(path: Path) -> None:
+    """Makes sure that a directory can be made or written, without doing so.
+
+    Raises:
+      ConfigError: It cannot.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--workdir={path}: it exists and is not a directory")
+    nearest = path
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--workdir={path}: {nearest} cannot be written")
+
+
+def check_free(path: Path) -> None:
+    """Makes sure that no run is at work in a directory, if there is one.
+
+    Raises:
+      ConfigError: One is, or the file system refuses.
+    """
+    try:
+        if path.is_dir():
+            os.close(_lock(path, shared=True))
+    except OSError as error:
+        raise _unavailable(path, error) from error
+
+
+@contextmanager
+def claim_directory(path: Path) -> Iterator[None]:
+    """Makes a directory private and ours while the ``with`` block runs; see `WorkDirectory.claim`.
+
+    Raises:
+      ConfigError: Another run is at work in it, or the file system refuses.
+    """
+    created: set[Path] = set()
+    try:
+        descriptor = _make_and_lock(path, created)
+    except OSError as error:
+        if not os.path.exists(path):
+            # Nobody has locked it, and those above it are nobody's yet.
+            remove_empty(created - {path})
+        raise _unavailable(path, error) from error
+    try:
+        # Only of what is locked: another's directory may be as empty. And before others may lock.
+        with cleaning_up(lambda: remove_empty(created)):
+            yield
+    finally:
+        os.close(descriptor)
+
+
+def _make_and_lock(path: Path, created: set[Path]) -> int:
+    """Makes a directory, and locks it as `_lock` does.
+
+    Whoever had it before may remove it between any two of the steps.
+
+    Args:
+      path: The directory.
+      created: What did not exist, it and those above it, is added here.
+    """
+    for attempt in range(_ATTEMPTS):
+        created |= missing_directories(path)
+        try:
+            path.mkdir(mode=_MODE, parents=True, exist_ok=True)
+            path.chmod(_MODE)
+            descriptor = _lock(path)
+        except FileNotFoundError:
+            if attempt + 1 == _ATTEMPTS:
+                raise
+            continue
+        if _is_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, "others make and remove it all the time")
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether a path still names what was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def missing_directories(path: Path) -> set[Path]:
+    """Returns which of a directory and those above it do not exist."""
+    return {each for each in (path, *path.parents) if not each.exists()}
+
+
+def remove_empty(directories: Iterable[Path]) -> None:
+    """Removes directories, innermost first, up to the first that is not there or not empty."""
+    with suppress(OSError):
+        for directory in sorted(directories, reverse=True):
+            directory.rmdir()
+
+
+def _unavailable(path: Path, error: OSError) -> ConfigError:
+    reason = error.strerror
+    if error.errno == errno.EWOULDBLOCK:
+        reason = "another run is at work in it; wait for its end, or name another directory"
+    return ConfigError(f"--workdir={path}: {reason}")
+
+
+def _lock(directory: Path, shared: bool = False) -> int:
+    """Locks a directory until the descriptor that it returns is closed; EWOULDBLOCK if it is.
+
+    Those who only look have a shared lock for a moment, which keeps nobody out.
+
+    Args:
+      directory: Which.
+      shared: Whether others may have such a lock too: enough to see that nobody has one alone.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            try:
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOOK_SECONDS)
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        # Others mean that the file system has no such locks.
+        if error.errno == errno.EWOULDBLOCK:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

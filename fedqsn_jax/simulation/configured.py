@@ -1,0 +1,125 @@
+"""The parts of a method that a configuration names: algorithm, quantizers, optimizer, adapters."""
+
+from typing import Any
+
+import optax
+
+from fedqsn_jax.config.schema import Config, ConfigError, ServerConfig
+from fedqsn_jax.core.trees import Selection
+from fedqsn_jax.core.types import Params
+from fedqsn_jax.protocol.algorithms import Algorithm, make_algorithm
+from fedqsn_jax.protocol.lora import Lora, find_adapters, without_adapters
+from fedqsn_jax.protocol.quantization import NormalFloat, Quantizer, SymmetricNormalFloat, Uniform
+from fedqsn_jax.protocol.sites import Sites
+from fedqsn_jax.protocol.upload import Upload, quantized_upload
+
+_CODEBOOKS: dict[str, type[Quantizer]] = {
+    "normal_float": NormalFloat,
+    "symmetric_normal_float": SymmetricNormalFloat,
+    "uniform": Uniform,
+}
+
+
+def algorithm_of(config: Config) -> Algorithm:
+    """Returns the algorithm that a configuration names, with the settings that it uses."""
+    return make_algorithm(
+        config.algorithm,
+        make_quantizer(config),
+        config.p1,
+        config.p2,
+        config.sampling,  # type: ignore[arg-type]
+    )
+
+
+def make_quantizer(config: Config) -> Quantizer:
+    """Returns the quantizer that a configuration names."""
+    kind = _CODEBOOKS[config.codebook]
+    return kind(config.bits, config.block_size, blocks_along=config.blocks)
+
+
+def upload_quantizer(config: Config) -> Quantizer | None:
+    """Returns the quantizer of updates that a configuration names, or None."""
+    settings = config.upload
+    if not settings.bits:
+        return None
+    return _CODEBOOKS[settings.codebook](settings.bits, settings.block_size)
+
+
+def make_upload(config: Config, sites: Sites, trained: Selection) -> Upload | None:
+    """Returns the way back of updates that a configuration names; None: they travel as they are.
+
+    Args:
+      config: The settings.
+      sites: The mask sites.
+      trained: The tensors that are trained.
+
+    Raises:
+      ConfigError: There is nothing to quantize.
+    """
+    quantizer = upload_quantizer(config)
+    if quantizer is None:
+        return None
+    if not any(site.quantized and (trained is None or site.path in trained) for site in sites):
+        raise ConfigError(
+            f"upload.bits = {config.upload.bits}: no kernel of a site is trained, or they are "
+            f"adapters that are not quantized; allowed is 0, or lora.quantize = True"
+        )
+    feedback = config.upload.error_feedback
+    return quantized_upload(quantizer, sites, feedback=feedback, trained=trained)
+
+
+def server_optimizer(settings: ServerConfig, rounds: int) -> optax.GradientTransformation:
+    """Returns the optimizer of the server; ``rounds`` is how many there are in all."""
+    rate: Any = settings.learning_rate
+    if settings.decay == "linear":
+        rate = optax.linear_schedule(settings.learning_rate, 0.0, max(rounds, 1))
+    makers = {
+        "sgd": lambda: optax.sgd(rate, settings.momentum or None),
+        "adagrad": lambda: optax.adagrad(rate),
+        "adam": lambda: optax.adam(rate),
+        "yogi": lambda: optax.yogi(rate),
+        "lamb": lambda: optax.lamb(rate),
+        "adafactor": lambda: optax.adafactor(rate),
+    }
+    return makers[settings.optimizer]()
+
+
+def configured_adapters(config: Config, params: Params) -> Lora | None:
+    """Finds the adapters that a configuration asks for, in the plain model's parameters.
+
+    Raises:
+      ConfigError: A pattern fits no matrix.
+    """
+    settings = config.lora
+    if settings.rank == 0:
+        return None
+    try:
+        return find_adapters(
+            params,
+            config.site_rules,
+            settings.matrices,
+            settings.rank,
+            settings.alpha or float(settings.rank),
+        )
+    except ValueError as error:
+        raise ConfigError(f"lora.matrices: {error}") from error
+
+
+def merge_configured(config: Config, params: Params) -> Params:
+    """Returns the plain model's parameters of a run with this configuration.
+
+    Args:
+      config: The run's.
+      params: Its parameters, with adapters if it has any.
+    """
+
+    lora = configured_adapters(config, without_adapters(params))
+    return params if lora is None else lora.merge(params)
+
+
+def calls_of(finished: int, config: Config) -> list[tuple[int, int]]:
+    """The calls that are left: numbers of rounds that are finished before and after each."""
+    per_call = config.rounds_per_call
+    boundaries = range((finished // per_call + 1) * per_call, config.rounds, per_call)
+    ends = [*boundaries, config.rounds]
+    return list(zip([finished, *ends], ends, strict=False)) if finished < config.rounds else []

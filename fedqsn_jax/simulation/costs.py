@@ -1,0 +1,98 @@
+"""What a run will cost, before it runs: how tensors travel, bytes a client, memory."""
+
+import jax
+
+from fedqsn_jax.core.trees import leaves_by_path
+from fedqsn_jax.core.types import Params
+from fedqsn_jax.protocol.masks import hidden_count
+from fedqsn_jax.protocol.sites import MaskSite
+from fedqsn_jax.reporting.summary import Costs, TensorRow
+from fedqsn_jax.simulation.compose import Simulation
+
+
+def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
+    """Says of every tensor whether it is a mask site and how it travels.
+
+    Args:
+      simulation: The method.
+      params: The plain model's parameters, or their shapes.
+    """
+    if simulation.lora is not None:
+        params = jax.eval_shape(simulation.lora.add, jax.random.key(0), params)
+    kernels = {site.path: site for site in simulation.sites}
+    biases = {site.bias_path: site for site in simulation.sites if site.bias_path}
+    quantizer = simulation.algorithm.quantizer
+    rows = []
+    for path, leaf in leaves_by_path(params).items():
+        site = kernels.get(path) or biases.get(path)
+        travels = f"{leaf.dtype}, whole"
+        hidden = None
+        if site is not None:
+            masked = site.mask_path in simulation.traffic.down.per_column
+            hidden = hidden_share(simulation, site) if masked else None
+            columns = "visible columns" if masked else "whole"
+            travels = f"{leaf.dtype}, {columns}"
+            if quantizer is not None and path in kernels and site.quantized:
+                name = type(quantizer).__name__
+                travels = (
+                    f"{quantizer.code_bits}-bit {name}, block {quantizer.block_size}, {columns}"
+                )
+        if path in (simulation.withheld or ()):
+            travels = "never sent"
+        elif simulation.sent is not None and path not in simulation.sent:
+            travels = "public, not sent"
+        elif simulation.trained is not None and path not in simulation.trained:
+            travels += "; frozen"
+        elif simulation.returned is not None and path not in simulation.returned:
+            travels += "; not returned"
+        kernel = kernels.get(path)
+        rows.append(
+            TensorRow(
+                path,
+                tuple(leaf.shape),
+                str(leaf.dtype),
+                travels,
+                columns=None if kernel is None else kernel.layers * kernel.columns,
+                fan_in=None if kernel is None else kernel.fan_in,
+                hidden=hidden,
+            )
+        )
+    return rows
+
+
+def hidden_share(simulation: Simulation, site: MaskSite) -> float:
+    """Expected share of a site's columns that one client does not see in one round.
+
+    With ``fixed_count`` it is the share of whole columns that are hidden, not the configured one.
+    """
+    algorithm = simulation.algorithm
+
+    def visible(probability: float) -> float:
+        if algorithm.sampling == "bernoulli":
+            return 1 - probability
+        return 1 - int(hidden_count(site, probability)) / site.columns
+
+    return 1 - visible(algorithm.p1) * visible(algorithm.p2)
+
+
+def expected_costs(simulation: Simulation) -> Costs:
+    """Expected bytes down and up a client a round, and an estimate of memory.
+
+    Args:
+      simulation: The method.
+    """
+    traffic = simulation.traffic
+    by_path = {site.path: site for site in simulation.sites}
+    visible = {
+        path: (1 - hidden_share(simulation, site)) * site.layers * site.columns
+        for path, site in by_path.items()
+        if path in traffic.down.per_column
+    }
+    return Costs(
+        down=traffic.down.of(visible),
+        up=(1 - simulation.config.participation.dropout) * traffic.up.of(visible),
+        fedavg_down=traffic.fedavg_down,
+        fedavg_up=traffic.fedavg_up,
+        memory=(*simulation.memory.items(), ("in all", sum(simulation.memory.values()))),
+        hides=bool(visible or simulation.withheld),
+    )

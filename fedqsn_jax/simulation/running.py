@@ -1,0 +1,144 @@
+"""Running a simulation: its rounds, call by call, and what each evaluated round tells."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedqsn_jax.core.keys import federation_key
+from fedqsn_jax.core.types import Batch, Params
+from fedqsn_jax.data.population import ClientData, HeldOut
+from fedqsn_jax.data.streamed import HostData, capacity_for, stream
+from fedqsn_jax.host.devices import Tree, replicate
+from fedqsn_jax.rounds.federation import CallResult, ServerState, draw_cohorts
+from fedqsn_jax.simulation.compose import Simulation
+from fedqsn_jax.simulation.configured import calls_of
+
+Entry = dict[str, Any]
+"""One evaluated round: what becomes a line of metrics.jsonl."""
+
+
+def place(simulation: Simulation, tree: Tree) -> Tree:
+    """Puts a state or data where the simulation's calls want them; see `placement.replicate`."""
+    return replicate(tree, simulation.choice.axis.mesh)
+
+
+def initial_state(simulation: Simulation, params: Params) -> ServerState:
+    """Returns the state before the first round, in its place; the parameters are copied."""
+    init = jax.jit(simulation.federation.init)
+    return place(simulation, init(federation_key(simulation.config.seed), params))
+
+
+def first_entry(simulation: Simulation, state: ServerState, test: Batch | HeldOut) -> Entry:
+    """Evaluates the state before the first round: an entry without training facts."""
+    test = place(simulation, test)
+    metrics = jax.device_get(jax.jit(simulation.federation.evaluate)(state, test))
+    return {"round": 0, **_ordered(metrics), "seconds": 0.0}
+
+
+def run_rounds(
+    simulation: Simulation,
+    state: ServerState,
+    data: ClientData,
+    test: Batch | HeldOut,
+    *,
+    seconds: float = 0.0,
+) -> Iterator[tuple[int, ServerState, list[Entry]]]:
+    """Runs rounds up to the configured number, call by call.
+
+    Calls end at multiples of ``rounds_per_call`` of the absolute round, so that an interrupted run
+    and an uninterrupted one make the same calls. A yielded state is donated to the next call: use
+    it before asking for the next.
+
+    Args:
+      simulation: What to run.
+      state: The state to start from, in its place (see `place`); it is donated.
+      data: The clients' rows. Those of `HostData` are streamed: while the device works on a call,
+        the rows of the next are gathered and sent.
+      test: Held-out rows, also of clients.
+      seconds: What earlier parts of the run took; entries count on from there.
+
+    Yields:
+      ``(round, state, entries)`` after each call, with the rounds evaluated in it.
+    """
+    config = simulation.config
+    calls = calls_of(int(state.round), config)
+    test, last = place(simulation, (test, jnp.int32(config.rounds)))
+    feed = _feed(simulation, state, data, calls)
+    began = time.perf_counter()
+    rows = next(feed, None)
+    for finished, stop in calls:
+        until = place(simulation, jnp.int32(stop))
+        state, result = simulation.run(state, rows, test, until, last)
+        # The call runs on while the host prepares the next one's rows.
+        rows = next(feed, None)
+        result = jax.device_get(result)
+        took = time.perf_counter() - began
+        entries = []
+        for index in np.flatnonzero(result.evaluated[: stop - finished]):
+            share = (index + 1) / (stop - finished)
+            entry = {"round": finished + int(index) + 1, **entry_of(simulation, result, int(index))}
+            entries.append({**entry, "seconds": round(float(seconds + share * took), 6)})
+        seconds += took
+        yield stop, state, entries
+        began = time.perf_counter()
+
+
+def entry_of(simulation: Simulation, result: CallResult, index: int) -> Entry:
+    """Returns what one evaluated round of a call tells.
+
+    That is metrics, the training loss, how many clients returned an update and whose were rejected,
+    and bytes, means over the sampled clients.
+
+    Args:
+      simulation: The method, whose payloads are counted.
+      result: What the call brought to the host.
+      index: The round's place in it.
+    """
+    cohort, traffic = simulation.config.cohort.size, simulation.traffic
+    facts = {name: values[index] for name, values in result.facts.items()}
+
+    def columns(kind: str) -> dict[str, float]:
+        of_kind = (name for name in facts if name.startswith(f"{kind}/"))
+        return {name.partition("/")[2]: int(facts[name]) / cohort for name in of_kind}
+
+    counts = {name: int(facts[f"clients/{name}"]) for name in ("returned", "rejected")}
+    return {
+        **_ordered({name: values[index] for name, values in result.metrics.items()}),
+        "train/loss": float(facts["train/loss"]),
+        **{f"clients/{name}": count for name, count in counts.items()},
+        "bytes/down_per_client": traffic.down.of(columns("visible")),
+        "bytes/up_per_client": traffic.up.of(columns("returned"), counts["returned"] / cohort),
+    }
+
+
+def _feed(
+    simulation: Simulation, state: ServerState, data: ClientData, calls: list[tuple[int, int]]
+) -> Iterator[ClientData]:
+    """The rows for one call after the other."""
+    if not isinstance(data, HostData):
+        yield from itertools.repeat(place(simulation, data), len(calls))
+        return
+    cohorts = draw_cohorts(simulation.federation, state, simulation.config.rounds)
+    # Of all the run's calls, so that a run that was interrupted goes on with the same program.
+    every_call = [cohorts[start:stop] for start, stop in calls_of(0, simulation.config)]
+    capacity = capacity_for(data, every_call)
+    for start, stop in calls:
+        yield place(simulation, stream(data, cohorts[start:stop], capacity))
+
+
+def _ordered(metrics: dict[str, Any]) -> dict[str, float]:
+    """Puts the views in the order in which people read them; jitted functions sort by name."""
+    views = ["global", "server", "proxy"]
+    rank = {view: position for position, view in enumerate(views)}
+
+    def place(name: str) -> tuple[str, int, int, str]:
+        *group, view, metric = name.rsplit("/", 2)
+        digits = "".join(filter(str.isdigit, view))
+        return "/".join(group), rank.get(view, len(views)), int(digits or 0), metric
+
+    return {name: float(metrics[name]) for name in sorted(metrics, key=place)}

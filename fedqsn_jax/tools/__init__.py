@@ -1,0 +1,1 @@
+"""Converters that users run: `python -m fedqsn_jax.tools.NAME`."""
