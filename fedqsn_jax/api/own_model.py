@@ -27,7 +27,6 @@ from fedqsn_jax.models.functional import linen_apply, linen_init, nnx_split
 from fedqsn_jax.problems.training import pretrain
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 from fedqsn_jax.rounds.federation import ServerState
-from fedqsn_jax.simulation import cautions
 from fedqsn_jax.simulation.compose import Simulation, make_simulation
 from fedqsn_jax.simulation.costs import expected_costs, tensor_rows
 from fedqsn_jax.simulation.memory import answer_out_of_memory
@@ -37,6 +36,7 @@ from fedqsn_jax.simulation.running import (
     initial_state,
     run_rounds,
 )
+from fedqsn_jax.simulation.warnings import warnings_after_run, warnings_before_run
 
 
 class Federated(NamedTuple):
@@ -124,7 +124,7 @@ def federate(
     if task.label is not None:
         check_classes(task.label, outputs, population, rows)
     _check_task(task, outputs, example)
-    for line in cautions.before(config, _chosen(settings)):
+    for line in warnings_before_run(config, _chosen(settings)):
         warnings.warn(line, stacklevel=2)
     trains, client_tests = hold_out(
         population, config.data, np.random.default_rng([config.seed, _STREAM])
@@ -152,7 +152,7 @@ def federate(
             history += entries
             if on_progress is not None:
                 on_progress(finished, entries)
-    for line in cautions.after(config, history, state.attackers):
+    for line in warnings_after_run(config, history, state.attackers):
         warnings.warn(line, stacklevel=2)
     return Federated(
         jax.jit(simulation.merged)(state.params),

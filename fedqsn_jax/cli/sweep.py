@@ -79,7 +79,7 @@ def _run(plan: "Plan", options: argparse.Namespace) -> None:
     display = SweepDisplay()
     if options.dry_run or directory is None:
         groups = run.check(plan, directory, int(options.at_once))
-        for line in plan.cautions:
+        for line in plan.warnings:
             display.warning(line)
         display.groups([(len(points), reason) for points, reason in groups], plan.repeated)
     else:

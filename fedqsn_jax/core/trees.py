@@ -39,7 +39,7 @@ TRAINED_NAMES: dict[str, tuple[str, ...]] = {
 """Patterns of the tensors that are commonly trained, by the names of ``client.trained``."""
 
 
-class Parts(NamedTuple):
+class TensorRoles(NamedTuple):
     """Which of a model's tensors go where.
 
     Attributes:
@@ -113,7 +113,7 @@ def select_trained(params: Params, trained: Sequence[str]) -> Selection:
     return None if len(chosen) == len(paths) else frozenset(chosen)
 
 
-def keep(tree: Params, selection: Selection) -> Params:
+def select(tree: Params, selection: Selection) -> Params:
     """Returns a tree with gaps: the selected tensors only."""
     if selection is None:
         return tree
@@ -122,14 +122,14 @@ def keep(tree: Params, selection: Selection) -> Params:
     )
 
 
-def drop(tree: Params, selection: Selection) -> Params:
+def exclude(tree: Params, selection: Selection) -> Params:
     """Returns a tree with gaps: the tensors that are not selected."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: None if selection is None or path_of(path) in selection else leaf, tree
     )
 
 
-def fill(*trees: Params) -> Params:
+def combine(*trees: Params) -> Params:
     """Joins trees with gaps of one structure: at each place the first tensor that is there."""
 
     def first(*leaves: Any) -> Any:

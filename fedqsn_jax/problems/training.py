@@ -11,7 +11,7 @@ import optax
 from fedqsn_jax.config.schema import Config, PretrainingConfig, TrainingConfig
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task
-from fedqsn_jax.core.trees import Selection, fill, keep
+from fedqsn_jax.core.trees import Selection, combine, select
 from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
 from fedqsn_jax.data.population import FederatedData, single_client
 from fedqsn_jax.protocol.proxy import whole_proxy
@@ -94,9 +94,11 @@ def make_pretraining(
     def train(key: Array, params: Params, data: FederatedData) -> Params:
         result = update.train(key, whole_proxy(params, ()), data, first)
         moved = jax.tree.map(
-            lambda old, delta: (old + delta).astype(old.dtype), keep(params, trained), result.delta
+            lambda old, delta: (old + delta).astype(old.dtype),
+            select(params, trained),
+            result.delta,
         )
-        return fill(moved, params)
+        return combine(moved, params)
 
     compiled = jax.jit(train)
     finish = jax.jit(functools.partial(preparation.finish, settings)) if preparation else None

@@ -37,7 +37,7 @@ import optax
 
 from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.tasks import Task
-from fedqsn_jax.core.trees import Parts, Selection, fill, keep, select_trained
+from fedqsn_jax.core.trees import Selection, TensorRoles, combine, select, select_trained
 from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
 from fedqsn_jax.data.population import single_client
 from fedqsn_jax.models.language.attention import Prefix
@@ -194,7 +194,7 @@ def prompted_apply(full: PromptedApply, auxiliary: PromptedApply) -> ApplyFn:
     return apply
 
 
-def parts_of(params: Params, tuned: Sequence[str], *, auxiliary: bool) -> Parts:
+def parts_of(params: Params, tuned: Sequence[str], *, auxiliary: bool) -> TensorRoles:
     """Returns where the tensors of such a tree go: what is not withheld is sent.
 
     Args:
@@ -208,7 +208,7 @@ def parts_of(params: Params, tuned: Sequence[str], *, auxiliary: bool) -> Parts:
 
     patterns = {_PROMPTS: _PROMPTS, _CLASSIFIER: f"{_CLASSIFIER}/*"}
     returned = of(*(patterns[name] for name in tuned))
-    return Parts(
+    return TensorRoles(
         sent=of(f"{_AUXILIARY}/*", *patterns.values()),
         trained=returned | (of(f"{_AUXILIARY}/layers/*") if auxiliary else frozenset()),
         returned=returned,
@@ -226,7 +226,7 @@ def returning(update: ClientUpdate, returned: Selection) -> ClientUpdate:
 
     def finish(proxy: Proxy, rows: Array, training: Training) -> ClientResult:
         result = update.finish(proxy, rows, training)
-        return dataclasses.replace(result, delta=keep(result.delta, returned))
+        return dataclasses.replace(result, delta=select(result.delta, returned))
 
     return update._replace(finish=finish)
 
@@ -311,9 +311,9 @@ def distil(
     update = make_client_update(both, task, optimizer, batch_size, steps=steps, trained=trained)
     result = update.train(key, whole_proxy(own, ()), single_client(rows), jnp.int32(0))
     moved = jax.tree.map(
-        lambda old, delta: (old + delta).astype(old.dtype), keep(own, trained), result.delta
+        lambda old, delta: (old + delta).astype(old.dtype), select(own, trained), result.delta
     )
-    return {**params, _AUXILIARY: fill(moved, own)}, result.loss
+    return {**params, _AUXILIARY: combine(moved, own)}, result.loss
 
 
 def alternating(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from fedqsn_jax.core.trees import Selection, keep
+from fedqsn_jax.core.trees import Selection, select
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.protocol.layout import Cost, Layout, proxy_cost, update_cost
 from fedqsn_jax.protocol.proxy import Proxy, ProxyTransform, whole_proxy
@@ -55,7 +55,7 @@ def measure_traffic(
     """
 
     def make_proxy(key: jax.Array, params: Params) -> Proxy:
-        whole = whole_proxy(keep(params, sent), sites)
+        whole = whole_proxy(select(params, sent), sites)
         state = transform.init(key, whole)
         return transform.apply(key, state, transform.prepare(state, whole))
 

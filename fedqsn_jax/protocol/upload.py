@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedqsn_jax.core.trees import Selection, keep, leaves_by_path, path_of
+from fedqsn_jax.core.trees import Selection, leaves_by_path, path_of, select
 from fedqsn_jax.core.types import Array, Columns, Params
 from fedqsn_jax.protocol import quantization
 from fedqsn_jax.protocol.quantization import Quantized, Quantizer
@@ -65,7 +65,7 @@ def quantized_upload(
         return {
             path: jnp.zeros((clients, site.layers, site.fan_in, site.columns), jnp.float32)
             for path, site in by_path.items()
-            if path in leaves_by_path(keep(params, trained))
+            if path in leaves_by_path(select(params, trained))
         }
 
     def send(delta: Params, residuals: Residuals, visible: Columns) -> tuple[Params, Residuals]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedqsn_jax.core.trees import Selection, fill, keep
+from fedqsn_jax.core.trees import Selection, combine, select
 from fedqsn_jax.core.types import Array, Columns, Params
 from fedqsn_jax.protocol.masks import hide, spread
 from fedqsn_jax.protocol.sites import Sites
@@ -95,7 +95,7 @@ def make_aggregator(
 
     def init(params: Params) -> optax.OptState:
         # Shapes only: no moment may start from a hidden value.
-        return optimizer.init(jax.tree.map(jnp.zeros_like, keep(params, trained)))
+        return optimizer.init(jax.tree.map(jnp.zeros_like, select(params, trained)))
 
     def weigh(examples: Array) -> Array:
         weights = examples.astype(jnp.float32)
@@ -128,13 +128,13 @@ def make_aggregator(
         server_visible: Columns,
         sent: Params | None = None,
     ) -> tuple[Params, optax.OptState]:
-        whole, params, weight = params, keep(params, trained), total.weight
+        whole, params, weight = params, select(params, trained), total.weight
         covered = spread(total.coverage, params, sites, weight)
         divisor = covered if normalize == "coverage" else jax.tree.map(lambda _: weight, covered)
         gradient = jax.tree.map(lambda delta, by: -_divide(delta, by), total.delta, divisor)
         known = hide(params, sites, server_visible)
         if rule != "delta":
-            sent = keep(sent, trained)
+            sent = select(sent, trained)
             if rule == "interpolate":
                 gradient = jax.tree.map(lambda g, w, q: g + (w - q), gradient, known, sent)
             else:
@@ -150,7 +150,7 @@ def make_aggregator(
         new_state = jax.tree.map(
             lambda new, old: jnp.where(weight > 0, new, old), new_state, optimizer_state
         )
-        return fill(new_params, whole), new_state
+        return combine(new_params, whole), new_state
 
     return Aggregator(init, weigh, contribute, finish)
 

@@ -19,7 +19,7 @@ from flax import struct
 
 from fedqsn_jax.core.keys import fold_in_name, keyed_permutation
 from fedqsn_jax.core.tasks import Task
-from fedqsn_jax.core.trees import Selection, drop, fill, keep
+from fedqsn_jax.core.trees import Selection, combine, exclude, select
 from fedqsn_jax.core.types import ApplyFn, Array, Columns, Key, Params
 from fedqsn_jax.data.population import ClientData
 from fedqsn_jax.protocol.masks import spread
@@ -149,7 +149,7 @@ def make_client_update(
     is_proximal = not isinstance(proximal, float | int) or proximal != 0
 
     def shared(proxy: Proxy) -> Params:
-        return drop(drop(effective_params(proxy), trained), _masked_tensors(proxy))
+        return exclude(exclude(effective_params(proxy), trained), _masked_tensors(proxy))
 
     def step_count(rows: Array) -> Array:
         count = jnp.int32(steps) if steps else epochs * _steps_per_epoch(rows, batch_size)
@@ -157,8 +157,8 @@ def make_client_update(
 
     def start(proxy: Proxy, rows: Array) -> Training:
         effective, factors = effective_params(proxy), _factors(proxy)
-        params = keep(effective, trained)
-        frozen = keep(drop(effective, trained), _masked_tensors(proxy))
+        params = select(effective, trained)
+        frozen = select(exclude(effective, trained), _masked_tensors(proxy))
         theta = _pull_back(params, spread(factors, params, proxy.sites, 1.0))
         return Training(
             params,
@@ -185,7 +185,7 @@ def make_client_update(
         dropout_key = jax.random.fold_in(fold_in_name(key, "dropout"), index)
 
         def loss_fn(params: Params) -> Array:
-            whole = fill(params, training.frozen, shared)
+            whole = combine(params, training.frozen, shared)
             return task.loss(apply_fn(whole, batch, dropout_key), batch, valid)
 
         loss, gradient = jax.value_and_grad(loss_fn)(training.params)
@@ -219,7 +219,7 @@ def make_client_update(
         difference = jax.tree.map(
             lambda end, begin: jnp.where(count > 0, end - begin, 0).astype(jnp.float32),
             training.params,
-            keep(effective_params(proxy), trained),
+            select(effective_params(proxy), trained),
         )
         delta = _pull_back(difference, training.factor_tree)
         return ClientResult(delta, training.loss / jnp.maximum(count, 1), rows)

@@ -11,7 +11,7 @@ import optax
 from flax import struct
 
 from fedqsn_jax.core.keys import client_round_key, fold_in_name
-from fedqsn_jax.core.trees import Selection, drop, fill, keep
+from fedqsn_jax.core.trees import Selection, combine, exclude, select
 from fedqsn_jax.core.types import Array, Batch, Columns, Key, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
 from fedqsn_jax.protocol.proxy import (
@@ -159,7 +159,7 @@ def make_federation(
     upload = upload or whole_upload()
 
     def public(params: Params) -> Params:
-        return drop(drop(params, sent), withheld)
+        return exclude(exclude(params, sent), withheld)
 
     def init(key: Key, params: Params) -> ServerState:
         secret_key, public_key = fold_in_name(key, "secret"), fold_in_name(key, "public")
@@ -167,10 +167,10 @@ def make_federation(
         return ServerState(
             params=params,
             optimizer_state=aggregator.init(params),
-            transform_state=transform.init(secret_key, whole_proxy(keep(params, sent), sites)),
+            transform_state=transform.init(secret_key, whole_proxy(select(params, sent), sites)),
             attackers={
                 f"attacker_{count}": make_attacker(
-                    attacker_key, population, count, keep(params, sent), sites
+                    attacker_key, population, count, select(params, sent), sites
                 )
                 for count in attackers
             },
@@ -181,7 +181,7 @@ def make_federation(
         )
 
     def prepare(state: ServerState) -> Proxy:
-        whole = whole_proxy(keep(state.params, sent), sites)
+        whole = whole_proxy(select(state.params, sent), sites)
         return dequantize_proxy(transform.prepare(state.transform_state, whole))
 
     def cohort_of(state: ServerState) -> Array:
@@ -236,7 +236,7 @@ def make_federation(
         rows = data.rows(ids)
         weights = aggregator.weigh(rows)
         training_key = jax.random.fold_in(state.public_key, state.round)
-        computed_with = fill(prepared.params, public(state.params))
+        computed_with = combine(prepared.params, public(state.params))
         shared = update.shared(dataclasses.replace(prepared, params=computed_with, visible=visible))
         attendance = draw_attendance(training_key, ids, update.step_count(rows), participation)
         context = _Context(
@@ -293,13 +293,13 @@ def make_federation(
     def evaluate(state: ServerState, rows: Batch | HeldOut) -> dict[str, Array]:
         def views_on(evaluator: Callable[[Params, Any], dict[str, Array]], rows: Any) -> Any:
             def evaluate_whole(params: Params, rows: Any) -> dict[str, Array]:
-                return evaluator(fill(params, public(state.params)), rows)
+                return evaluator(combine(params, public(state.params)), rows)
 
             return evaluate_views(
                 evaluate_whole,
                 rows,
                 state.params,
-                drop(state.params, withheld),
+                exclude(state.params, withheld),
                 prepare(state),
                 lambda key, prepared: transform.apply(key, state.transform_state, prepared),
                 proxy_keys(state),

@@ -28,7 +28,6 @@ from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
 from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.runs.written_texts import passes, write_texts
-from fedqsn_jax.simulation import cautions
 from fedqsn_jax.simulation.compose import Simulation, make_simulation
 from fedqsn_jax.simulation.costs import expected_costs, tensor_rows
 from fedqsn_jax.simulation.memory import answer_out_of_memory
@@ -39,6 +38,7 @@ from fedqsn_jax.simulation.running import (
     place,
     run_rounds,
 )
+from fedqsn_jax.simulation.warnings import warnings_after_run, warnings_before_run
 
 
 class Experiment(NamedTuple):
@@ -372,7 +372,7 @@ def _finish(
             summary["texts"] = write_texts(simulation, state, texts, work.texts, done)
     write_json(work.summary, summary)
     display.final_table(summary)
-    for line in cautions.after(config, history, state.attackers):
+    for line in warnings_after_run(config, history, state.attackers):
         display.warning(line)
     display.message(f"written to {work.path}")
 
@@ -385,7 +385,7 @@ def _show(experiment: Experiment, display: Display, chosen: Collection[str]) -> 
         f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
         f"{simulation.choice.reason}"
     )
-    for line in cautions.before(config, chosen):
+    for line in warnings_before_run(config, chosen):
         display.warning(line)
     for note in experiment.problem.notes:
         display.message(note)

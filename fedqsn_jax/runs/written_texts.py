@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from fedqsn_jax.core.trees import drop, fill
+from fedqsn_jax.core.trees import combine, exclude
 from fedqsn_jax.generation.text_views import evaluate_text_views, view_params
 from fedqsn_jax.host.devices import own_copy
 from fedqsn_jax.problems.problem import Texts
@@ -53,8 +53,8 @@ def write_texts(
     )
     evaluate = texts.make_evaluator(on_prompts)
     # What clients do not receive is public, and so in every view.
-    public = drop(state.params, simulation.sent)
-    as_model = jax.jit(lambda view: simulation.merged(fill(view, public)))
+    public = exclude(state.params, simulation.sent)
+    as_model = jax.jit(lambda view: simulation.merged(combine(view, public)))
     found = evaluate_text_views(lambda view: evaluate(as_model(view)), views)
     answers: list[dict[str, Any]] = [
         {

@@ -16,7 +16,14 @@ import optax
 from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.tasks import Task
-from fedqsn_jax.core.trees import Parts, Selection, drop, keep, select_trained, tree_bytes
+from fedqsn_jax.core.trees import (
+    Selection,
+    TensorRoles,
+    exclude,
+    select,
+    select_trained,
+    tree_bytes,
+)
 from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
 from fedqsn_jax.data.population import ClientData
 from fedqsn_jax.host.devices import device_bytes
@@ -49,7 +56,7 @@ from fedqsn_jax.simulation.configured import (
     upload_quantizer,
 )
 from fedqsn_jax.simulation.memory import client_bytes
-from fedqsn_jax.simulation.parallelism import Choice, Workload, choose_client_axis
+from fedqsn_jax.simulation.parallelism import ClientAxisChoice, Workload, choose_client_axis
 from fedqsn_jax.simulation.round_memory import fixed_memory, own_frozen_bytes, proxy_and_deltas
 
 TRACEABLE = (
@@ -98,7 +105,7 @@ class Simulation(NamedTuple):
     sent: Selection
     withheld: Selection
     traffic: Traffic
-    choice: Choice
+    choice: ClientAxisChoice
     memory: dict[str, int]
     task: Task
     run: Callable[..., Any]
@@ -164,7 +171,7 @@ def make_simulation(
         trained = select_trained(params, config.client.trained or ("lora" if lora else "all",))
     except ValueError as error:
         raise ConfigError(f"client.trained: {error}") from error
-    parts = Parts(sent=trained if public else None, trained=trained, returned=trained)
+    parts = TensorRoles(sent=trained if public else None, trained=trained, returned=trained)
     if algorithm.prompts_only:
         parts = parts_of(params, config.fedsp.tuned, auxiliary=config.fedsp.auxiliary_share > 0)
         sites, reference = (), full_encoder(params)
@@ -203,7 +210,7 @@ def make_simulation(
             upload=upload_quantizer(config),
         )
 
-    def compose(config: Config, choice: Choice, memory: dict[str, int]) -> Simulation:
+    def compose(config: Config, choice: ClientAxisChoice, memory: dict[str, int]) -> Simulation:
         algorithm = algorithm_of(config)
         aggregator = make_aggregator(
             sites,
@@ -258,13 +265,13 @@ def make_simulation(
             lambda config: compose(config, choice, memory),
         )
 
-    one_by_one = compose(config, Choice(ClientAxis(), ""), {})
+    one_by_one = compose(config, ClientAxisChoice(ClientAxis(), ""), {})
     # What it has not got, it does not compute with either.
     a_client = client_bytes(
         local_apply,
         task,
         optimizer_of(config),
-        drop(params, withheld),
+        exclude(params, withheld),
         batch,
         trained=trained,
         proximal=config.client.proximal,
@@ -273,10 +280,10 @@ def make_simulation(
     # Twice, as was measured: the compiler does not overwrite them in place. And a merged matrix
     # with its gradient.
     a_client += 2 * frozen
-    an_arrival = tree_bytes(keep(params, trained)) + frozen
+    an_arrival = tree_bytes(select(params, trained)) + frozen
     a_client += sum(8 * math.prod(one.matrix.shape) for one in merged.adapters) if merged else 0
     fixed = {
-        **proxy_and_deltas(keep(params, sent), keep(params, returned)),
+        **proxy_and_deltas(select(params, sent), select(params, returned)),
         **fixed_memory(one_by_one.federation, plain, sites, config, data),
     }
     steps = update_of(config).step_count(data.rows(_some_clients(population)))

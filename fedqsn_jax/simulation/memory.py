@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.tasks import Task
-from fedqsn_jax.core.trees import Selection, drop, fill, keep, tree_bytes
+from fedqsn_jax.core.trees import Selection, combine, exclude, select, tree_bytes
 from fedqsn_jax.core.types import ApplyFn, Batch, Params
 from fedqsn_jax.rounds.client_optimizer import ClientOptimizer
 
@@ -50,10 +50,10 @@ def saved_activations(
 
     def residuals(params: Params, batch: Batch) -> Any:
         def loss(some: Params) -> jax.Array:
-            outputs = apply_fn(fill(some, drop(params, trained)), batch, jax.random.key(0))
+            outputs = apply_fn(combine(some, exclude(params, trained)), batch, jax.random.key(0))
             return task.loss(outputs, batch, jnp.ones(rows, bool))
 
-        return jax.vjp(loss, keep(params, trained))[1]
+        return jax.vjp(loss, select(params, trained))[1]
 
     saved = jax.eval_shape(residuals, params, batch)
     weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
@@ -81,7 +81,7 @@ def client_bytes(
       trained: The tensors that are trained; copies of frozen ones are not counted.
       proximal: The weight of a proximal term, which needs the parameters of the start.
     """
-    some = keep(params, trained)
+    some = select(params, trained)
     state = jax.eval_shape(lambda params: optimizer(jnp.int32(1)).init(params), some)
     activations = saved_activations(apply_fn, task, params, batch, trained)
     # Effective weights, gradient, perhaps the weights of the start; optimizer state; the batch;

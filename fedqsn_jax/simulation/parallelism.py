@@ -45,7 +45,7 @@ class Workload:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ClientAxisChoice:
     """How a cohort is run, and why.
 
     Attributes:
@@ -59,7 +59,7 @@ class Choice:
     step_bytes: int = 0
 
 
-def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) -> Choice:
+def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) -> ClientAxisChoice:
     """Turns the configured strategy into a `ClientAxis`.
 
     ``auto`` takes all devices. On a CPU it trains one client after the other, which was measured 5
@@ -108,7 +108,7 @@ def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) 
     at_once = "one client at a time" if chunk == 1 else f"{chunk} clients at once"
     where = f"{devices} devices, {at_once} on each" if wants_mesh else at_once
     axis = ClientAxis(chunk, schedule.refills, workload.equal_steps, mesh)
-    return Choice(axis, f"{where} ({why})", chunk * workload.client_bytes)
+    return ClientAxisChoice(axis, f"{where} ({why})", chunk * workload.client_bytes)
 
 
 def _places(

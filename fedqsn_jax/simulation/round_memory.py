@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.keys import federation_key
-from fedqsn_jax.core.trees import Selection, drop, keep, tree_bytes
+from fedqsn_jax.core.trees import Selection, exclude, select, tree_bytes
 from fedqsn_jax.core.types import Array, Params
 from fedqsn_jax.data.population import ClientData
 from fedqsn_jax.data.streamed import HostData, capacity_for
@@ -109,4 +109,4 @@ def own_frozen_bytes(params: Params, sites: Sites, trained: Selection, traffic: 
     """
     masked = [site for site in sites if site.mask_path in traffic.down.per_column]
     paths = frozenset(path for site in masked for path in (site.path, site.bias_path) if path)
-    return tree_bytes(keep(drop(params, trained), paths))
+    return tree_bytes(select(exclude(params, trained), paths))

@@ -22,7 +22,7 @@ from fedqsn_jax.config.schema import (
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.simulation.compose import TRACEABLE
 from fedqsn_jax.simulation.unused import as_used, unused_fields, without_effect
-from fedqsn_jax.sweeps.cautions import before
+from fedqsn_jax.sweeps.warnings import warnings_before_sweep
 
 Grid = dict[str, list[Any]]
 """Dotted fields, and the values that each takes."""
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
       points: Their points, without those that would repeat others.
       repeated: How many were left out: they differ from others in nothing that is used.
       idle: Fields whose values in ``base`` make no difference to any point.
-      cautions: What the user should be told before anything runs, a line each.
+      warnings: What the user should be told before anything runs, a line each.
     """
 
     base: Config
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     points: list[Point]
     repeated: int
     idle: frozenset[str]
-    cautions: list[str]
+    warnings: list[str]
 
     @property
     def varied(self) -> list[str]:
@@ -170,7 +170,7 @@ def make_plan(base: Config, grids: list[Grid], overridden: Sequence[str] = ()) -
     # What a grid sets for some of its methods is meant for these; what serves none is a mistake.
     useless = set.intersection(*(without_effect(config) for _, config in configs))
     places = {config: place for place, config in enumerate(different)}
-    told = before(
+    told = warnings_before_sweep(
         ((config, places[key]) for (_, config), key in zip(configs, used, strict=True)),
         [label_of(point) for point in points],
         {*overridden, *(mentioned & useless)},

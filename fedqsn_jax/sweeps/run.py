@@ -14,11 +14,11 @@ from fedqsn_jax.reporting.sweep_display import SweepDisplay
 from fedqsn_jax.runs.experiment import Experiment
 from fedqsn_jax.simulation.memory import answer_out_of_memory
 from fedqsn_jax.simulation.running import Entry
-from fedqsn_jax.sweeps.cautions import after
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point, described, label_of, program_of
 from fedqsn_jax.sweeps.program import Program, may_be_side_by_side, settings_at_once
 from fedqsn_jax.sweeps.results import Record, SweepDirectory, identity, over_seeds, record_of
 from fedqsn_jax.sweeps.sources import Sources, Start
+from fedqsn_jax.sweeps.warnings import warnings_after_sweep
 
 
 def check(
@@ -81,7 +81,7 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
         records = files.read()
         missing = _missing(plan, records)
         display.start(len(plan.points), len(missing), len(groups), plan.repeated, str(directory))
-        for line in plan.cautions:
+        for line in plan.warnings:
             display.warning(line)
         total = sum(point.config.rounds for point in plan.points)
         done = total - sum(point.config.rounds for point in missing)
@@ -105,7 +105,7 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
                     for record in new:
                         progress.update(done, len(records), record)
         _report(files, over_seeds(records, _order(plan)), display)
-        for line in _cautions_after(plan, records):
+        for line in _warnings_after(plan, records):
             display.warning(line)
 
 
@@ -194,12 +194,12 @@ def _report(files: SweepDirectory, settings: Sequence[Setting], display: SweepDi
     display.written([files.table, files.points, files.attacker_picture, files.proxy_picture])
 
 
-def _cautions_after(plan: Plan, records: Sequence[Record]) -> list[str]:
+def _warnings_after(plan: Plan, records: Sequence[Record]) -> list[str]:
     metrics = {identity(each["settings"], each[SEED]): each["metrics"] for each in records}
     ends = [
         (each.config, metrics[identity(each.settings, each.config.seed)]) for each in plan.points
     ]
-    return after(ends, [label_of(point) for point in plan.points])
+    return warnings_after_sweep(ends, [label_of(point) for point in plan.points])
 
 
 def _missing(plan: Plan, records: Sequence[Record]) -> list[Point]:

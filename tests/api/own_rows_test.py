@@ -14,7 +14,7 @@ from fedqsn_jax.api.own_rows import read_clients
 from fedqsn_jax.config.schema import Config, with_fields
 from fedqsn_jax.data.labels import check_labels
 from fedqsn_jax.models.functional import linen_init
-from fedqsn_jax.simulation import cautions
+from fedqsn_jax.simulation.warnings import DIVERGED, warnings_after_run
 
 CLASSES = 3
 SHORT = {"rounds": 2, "client": {"steps": 1}, "evaluation": {"proxy_samples": 2}}
@@ -227,13 +227,13 @@ def test_rejected_updates_are_counted_in_the_rounds_that_say():
         {"round": number, "clients/rejected": count}
         for number, count in ((5, 3), (10, 0), (15, 1), (20, 0))
     ]
-    (line,) = cautions.after(Config(), history, {})
+    (line,) = warnings_after_run(Config(), history, {})
     assert line.startswith("4 clients' updates were rejected")
     assert "in 2 of the 4 rounds that were evaluated" in line
-    assert cautions.after(with_fields(Config(), {"participation.nan": 0.1}), history, {}) == []
-    assert cautions.after(Config(), [history[0], history[2]], {}) == []
+    assert warnings_after_run(with_fields(Config(), {"participation.nan": 0.1}), history, {}) == []
+    assert warnings_after_run(Config(), [history[0], history[2]], {}) == []
     diverged = [history[0], {"round": 20, "clients/rejected": 0, "global/loss": float("nan")}]
-    assert cautions.after(Config(), diverged, {}) == [cautions.DIVERGED]
+    assert warnings_after_run(Config(), diverged, {}) == [DIVERGED]
 
 
 @pytest.mark.usefixtures("only_shapes")

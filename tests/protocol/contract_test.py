@@ -26,7 +26,7 @@ from fedqsn_jax.config.schema import (
 )
 from fedqsn_jax.core.keys import client_round_key
 from fedqsn_jax.core.tasks import classification
-from fedqsn_jax.core.trees import keep, leaves_by_path
+from fedqsn_jax.core.trees import leaves_by_path, select
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.data.population import ClientData, Splits, from_clients
 from fedqsn_jax.generation.language_tasks import sequence_classification
@@ -225,7 +225,7 @@ def test_hidden_values_neither_change_nor_show(name, subject_of, plain):
     prepare, apply = fast(transform.prepare), fast(transform.apply)
 
     def prepared_of(state):
-        whole = whole_proxy(keep(state.params, simulation.sent), sites)
+        whole = whole_proxy(select(state.params, simulation.sent), sites)
         return prepare(state.transform_state, whole)
 
     visible = prepared_of(init(KEY, subject.params)).visible

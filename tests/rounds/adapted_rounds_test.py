@@ -22,7 +22,7 @@ from rounds_cases import (
 )
 
 from fedqsn_jax.config.schema import ServerConfig
-from fedqsn_jax.core.trees import drop, keep, leaves_by_path, select_trained
+from fedqsn_jax.core.trees import exclude, leaves_by_path, select, select_trained
 from fedqsn_jax.host.checkpoints import Checkpoints
 from fedqsn_jax.protocol.algorithms import fedlpp
 from fedqsn_jax.protocol.layout import Layout
@@ -141,7 +141,7 @@ def test_what_returns_of_adapters_is_what_is_simulated(adapted, trained, quantiz
         return TRANSFORM.apply(KEY, state, TRANSFORM.prepare(state, whole))
 
     proxy = receive(params)
-    delta = keep(hide(params, sites, proxy.visible), trained)
+    delta = select(hide(params, sites, proxy.visible), trained)
     upload = quantized_upload(quantizer, sites, feedback=True, trained=trained)
     residuals = {path: each[0] for path, each in upload.init(params, 2).items()}
     assert set(residuals) == (trained if quantize else set())
@@ -272,10 +272,10 @@ def test_fedlpp_is_numpys(adapted, trained, data, numpy_loss_and_gradient, tmp_p
         else:
             assert octets(leaf) == octets(leaves_by_path(params)[path])
     # What travels is the quantized adapters, and what colluders have is that.
-    whole = whole_proxy(keep(params, trained), model.sites)
+    whole = whole_proxy(select(params, trained), model.sites)
     prepared = fast(algorithm.transform.prepare)(state.transform_state, whole)
     payload = encode_proxy(prepared)
-    entries = {path: leaf.size for path, leaf in leaves_by_path(keep(params, trained)).items()}
+    entries = {path: leaf.size for path, leaf in leaves_by_path(select(params, trained)).items()}
     codes = sum(-(-2 * size // 8) for size in entries.values())
     scales = sum(2 * -(-size // 4) for size in entries.values())
     assert len(payload) == 48 + codes + scales
@@ -289,7 +289,7 @@ def test_fedlpp_is_numpys(adapted, trained, data, numpy_loss_and_gradient, tmp_p
     copy = leaves_by_path(after.attackers[f"attacker_{POPULATION}"].copy)
     for (name, tensor), values in sent.items():
         np.testing.assert_allclose(copy[f"{name}/{tensor}"], values, rtol=1e-5, atol=1e-7)
-    assert not set(leaves_by_path(drop(params, trained))) & set(copy)
+    assert not set(leaves_by_path(exclude(params, trained))) & set(copy)
     # A state with gaps is saved and restored as any other.
     with Checkpoints(tmp_path / "saved", keep_latest=1, keep_best=0) as checkpoints:
         checkpoints.save(1, after, [], score=0.0)

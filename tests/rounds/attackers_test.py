@@ -14,7 +14,7 @@ from rounds_cases import (
 
 from fedqsn_jax.config.schema import Config
 from fedqsn_jax.rounds.views import attacker_params
-from fedqsn_jax.simulation import cautions
+from fedqsn_jax.simulation.warnings import warnings_after_run
 
 
 def test_attackers_know_what_they_have_received(model, data, shared):
@@ -30,7 +30,7 @@ def test_attackers_know_what_they_have_received(model, data, shared):
     }
     copies = {name: jax.tree.map(np.array, zeros) for name in members}
     met = dict.fromkeys(members, 0)
-    assert len(cautions.after(Config(), [{}], state.attackers)) == len(members)
+    assert len(warnings_after_run(Config(), [{}], state.attackers)) == len(members)
     simulate = functools.partial(simulated_proxies, TRANSFORM, model)
     for _ in range(5):
         cohort, (proxies, server_visible) = cohort_of(state), simulate(state)
@@ -48,7 +48,7 @@ def test_attackers_know_what_they_have_received(model, data, shared):
         for name, attacker in state.attackers.items():
             jax.tree.map(np.testing.assert_array_equal, attacker.known, known[name])
             jax.tree.map(np.testing.assert_array_equal, double(attacker.copy), copies[name])
-            told = any(name in line for line in cautions.after(Config(), [{}], state.attackers))
+            told = any(name in line for line in warnings_after_run(Config(), [{}], state.attackers))
             assert told == (met[name] == 0)
         for path, seen in server_visible.items():
             one, four = (np.asarray(a.known[path]) for a in state.attackers.values())

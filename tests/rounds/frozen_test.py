@@ -8,7 +8,7 @@ import pytest
 from rounds_cases import KEY, TRANSFORM, fast, octets
 
 from fedqsn_jax.core.tasks import classification
-from fedqsn_jax.core.trees import drop, fill, keep, leaves_by_path, select_trained
+from fedqsn_jax.core.trees import combine, exclude, leaves_by_path, select, select_trained
 from fedqsn_jax.protocol.layout import Layout
 from fedqsn_jax.protocol.masks import hide
 from fedqsn_jax.protocol.proxy import whole_proxy
@@ -40,14 +40,14 @@ def test_names_and_patterns(model, trained):
 
 
 def test_trees_with_gaps(model, trained):
-    some, rest = keep(model.params, trained), drop(model.params, trained)
+    some, rest = select(model.params, trained), exclude(model.params, trained)
     assert set(leaves_by_path(some)) == trained
     assert set(leaves_by_path(rest)) == set(leaves_by_path(model.params)) - trained
-    for joined in (fill(some, rest), fill(rest, some), fill(some, model.params)):
+    for joined in (combine(some, rest), combine(rest, some), combine(some, model.params)):
         assert jax.tree.structure(joined) == jax.tree.structure(model.params)
         assert octets(joined) == octets(model.params)
-    assert keep(model.params, None) is model.params
-    assert not jax.tree.leaves(drop(model.params, None))
+    assert select(model.params, None) is model.params
+    assert not jax.tree.leaves(exclude(model.params, None))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_the_server_leaves_frozen_tensors_alone_bit_for_bit(model, trained, labe
         aggregator = make_aggregator(model.sites, optimizer, trained=selection)
         finish = fast(aggregator.finish)
         params, state = model.params, aggregator.init(model.params)
-        total = Contribution(keep(delta, selection), jnp.float32(5), {}, jnp.uint32(0))
+        total = Contribution(select(delta, selection), jnp.float32(5), {}, jnp.uint32(0))
         for _ in range(2):
             params, state = finish(params, state, total, {})
         results.append((params, state))
@@ -123,7 +123,7 @@ def test_the_server_leaves_frozen_tensors_alone_bit_for_bit(model, trained, labe
             assert (np.asarray(leaf) != np.asarray(start)).any()
         else:
             assert octets(leaf) == octets(start)
-    entries = sum(leaf.size for leaf in jax.tree.leaves(keep(model.params, trained)))
+    entries = sum(leaf.size for leaf in jax.tree.leaves(select(model.params, trained)))
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == entries
 
 
@@ -173,7 +173,7 @@ def test_what_returns_is_what_was_trained(model, trained, proxy):
     seen = {path: int(np.asarray(mask).sum()) for path, mask in proxy.visible.items()}
     cost = measure_traffic(TRANSFORM, model.params, model.sites, trained=trained)
 
-    delta = keep(hide(model.params, model.sites, proxy.visible), trained)
+    delta = select(hide(model.params, model.sites, proxy.visible), trained)
     payload = encode_update(delta, proxy.visible, layout)
     # Header; bitmaps of 10 and 8 columns; visible biases and the head, 4 bytes each.
     assert len(payload) == 48 + 2 + 1 + 4 * (sum(seen.values()) + 3 + 24) == cost.up.of(seen)

@@ -4,13 +4,20 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fedqsn_jax.config.schema import Config
-from fedqsn_jax.simulation import cautions
+from fedqsn_jax.simulation.warnings import (
+    DIVERGED,
+    Entry,
+    has_diverged,
+    rejected,
+    rejection,
+    warnings_before_run,
+)
 
 Where = Mapping[str, Any]
 """What tells a point from others: its settings and its seed."""
 
 
-def before(
+def warnings_before_sweep(
     combinations: Iterable[tuple[Config, int]], points: Sequence[Where], chosen: Collection[str]
 ) -> list[str]:
     """Returns what to tell before a sweep, a line each.
@@ -22,12 +29,14 @@ def before(
     """
     concerned: dict[str, set[int]] = {}
     for config, place in combinations:
-        for line in cautions.before(config, chosen):
+        for line in warnings_before_run(config, chosen):
             concerned.setdefault(line, set()).add(place)
     return [f"{line} ({among(places, points)})" for line, places in concerned.items()]
 
 
-def after(ends: Sequence[tuple[Config, cautions.Entry]], points: Sequence[Where]) -> list[str]:
+def warnings_after_sweep(
+    ends: Sequence[tuple[Config, Entry]], points: Sequence[Where]
+) -> list[str]:
     """Returns what to tell at the end of a sweep, a line each.
 
     Args:
@@ -35,17 +44,17 @@ def after(ends: Sequence[tuple[Config, cautions.Entry]], points: Sequence[Where]
       points: The points, in the same order.
     """
     lines = []
-    counts = [cautions.rejected(config, entry) for config, entry in ends]
+    counts = [rejected(config, entry) for config, entry in ends]
     rejecting = {place for place, count in enumerate(counts) if count}
     if rejecting:
         returned = sum(int(ends[place][1]["clients/returned"]) for place in rejecting)
-        line = cautions.rejection(
+        line = rejection(
             f"{sum(counts)} of {returned} clients' updates", "in the last round evaluated"
         )
         lines.append(f"{line} ({among(rejecting, points)})")
-    diverged = {place for place, (_, entry) in enumerate(ends) if cautions.diverged(entry)}
+    diverged = {place for place, (_, entry) in enumerate(ends) if has_diverged(entry)}
     if diverged:
-        lines.append(f"{cautions.DIVERGED} ({among(diverged, points)})")
+        lines.append(f"{DIVERGED} ({among(diverged, points)})")
     return lines
 
 

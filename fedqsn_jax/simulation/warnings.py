@@ -19,7 +19,7 @@ Entry = Mapping[str, Any]
 DIVERGED = "the training diverged; its loss is no number. Lower the learning rates"
 
 
-def before(config: Config, chosen: Collection[str] = ()) -> list[str]:
+def warnings_before_run(config: Config, chosen: Collection[str] = ()) -> list[str]:
     """Returns what to tell before a run, a line each: promises that it breaks, idle settings.
 
     Args:
@@ -45,7 +45,9 @@ def _broken_promises(config: Config) -> list[str]:
     ]
 
 
-def after(config: Config, history: Sequence[Entry], attackers: Mapping[str, Attacker]) -> list[str]:
+def warnings_after_run(
+    config: Config, history: Sequence[Entry], attackers: Mapping[str, Attacker]
+) -> list[str]:
     """Returns what to tell at the end of a run, a line each.
 
     Told are rejected updates, divergence, and attackers without a copy of anything.
@@ -65,7 +67,7 @@ def after(config: Config, history: Sequence[Entry], attackers: Mapping[str, Atta
                 f"in {sum(map(bool, counts))} of the {rounds} rounds that were evaluated",
             )
         )
-    lines += [DIVERGED] * diverged(history[-1])
+    lines += [DIVERGED] * has_diverged(history[-1])
     lines += [
         f"{name} has received nothing, as none of its clients took part: its figures tell nothing "
         f"of the method"
@@ -93,7 +95,7 @@ def rejection(which: str, where: str) -> str:
     )
 
 
-def diverged(entry: Entry) -> bool:
+def has_diverged(entry: Entry) -> bool:
     """Whether the global model's loss is no number; None stands for such."""
     loss = entry.get("global/loss", 0.0)
     return loss is None or not math.isfinite(loss)

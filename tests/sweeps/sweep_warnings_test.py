@@ -6,9 +6,9 @@ from sweep_cases import CONFIG, sweep_file
 from fedqsn_jax.cli.sweep import main
 from fedqsn_jax.config.command_line import read_config
 from fedqsn_jax.config.schema import Config, with_fields
-from fedqsn_jax.sweeps.cautions import after
 from fedqsn_jax.sweeps.grid import make_plan
 from fedqsn_jax.sweeps.results import SweepDirectory
+from fedqsn_jax.sweeps.warnings import warnings_after_sweep
 
 
 def test_broken_promises_are_said_once_with_the_points_concerned():
@@ -16,35 +16,35 @@ def test_broken_promises_are_said_once_with_the_points_concerned():
     base = with_fields(Config(), {"blocks": "row", "codebook": "symmetric_normal_float"})
     masks = {"p1": [0.0, 0.2, 0.4], "p2": [0.3], "seed": [0, 1]}
     grids = [{"algorithm": ["fedsn"], **masks}, {"algorithm": ["fedqsn"], **masks}]
-    (line,) = make_plan(base, grids).cautions
+    (line,) = make_plan(base, grids).warnings
     assert line.endswith("tells of hidden columns' values (algorithm=fedqsn, 4 of 12 points)")
-    (line,) = make_plan(base, [{"algorithm": ["fedqsn"], "p1": [0.2]}]).cautions
+    (line,) = make_plan(base, [{"algorithm": ["fedqsn"], "p1": [0.2]}]).warnings
     assert line.endswith(" (1 of 1 points)")
-    assert make_plan(base, [{"algorithm": ["fedavg", "fedsn"], "p1": [0.2]}]).cautions == []
+    assert make_plan(base, [{"algorithm": ["fedavg", "fedsn"], "p1": [0.2]}]).warnings == []
 
 
 def test_settings_without_effect_are_said_with_the_points_concerned():
     grid = {"algorithm": ["fedavg", "fedsn"], "p1": [0.1, 0.2], "seed": [0, 1]}
     base = with_fields(Config(), {"bits": 2, "sampling": "fixed_count"})
-    assert make_plan(base, [grid]).cautions == []
-    assert make_plan(base, [grid], ["bits", "sampling"]).cautions == [
+    assert make_plan(base, [grid]).warnings == []
+    assert make_plan(base, [grid], ["bits", "sampling"]).warnings == [
         "sampling = 'fixed_count' has no effect with algorithm = 'fedavg' (algorithm=fedavg "
         "p1=0.0, 2 of 6 points)",
         "bits = 2 has no effect with algorithm = 'fedavg' (algorithm=fedavg p1=0.0, 2 of 6 points)",
         "bits = 2 has no effect with algorithm = 'fedsn' (algorithm=fedsn, 4 of 6 points)",
     ]
     # A field that the sweep varies is meant for the methods that use it, if there is one.
-    assert make_plan(Config(), [{**grid, "bits": [2]}]).cautions == [
+    assert make_plan(Config(), [{**grid, "bits": [2]}]).warnings == [
         "bits = 2 has no effect with algorithm = 'fedavg' (algorithm=fedavg p1=0.0, 2 of 6 points)",
         "bits = 2 has no effect with algorithm = 'fedsn' (algorithm=fedsn, 4 of 6 points)",
     ]
     both = [grid, {"algorithm": ["fedq"], "bits": [2]}]
-    assert make_plan(Config(), both).cautions == []
+    assert make_plan(Config(), both).warnings == []
     # Also of values that leave no point of their own.
     prompted = read_config("configs/sst2_minilm.py:fedsp", [])
     plan = make_plan(prompted, [{"fedsp.auxiliary_rate": [1e-4, 0.5]}])
     assert (len(plan.points), plan.repeated) == (1, 1)
-    assert plan.cautions[1] == (
+    assert plan.warnings[1] == (
         "fedsp.auxiliary_rate = 0.5 has no effect with fedsp.auxiliary_share = 0.0 (1 of 1 points)"
     )
 
@@ -68,15 +68,15 @@ def test_what_came_of_it_is_said_once():
         (Config(), {**fine, "clients/rejected": 3}),
         (Config(), {**fine, "clients/rejected": 2}),
     ]
-    assert after(ends, points) == [
+    assert warnings_after_sweep(ends, points) == [
         "5 of 6 clients' updates were rejected because they were not finite, in the last round "
         "evaluated: their rows hold NaN, or their training diverges (rate=9.0, 2 of 4 points)",
         "the training diverged; its loss is no number. Lower the learning rates (rate=0.1 seed=0, "
         "1 of 4 points)",
     ]
-    assert after(ends[1:2], points[1:2]) == []
+    assert warnings_after_sweep(ends[1:2], points[1:2]) == []
     asked = with_fields(Config(), {"participation.nan": 0.5})
-    assert after([(asked, ends[2][1])], points[:1]) == []
+    assert warnings_after_sweep([(asked, ends[2][1])], points[:1]) == []
 
 
 @pytest.mark.usefixtures("quick_compilation")
