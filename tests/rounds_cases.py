@@ -9,15 +9,18 @@ import optax
 
 from fedqsn_jax.core.keys import client_round_key, fold_in_name
 from fedqsn_jax.core.tasks import classification
+from fedqsn_jax.core.trees import TensorRoles
 from fedqsn_jax.protocol.algorithms import fedqsn
 from fedqsn_jax.protocol.proxy import dequantize_proxy, whole_proxy
 from fedqsn_jax.protocol.quantization import NormalFloat
+from fedqsn_jax.protocol.upload import whole_upload
 from fedqsn_jax.rounds.aggregation import make_aggregator
 from fedqsn_jax.rounds.client import make_client_update
 from fedqsn_jax.rounds.client_axis import ClientAxis, sample_cohort
 from fedqsn_jax.rounds.client_optimizer import unscheduled
 from fedqsn_jax.rounds.evaluation import make_evaluator
-from fedqsn_jax.rounds.federation import make_federation
+from fedqsn_jax.rounds.federation import Evaluation, make_federation
+from fedqsn_jax.rounds.method import Method
 from fedqsn_jax.rounds.participation import EVERYONE
 
 FAST = {"xla_backend_optimization_level": 0}
@@ -56,22 +59,25 @@ def federate(
         trained=trained,
         proximal=proximal,
     )
-    return make_federation(
-        algorithm.transform,
-        update,
-        make_aggregator(model.sites, server or optax.sgd(1.0), trained=trained, **aggregation),
-        make_evaluator(model.apply_fn, task, 16),
-        model.sites,
-        population=POPULATION,
-        cohort=cohort,
-        client_axis=ClientAxis(chunk),
+    method = Method(
+        transform=algorithm.transform,
+        update=update,
+        aggregator=make_aggregator(
+            model.sites, server or optax.sgd(1.0), trained=trained, **aggregation
+        ),
+        sites=model.sites,
+        roles=TensorRoles(sent=sent, trained=trained, returned=trained),
+        upload=upload or whole_upload(),
+        participation=participation,
+    )
+    evaluation = Evaluation(
+        evaluator=make_evaluator(model.apply_fn, task, 16),
+        score=task.score,
         proxy_samples=3,
         attackers=attackers,
-        score=task.score,
-        sent=sent,
-        participation=participation,
-        upload=upload,
     )
+    federation = make_federation(method, evaluation, population=POPULATION, cohort=cohort)
+    return federation.with_client_axis(ClientAxis(chunk))
 
 
 def shared_federation(model, participation=EVERYONE):

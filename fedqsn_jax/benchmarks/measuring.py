@@ -102,7 +102,7 @@ def measure_parts(model: str, data: ClientData, calls: int) -> dict[str, Any]:
 
         return jax.vmap(one)(ids)
 
-    visible, aggregator = masks(), simulation.aggregator
+    visible, aggregator = masks(), simulation.method.aggregator
     weight = aggregator.weigh(data.rows(ids)).sum()
 
     @jax.jit

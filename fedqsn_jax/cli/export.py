@@ -108,7 +108,7 @@ def export(workdir: Path, out: Path, round: int | None = None) -> Exported:
         save_pretrained,
     )
     from fedqsn_jax.runs.working_directory import WorkDirectory
-    from fedqsn_jax.simulation.configured import merge_configured
+    from fedqsn_jax.simulation.from_config import merge_configured
 
     work = WorkDirectory(workdir)
     source, run = _read_run(work)

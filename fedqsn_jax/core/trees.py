@@ -42,6 +42,8 @@ TRAINED_NAMES: dict[str, tuple[str, ...]] = {
 class TensorRoles(NamedTuple):
     """Which of a model's tensors go where.
 
+    By default all of them are sent, trained and returned.
+
     Attributes:
       sent: Those that clients receive.
       trained: Those that clients train.
@@ -49,9 +51,9 @@ class TensorRoles(NamedTuple):
       withheld: Those that nobody but the server has. What is neither sent nor withheld is public.
     """
 
-    sent: Selection
-    trained: Selection
-    returned: Selection
+    sent: Selection = None
+    trained: Selection = None
+    returned: Selection = None
     withheld: Selection = frozenset()
 
 
@@ -67,6 +69,17 @@ def leaves_by_path(tree: Params, is_leaf: Callable[[Any], bool] | None = None) -
     if len(named) < len(leaves):
         raise ValueError("two tensors have the same path; rename one, or keep '/' out of names")
     return named
+
+
+def map_by_path(
+    function: Callable[[str, Any], Any],
+    tree: Params,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Params:
+    """Returns the tree with ``function(path, leaf)`` at each leaf; paths as in `path_of`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(path_of(path), leaf), tree, is_leaf=is_leaf
+    )
 
 
 def matches_any(path: str, patterns: Iterable[str]) -> bool:
@@ -117,15 +130,13 @@ def select(tree: Params, selection: Selection) -> Params:
     """Returns a tree with gaps: the selected tensors only."""
     if selection is None:
         return tree
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if path_of(path) in selection else None, tree
-    )
+    return map_by_path(lambda path, leaf: leaf if path in selection else None, tree)
 
 
 def exclude(tree: Params, selection: Selection) -> Params:
     """Returns a tree with gaps: the tensors that are not selected."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: None if selection is None or path_of(path) in selection else leaf, tree
+    return map_by_path(
+        lambda path, leaf: None if selection is None or path in selection else leaf, tree
     )
 
 
@@ -136,6 +147,22 @@ def combine(*trees: Params) -> Params:
         return next((leaf for leaf in leaves if leaf is not None), None)
 
     return jax.tree.map(first, *trees, is_leaf=lambda leaf: leaf is None)
+
+
+def add_delta(params: Params, delta: Params) -> Params:
+    """Returns the parameters with a delta added, in their dtypes.
+
+    Args:
+      params: The parameters.
+      delta: Arrays in their structure, with gaps for tensors that stay as they are.
+    """
+    moved = jax.tree.map(
+        lambda change, old: None if change is None else (old + change).astype(old.dtype),
+        delta,
+        params,
+        is_leaf=lambda leaf: leaf is None,
+    )
+    return combine(moved, params)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -12,6 +12,7 @@ from fedqsn_jax.models.language.transformer import Execution
 from fedqsn_jax.problems.problem import Problem, ProblemSettings
 from fedqsn_jax.problems.training import Preparation
 from fedqsn_jax.prompting.prompted_model import (
+    Distillation,
     PromptedApply,
     add_prompts,
     auxiliary_encoder,
@@ -34,7 +35,7 @@ def prompted_problem(
     task: Task,
     notes: tuple[str, ...] = (),
 ) -> Problem:
-    """Makes a problem of an encoder's; its parameters are the tree that `fedsp` describes.
+    """Makes a problem of an encoder's; its parameters are the tree that `prompted_model` describes.
 
     The server trains the full model with the untrained prompts in place, so that these are no
     handicap; then it takes the auxiliary model's layers from it, and distils them.
@@ -72,17 +73,15 @@ def prompted_problem(
         params = take_auxiliary(params, prompted.layers)
         if not prompted.distillation_steps:
             return params
-        aligned, _ = distil(
-            key,
-            *encoders(0.0),
-            params,
-            private,
-            scheduled(optax.adam, prompted.distillation_rate),
+        full, auxiliary = encoders(0.0)
+        how = Distillation(
+            optimizer=scheduled(optax.adam, prompted.distillation_rate),
             steps=prompted.distillation_steps,
             batch_size=training.batch_size,
             temperature=prompted.temperature,
             noise=prompted.distillation_noise,
         )
+        aligned, _ = distil(key, full, auxiliary, params=params, rows=private, settings=how)
         return aligned
 
     clients = apply_of(settings.client_dropout)

@@ -11,10 +11,11 @@ import optax
 from fedqsn_jax.config.schema import Config, PretrainingConfig, TrainingConfig
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task
-from fedqsn_jax.core.trees import Selection, combine, select
+from fedqsn_jax.core.trees import Selection, add_delta
 from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
 from fedqsn_jax.data.population import FederatedData, single_client
 from fedqsn_jax.protocol.proxy import whole_proxy
+from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.rounds.client import make_client_update
 from fedqsn_jax.rounds.client_optimizer import ADAMW_EPSILON, ClientOptimizer, scheduled
 
@@ -92,13 +93,8 @@ def make_pretraining(
     )
 
     def train(key: Array, params: Params, data: FederatedData) -> Params:
-        result = update.train(key, whole_proxy(params, ()), data, first)
-        moved = jax.tree.map(
-            lambda old, delta: (old + delta).astype(old.dtype),
-            select(params, trained),
-            result.delta,
-        )
-        return combine(moved, params)
+        result = update.train(key, whole_proxy(params, Sites()), data, first)
+        return add_delta(params, result.delta)
 
     compiled = jax.jit(train)
     finish = jax.jit(functools.partial(preparation.finish, settings)) if preparation else None

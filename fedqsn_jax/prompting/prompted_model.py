@@ -29,7 +29,7 @@ that is what it is for.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +37,14 @@ import optax
 
 from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.tasks import Task
-from fedqsn_jax.core.trees import Selection, TensorRoles, combine, select, select_trained
+from fedqsn_jax.core.trees import Selection, TensorRoles, add_delta, select, select_trained
 from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
 from fedqsn_jax.data.population import single_client
 from fedqsn_jax.models.language.attention import Prefix
 from fedqsn_jax.models.language.encoder import Encoder, EncoderConfig
 from fedqsn_jax.models.language.transformer import Execution
 from fedqsn_jax.protocol.proxy import Proxy, whole_proxy
+from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.rounds.client import ClientResult, ClientUpdate, Training, make_client_update
 from fedqsn_jax.rounds.client_optimizer import ClientOptimizer
 
@@ -258,18 +259,33 @@ def distillation_loss(
     return error + temperature**2 * soft
 
 
+class Distillation(NamedTuple):
+    """How the auxiliary model is made to be like the full one.
+
+    Attributes:
+      optimizer: Trains the auxiliary model's layers.
+      steps: Number of steps.
+      batch_size: Rows a step.
+      temperature: See `distillation_loss`.
+      noise: Both models see the prompts with normal noise of up to this standard deviation, drawn
+        for each step: clients will move them, and there too the models should agree.
+    """
+
+    optimizer: ClientOptimizer
+    steps: int
+    batch_size: int
+    temperature: float = 1.0
+    noise: float = 0.0
+
+
 def distil(
     key: Key,
     full_apply: PromptedApply,
     auxiliary_apply: PromptedApply,
+    *,
     params: Params,
     rows: Batch,
-    optimizer: ClientOptimizer,
-    *,
-    steps: int,
-    batch_size: int,
-    temperature: float = 1.0,
-    noise: float = 0.0,
+    settings: Distillation,
 ) -> tuple[Params, Array]:
     """Aligns the auxiliary model's layers with the full model, on rows of the server.
 
@@ -279,12 +295,7 @@ def distil(
       auxiliary_apply: The auxiliary model.
       params: The tree of `add_prompts`.
       rows: The server's rows; of them only the tokens matter.
-      optimizer: Trains the layers.
-      steps: Number of steps.
-      batch_size: Rows a step.
-      temperature: See `distillation_loss`.
-      noise: Both models see the prompts with normal noise of up to this standard deviation, drawn
-        for each step: clients will move them, and there too the models should agree.
+      settings: How.
 
     Returns:
       The tree with new layers of the auxiliary model, and the mean loss of the steps.
@@ -294,9 +305,9 @@ def distil(
 
     def both(auxiliary: Params, batch: Batch, key: Key | None) -> Any:
         moved = prompts
-        if noise and key is not None:
+        if settings.noise and key is not None:
             size_key, noise_key = jax.random.split(fold_in_name(key, "noise"))
-            size = noise * jax.random.uniform(size_key)
+            size = settings.noise * jax.random.uniform(size_key)
             moved = prompts + size * jax.random.normal(noise_key, prompts.shape)
         goal = full_apply({**params[_MODEL], **classifier}, moved, batch, None)
         return auxiliary_apply({**auxiliary, **classifier}, moved, batch, None), goal
@@ -304,16 +315,19 @@ def distil(
     def loss(outputs: Any, batch: Batch, valid: Array) -> Array:
         real = batch.get("mask", jnp.ones(batch["tokens"].shape, bool)).astype(bool)
         student, teacher = outputs
-        return distillation_loss(student, teacher, real, valid, temperature)
+        return distillation_loss(student, teacher, real, valid, settings.temperature)
 
     task = Task(loss, lambda outputs, batch, valid: {}, lambda sums: sums, score="loss")
-    trained = select_trained(own, ["layers/*"])
-    update = make_client_update(both, task, optimizer, batch_size, steps=steps, trained=trained)
-    result = update.train(key, whole_proxy(own, ()), single_client(rows), jnp.int32(0))
-    moved = jax.tree.map(
-        lambda old, delta: (old + delta).astype(old.dtype), select(own, trained), result.delta
+    update = make_client_update(
+        both,
+        task,
+        settings.optimizer,
+        batch_size=settings.batch_size,
+        steps=settings.steps,
+        trained=select_trained(own, ["layers/*"]),
     )
-    return {**params, _AUXILIARY: combine(moved, own)}, result.loss
+    result = update.train(key, whole_proxy(own, Sites()), single_client(rows), jnp.int32(0))
+    return {**params, _AUXILIARY: add_delta(own, result.delta)}, result.loss
 
 
 def alternating(

@@ -1,10 +1,18 @@
 """Algorithms: small compositions of what the layers below offer."""
 
 import dataclasses
+import enum
 
 from fedqsn_jax.protocol.masks import Sampling
 from fedqsn_jax.protocol.proxy import ProxyTransform, chain, client_mask, quantize, server_mask
 from fedqsn_jax.protocol.quantization import Quantizer
+
+
+class Promise(enum.Enum):
+    """What this package promises of columns that the server hides; see the invariants 2 and 3."""
+
+    HIDDEN_VALUES_NEVER_CHANGE = "hidden values never change"
+    NOTHING_SENT_DEPENDS_ON_HIDDEN_VALUES = "nothing that is sent depends on hidden values"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +29,7 @@ class Algorithm:
         blocks, are all that is secret, travels and is trained.
       prompts_only: Whether the model never leaves the server at all: clients train prompts on an
         auxiliary model, and the prompts are what they return.
-      unmet_invariants: The numbers of the design's invariants 2 and 3 (hidden values never change,
-        and never show) that it does not meet. A run warns of them.
+      broken_promises: The promises that it does not keep. A run warns of them.
     """
 
     name: str
@@ -32,12 +39,7 @@ class Algorithm:
     sampling: Sampling = "bernoulli"
     adapters_only: bool = False
     prompts_only: bool = False
-    unmet_invariants: frozenset[int] = frozenset()
-
-    @property
-    def leaks_hidden(self) -> bool:
-        """Whether what clients receive depends on the values of columns hidden from them."""
-        return 3 in self.unmet_invariants
+    broken_promises: frozenset[Promise] = frozenset()
 
     @property
     def transform(self) -> ProxyTransform:
@@ -55,7 +57,7 @@ def fedavg() -> Algorithm:
 
 def fedsn(p1: float, p2: float, sampling: Sampling = "bernoulli") -> Algorithm:
     """FedQSN's masks without its quantizer."""
-    return Algorithm("fedsn", None, p1, p2, sampling)
+    return Algorithm("fedsn", p1=p1, p2=p2, sampling=sampling)
 
 
 def fedq(quantizer: Quantizer) -> Algorithm:
@@ -68,8 +70,11 @@ def fedqsn(
 ) -> Algorithm:
     """FedQSN (arXiv 2508.18911): server mask, client masks and quantizer."""
     # Where blocks mix columns, the scales of visible ones tell of hidden ones.
-    unmet = frozenset({3}) if quantizer.mixes_columns and _is_positive(p1) else frozenset[int]()
-    return Algorithm("fedqsn", quantizer, p1, p2, sampling, unmet_invariants=unmet)
+    leaks = quantizer.mixes_columns and _is_positive(p1)
+    broken = {Promise.NOTHING_SENT_DEPENDS_ON_HIDDEN_VALUES} if leaks else set()
+    return Algorithm(
+        "fedqsn", quantizer, p1=p1, p2=p2, sampling=sampling, broken_promises=frozenset(broken)
+    )
 
 
 def _is_positive(probability: float) -> bool:
@@ -88,12 +93,15 @@ def fedlpp(quantizer: Quantizer) -> Algorithm:
 
 
 def fedsp() -> Algorithm:
-    """FedSP (arXiv 2311.06805): soft prompts for a model that never leaves the server; see `fedsp`.
+    """FedSP (arXiv 2311.06805): soft prompts for a model that stays on the server.
+
+    How is said in `prompted_model`.
 
     No round tells anything of that model, and none changes it. But the auxiliary model is distilled
     from it before the first round, so what clients receive depends on it.
     """
-    return Algorithm("fedsp", prompts_only=True, unmet_invariants=frozenset({3}))
+    broken = frozenset({Promise.NOTHING_SENT_DEPENDS_ON_HIDDEN_VALUES})
+    return Algorithm("fedsp", prompts_only=True, broken_promises=broken)
 
 
 def make_algorithm(

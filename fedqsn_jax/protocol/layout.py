@@ -99,15 +99,14 @@ class Layout:
           trained: The tensors that clients train; None is all of them.
           upload: How kernels of sites travel in updates.
         """
-        kernels = {site.path: site for site in proxy.sites}
-        biases = {site.bias_path: site for site in proxy.sites if site.bias_path}
-        tensors = []
+        sites, tensors = proxy.sites, []
         for path, leaf in leaves_by_path(proxy.params, is_leaf=is_quantized).items():
-            site = kernels.get(path) or biases.get(path)
-            is_bias = site is not None and path not in kernels
+            site = sites.of(path)
+            is_bias = site is not None and path != site.path
             if isinstance(leaf, Quantized):
                 # Its codes and scales are in matrix form; only the site knows the kernel's shape.
-                shape, dtype, quantizer = kernels[path].shape, leaf.scales.dtype, leaf.quantizer
+                shape = sites.by_kernel[path].shape
+                dtype, quantizer = leaf.scales.dtype, leaf.quantizer
             else:
                 shape, dtype, quantizer = tuple(leaf.shape), leaf.dtype, None
             tensors.append(TensorLayout(path, shape, str(dtype), site, is_bias, quantizer))
@@ -136,7 +135,7 @@ class Layout:
 
     @property
     def _text(self) -> str:
-        text = repr((self.tensors, self.masked, self.scaled, self.sites))
+        text = repr((self.tensors, self.masked, self.scaled, tuple(self.sites)))
         # Added only where there is any, so that other payloads are those of version 1.
         followers = [(site.path, site.follows) for site in self.sites if site.follows]
         text += repr(followers) if followers else ""
@@ -160,11 +159,10 @@ class Layout:
             if self.trained is None or tensor.path in self.trained
         )
 
-    def masked_sites(self, tensors: tuple[TensorLayout, ...]) -> tuple[MaskSite, ...]:
+    def masked_sites(self, tensors: tuple[TensorLayout, ...]) -> Sites:
         """The masked sites that any of the tensors belongs to, in the order of their bitmaps."""
-        by_path = {site.path: site for site in self.sites}
         needed = {tensor.site.mask_path for tensor in tensors if tensor.site is not None}
-        return tuple(by_path[path] for path in self.masked if path in needed)
+        return Sites(self.sites.by_kernel[path] for path in self.masked if path in needed)
 
 
 class Cost(NamedTuple):

@@ -157,10 +157,9 @@ class Lora:
           flat: Whether the quantizer's blocks run through a layer's whole ``A`` and whole ``B``
             instead, row by row; nothing of an adapter can then be hidden.
         """
-        by_path = {site.path: site for site in sites}
         added = []
         for adapter in self.adapters:
-            base = by_path.get(adapter.matrix.path)
+            base = sites.by_kernel.get(adapter.matrix.path)
             masked = base is not None and base.hideable and not flat
             layers = len(adapter.matrix.layer_axes)
             a, b = (
@@ -179,7 +178,7 @@ class Lora:
                 )
             elif quantize:
                 added.append(b)
-        return (*(() if public else sites), *added)
+        return Sites((*(() if public else sites), *added))
 
 
 def find_adapters(

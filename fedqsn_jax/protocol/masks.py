@@ -1,14 +1,15 @@
 """Masks over the columns of mask sites: drawn, counted, and laid over trees of parameters."""
 
-from collections.abc import Sequence
+import dataclasses
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from fedqsn_jax.core.keys import fold_in_name
-from fedqsn_jax.core.trees import path_of
+from fedqsn_jax.core.trees import map_by_path
 from fedqsn_jax.core.types import Array, Columns, Key, Params
+from fedqsn_jax.protocol.quantization import Quantized
 from fedqsn_jax.protocol.sites import MaskSite, Sites
 
 Sampling = Literal["bernoulli", "fixed_count"]
@@ -27,26 +28,45 @@ def spread(columns: Columns, tree: Params, sites: Sites, absent: Any) -> Params:
       The tree with, at each leaf, an array that broadcasts against the parameter there: a kernel
       or bias of a site in ``columns`` has its column's fact, everything else has ``absent``.
     """
-    kernels = {site.path: site for site in sites}
-    biases = {site.bias_path: site for site in sites if site.bias_path}
 
-    def visit(key_path: Sequence[Any], leaf: Any) -> Any:
-        path = path_of(key_path)
-        site = kernels.get(path) or biases.get(path)
+    def visit(path: str, leaf: Any) -> Any:
+        site = sites.of(path)
         if site is None or site.mask_path not in columns:
             return absent
-        to_shape = site.to_kernel if path in kernels else site.to_bias
-        return to_shape(columns[site.mask_path])
+        return site.to_tensor(path, columns[site.mask_path])
 
-    return jax.tree_util.tree_map_with_path(visit, tree)
+    return map_by_path(visit, tree)
 
 
 def hide(tree: Params, sites: Sites, visible: Columns) -> Params:
-    """Zeroes the hidden columns of a tree, whatever they hold (NaN included)."""
-    seen = spread(visible, tree, sites, True)
-    return jax.tree.map(
-        lambda leaf, is_seen: jnp.where(is_seen, leaf, jnp.zeros((), leaf.dtype)), tree, seen
-    )
+    """Zeroes the hidden columns of a tree, whatever they hold (NaN included).
+
+    Args:
+      tree: The parameters, whose kernels may be `Quantized`: then codes and scales become zero
+        (the scales of blocks that mix columns, which belong to no column, stay).
+      sites: The mask sites.
+      visible: bool ``[layers, columns]`` a site; a site that is absent is not changed.
+    """
+
+    def visit(path: str, leaf: Array | Quantized) -> Array | Quantized:
+        site = sites.of(path)
+        if site is None or site.mask_path not in visible:
+            return leaf
+        seen = visible[site.mask_path]
+        if not isinstance(leaf, Quantized):
+            return _select_or_zero(site.to_tensor(path, seen), leaf)
+        seen = seen[:, None, :]
+        codes = _select_or_zero(seen, leaf.codes)
+        if leaf.quantizer.mixes_columns:
+            return dataclasses.replace(leaf, codes=codes)
+        return dataclasses.replace(leaf, codes=codes, scales=_select_or_zero(seen, leaf.scales))
+
+    return map_by_path(visit, tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+
+
+def _select_or_zero(seen: Array, leaf: Array) -> Array:
+    # A selection, not a product: NaN in a hidden column must not get through.
+    return jnp.where(seen, leaf, jnp.zeros((), leaf.dtype))
 
 
 def draw_masks(
@@ -66,8 +86,7 @@ def draw_masks(
     """
     return {
         site.path: _draw_mask(fold_in_name(key, site.path), site, probability, sampling)
-        for site in sites
-        if site.draws
+        for site in sites.drawing
     }
 
 

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from fedqsn_jax.core.keys import fold_in_name
-from fedqsn_jax.core.trees import path_of
+from fedqsn_jax.core.trees import map_by_path
 from fedqsn_jax.core.types import Array, Columns, Key, Params
 from fedqsn_jax.protocol import quantization
-from fedqsn_jax.protocol.masks import Sampling, draw_masks, spread, visible_share
+from fedqsn_jax.protocol.masks import Sampling, draw_masks, hide, spread, visible_share
 from fedqsn_jax.protocol.quantization import Quantized, Quantizer
 from fedqsn_jax.protocol.sites import Sites
 
@@ -119,15 +119,7 @@ def quantize(quantizer: Quantizer) -> ProxyTransform:
     """
 
     def prepare(state: tuple[()], proxy: Proxy) -> Proxy:
-        sites = {site.path: site for site in proxy.sites}
-
-        def visit(key_path: Any, leaf: Array) -> Array | Quantized:
-            site = sites.get(path_of(key_path))
-            if site is None or not site.quantized:
-                return leaf
-            return quantization.quantize(quantizer, site.to_matrices(leaf))
-
-        params = jax.tree_util.tree_map_with_path(visit, proxy.params)
+        params = quantize_sites(proxy.params, quantizer, proxy.sites)
         # A zero has a code of its own: hide again, so that hidden columns have code zero.
         return _hide(dataclasses.replace(proxy, params=params), proxy.visible)
 
@@ -139,7 +131,7 @@ def server_mask(probability: float | Array, sampling: Sampling = "bernoulli") ->
 
     Args:
       probability: The probability (or share, ``fixed_count``) of a hidden column, ``p1``.
-      sampling: How the columns are chosen; see `masking.draw_masks`.
+      sampling: How the columns are chosen; see `masks.draw_masks`.
     """
     if isinstance(probability, float | int) and probability == 0:
         return identity()
@@ -158,7 +150,7 @@ def client_mask(probability: float | Array, sampling: Sampling = "bernoulli") ->
 
     Args:
       probability: The probability (or share, ``fixed_count``) of a hidden column, ``p2``.
-      sampling: How the columns are chosen; see `masking.draw_masks`.
+      sampling: How the columns are chosen; see `masks.draw_masks`.
     """
     if isinstance(probability, float | int) and probability == 0:
         return identity()
@@ -168,6 +160,18 @@ def client_mask(probability: float | Array, sampling: Sampling = "bernoulli") ->
         return _hide_and_scale(proxy, mask, probability, sampling)
 
     return identity()._replace(apply=apply, steps=(_CLIENT_MASK,))
+
+
+def quantize_sites(params: Params, quantizer: Quantizer, sites: Sites) -> Params:
+    """Quantizes the kernels of all sites that are to be; `dequantize_params` inverts it."""
+    kernels = sites.quantized.by_kernel
+
+    def visit(path: str, leaf: Array) -> Array | Quantized:
+        if path not in kernels:
+            return leaf
+        return quantization.quantize(quantizer, kernels[path].to_matrices(leaf))
+
+    return map_by_path(visit, params)
 
 
 def dequantize_proxy(proxy: Proxy) -> Proxy:
@@ -187,14 +191,13 @@ def dequantize_proxy(proxy: Proxy) -> Proxy:
 
 def dequantize_params(params: Params, sites: Sites) -> Params:
     """Replaces the quantized kernels of a tree by the values that they stand for, float32."""
-    by_path = {site.path: site for site in sites}
 
-    def visit(key_path: Any, leaf: Array | Quantized) -> Array:
+    def visit(path: str, leaf: Array | Quantized) -> Array:
         if not isinstance(leaf, Quantized):
             return leaf
-        return by_path[path_of(key_path)].from_matrices(quantization.dequantize(leaf))
+        return sites.by_kernel[path].from_matrices(quantization.dequantize(leaf))
 
-    return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_quantized)
+    return map_by_path(visit, params, is_leaf=is_quantized)
 
 
 def select_columns(prepared: Proxy, visible: Columns, scale: dict[str, Array]) -> Proxy:
@@ -242,27 +245,4 @@ def _hide_and_scale(
 
 
 def _hide(proxy: Proxy, visible: Columns) -> Proxy:
-    sites = {site.path: site for site in proxy.sites}
-    biases = {site.bias_path: site for site in proxy.sites if site.bias_path}
-
-    def visit(key_path: Any, leaf: Array | Quantized) -> Array | Quantized:
-        path = path_of(key_path)
-        site = sites.get(path) or biases.get(path)
-        if site is None or site.mask_path not in visible:
-            return leaf
-        seen = visible[site.mask_path]
-        if isinstance(leaf, Quantized):
-            seen = seen[:, None, :]
-            codes = _zero(leaf.codes, seen)
-            if leaf.quantizer.mixes_columns:
-                return dataclasses.replace(leaf, codes=codes)
-            return dataclasses.replace(leaf, codes=codes, scales=_zero(leaf.scales, seen))
-        return _zero(leaf, site.to_kernel(seen) if path in sites else site.to_bias(seen))
-
-    params = jax.tree_util.tree_map_with_path(visit, proxy.params, is_leaf=is_quantized)
-    return dataclasses.replace(proxy, params=params)
-
-
-def _zero(leaf: Array, seen: Array) -> Array:
-    # A selection, not a product: NaN in a hidden column must not get through.
-    return jnp.where(seen, leaf, jnp.zeros((), leaf.dtype))
+    return dataclasses.replace(proxy, params=hide(proxy.params, proxy.sites, visible))

@@ -3,7 +3,8 @@
 A *site* is one kernel with its bias. A *column* is one index of the kernel's column axes, together
 with the bias entry of that index. Whatever the kernel's shape, a site can be seen as matrices
 ``[layers, inputs, columns]``, and anything said about its columns (masks, counts, factors) is an
-array ``[layers, columns]``, kept in a dictionary by the kernel's path.
+array ``[layers, columns]``, kept in a dictionary by the kernel's path. All sites of a model
+together are `Sites`.
 
 Sites are found by *rules*, which are text: ``"PATTERN: ROLE ROLE ..."`` names a role for each
 axis of the kernels whose path matches the pattern. Roles are ``layer`` (a scanned stack),
@@ -15,8 +16,9 @@ How a pattern is compared with a path is said in `trees`.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -160,8 +162,57 @@ class MaskSite:
         """Rearranges ``[layers, columns]`` so that it broadcasts against the kernel."""
         return jnp.expand_dims(self.to_bias(columns), self.input_axes)
 
+    def to_tensor(self, path: str, columns: Array) -> Array:
+        """Rearranges ``[layers, columns]`` so that it broadcasts against the tensor at a path.
 
-Sites = tuple[MaskSite, ...]
+        Args:
+          path: The kernel's path, or the bias's.
+          columns: What is said about the columns.
+        """
+        return self.to_kernel(columns) if path == self.path else self.to_bias(columns)
+
+
+class Sites(tuple[MaskSite, ...]):
+    """The mask sites of a model: an immutable, hashable sequence, with look-up by path.
+
+    Example::
+
+      sites = find_sites(params)
+      sites.of("encoder/hidden_0/bias").columns
+    """
+
+    @functools.cached_property
+    def by_kernel(self) -> Mapping[str, MaskSite]:
+        """The sites by their kernels' paths."""
+        return {site.path: site for site in self}
+
+    @functools.cached_property
+    def by_bias(self) -> Mapping[str, MaskSite]:
+        """The sites that have a bias, by its path."""
+        return {site.bias_path: site for site in self if site.bias_path}
+
+    def of(self, path: str) -> MaskSite | None:
+        """Returns the site whose kernel or bias is at a path; None where it is no site's."""
+        return self.by_kernel.get(path) or self.by_bias.get(path)
+
+    def masked_by(self, mask_paths: Collection[str]) -> "Sites":
+        """Returns the sites whose masks have one of these names; see `MaskSite.mask_path`."""
+        return Sites(site for site in self if site.mask_path in mask_paths)
+
+    @property
+    def quantized(self) -> "Sites":
+        """The sites whose kernels quantizers change."""
+        return Sites(site for site in self if site.quantized)
+
+    @property
+    def drawing(self) -> "Sites":
+        """The sites that draw masks of their own."""
+        return Sites(site for site in self if site.draws)
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The paths of all kernels and biases."""
+        return frozenset(self.by_kernel) | frozenset(self.by_bias)
 
 
 def find_sites(
@@ -213,7 +264,7 @@ def find_sites(
             f"no mask site found with sites={selection!r}; add a rule such as "
             f"'PATTERN: input column' for one of: {', '.join(leaves)}"
         )
-    return tuple(_without_shared_biases(sites))
+    return Sites(_without_shared_biases(sites))
 
 
 def embedding_rules(params: Params) -> tuple[str, ...]:

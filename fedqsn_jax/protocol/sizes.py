@@ -61,7 +61,7 @@ def measure_traffic(
 
     proxy = jax.eval_shape(make_proxy, jax.random.key(0), params)
     plain = params if plain is None else plain
-    whole = Layout.of(jax.eval_shape(lambda params: whole_proxy(params, ()), plain))
+    whole = Layout.of(jax.eval_shape(lambda params: whole_proxy(params, Sites()), plain))
     layout = Layout.of(proxy, trained=trained, upload=upload)
     return Traffic(
         down=proxy_cost(layout),

@@ -7,16 +7,16 @@ column that the server hides has no delta, sends nothing and has a residual of z
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from fedqsn_jax.core.trees import Selection, leaves_by_path, path_of, select
+from fedqsn_jax.core.trees import Selection, leaves_by_path, map_by_path, select
 from fedqsn_jax.core.types import Array, Columns, Params
 from fedqsn_jax.protocol import quantization
-from fedqsn_jax.protocol.quantization import Quantized, Quantizer
-from fedqsn_jax.protocol.sites import MaskSite, Sites
+from fedqsn_jax.protocol.proxy import quantize_sites
+from fedqsn_jax.protocol.quantization import Quantizer
+from fedqsn_jax.protocol.sites import Sites
 
 Residuals = dict[str, Array]
 """What quantization has taken away from a client's deltas so far, float32
@@ -57,7 +57,7 @@ def quantized_upload(
       feedback: Whether clients keep what is lost. It takes ``clients`` times the kernels' memory.
       trained: The tensors that are trained; the others have no delta.
     """
-    by_path = _quantized_sites(sites)
+    by_path = sites.quantized.by_kernel
 
     def init(params: Params, clients: int) -> Residuals:
         if not feedback:
@@ -71,8 +71,7 @@ def quantized_upload(
     def send(delta: Params, residuals: Residuals, visible: Columns) -> tuple[Params, Residuals]:
         kept = dict(residuals)
 
-        def visit(key_path: Any, leaf: Array) -> Array:
-            path = path_of(key_path)
+        def visit(path: str, leaf: Array) -> Array:
             if path not in by_path:
                 return leaf
             site = by_path[path]
@@ -86,7 +85,7 @@ def quantized_upload(
             kept[path] = jnp.where(seen, wanted - sent, residuals[path])
             return site.from_matrices(sent)
 
-        return jax.tree_util.tree_map_with_path(visit, delta), kept
+        return map_by_path(visit, delta), kept
 
     return Upload(init, send)
 
@@ -96,16 +95,4 @@ def quantize_delta(delta: Params, quantizer: Quantizer, sites: Sites) -> Params:
 
     Its values are the codebook's already, so that decoding gives them back.
     """
-    by_path = _quantized_sites(sites)
-
-    def visit(key_path: Any, leaf: Array) -> Array | Quantized:
-        site = by_path.get(path_of(key_path))
-        if site is None:
-            return leaf
-        return quantization.quantize(quantizer, site.to_matrices(leaf))
-
-    return jax.tree_util.tree_map_with_path(visit, delta)
-
-
-def _quantized_sites(sites: Sites) -> dict[str, MaskSite]:
-    return {site.path: site for site in sites if site.quantized}
+    return quantize_sites(delta, quantizer, sites)

@@ -102,24 +102,7 @@ def make_aggregator(
         return (weights > 0).astype(jnp.float32) if weighting == "uniform" else weights
 
     def contribute(delta: Params, weight: Array, visible: Columns) -> Contribution:
-        squared_norm = sum(
-            (jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(delta)),
-            jnp.float32(0),
-        )
-        # With a finite square no sum of deltas can overflow.
-        accepted = (weight > 0) & jnp.isfinite(squared_norm)
-        counted = jnp.where(accepted, weight, 0)
-        factor = counted
-        if clip_norm:
-            norm = jnp.sqrt(squared_norm)
-            factor = counted * jnp.where(norm > clip_norm, clip_norm / norm, 1)
-        return Contribution(
-            # A selection: a client without weight must add nothing, not even NaN times zero.
-            jax.tree.map(lambda leaf: jnp.where(accepted, leaf * factor, 0), delta),
-            counted,
-            {path: jnp.where(seen, counted, 0) for path, seen in visible.items()},
-            ((weight > 0) & ~accepted).astype(jnp.uint32),
-        )
+        return _contribution(delta, weight, visible, clip_norm)
 
     def finish(
         params: Params,
@@ -152,7 +135,28 @@ def make_aggregator(
         )
         return combine(new_params, whole), new_state
 
-    return Aggregator(init, weigh, contribute, finish)
+    return Aggregator(init=init, weigh=weigh, contribute=contribute, finish=finish)
+
+
+def _contribution(delta: Params, weight: Array, visible: Columns, clip_norm: float) -> Contribution:
+    squared_norm = sum(
+        (jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(delta)),
+        jnp.float32(0),
+    )
+    # With a finite square no sum of deltas can overflow.
+    accepted = (weight > 0) & jnp.isfinite(squared_norm)
+    counted = jnp.where(accepted, weight, 0)
+    factor = counted
+    if clip_norm:
+        norm = jnp.sqrt(squared_norm)
+        factor = counted * jnp.where(norm > clip_norm, clip_norm / norm, 1)
+    return Contribution(
+        # A selection: a client without weight must add nothing, not even NaN times zero.
+        delta=jax.tree.map(lambda leaf: jnp.where(accepted, leaf * factor, 0), delta),
+        weight=counted,
+        coverage={path: jnp.where(seen, counted, 0) for path, seen in visible.items()},
+        rejected=((weight > 0) & ~accepted).astype(jnp.uint32),
+    )
 
 
 def _divide(leaf: Array, weight: Array) -> Array:

@@ -81,7 +81,7 @@ class ClientUpdate(NamedTuple):
     """Local training as pure functions of one client, cut at its steps.
 
     So a round can train several clients side by side, whatever their numbers of steps; see
-    `cohort.sum_over_clients`. `train` is all of it for one client.
+    `client_axis.sum_over_clients`. `train` is all of it for one client.
 
     Attributes:
       step_count: ``rows -> steps``, int32: how many steps a client with so many rows takes. It
@@ -158,17 +158,16 @@ def make_client_update(
     def start(proxy: Proxy, rows: Array) -> Training:
         effective, factors = effective_params(proxy), _factors(proxy)
         params = select(effective, trained)
-        frozen = select(exclude(effective, trained), _masked_tensors(proxy))
         theta = _pull_back(params, spread(factors, params, proxy.sites, 1.0))
         return Training(
-            params,
-            params if is_proximal else None,
-            frozen,
-            optimizer(step_count(rows)).init(theta),
-            jnp.int32(0),
-            jnp.float32(0),
-            factors,
-            proxy.sites,
+            params=params,
+            anchor=params if is_proximal else None,
+            frozen=select(exclude(effective, trained), _masked_tensors(proxy)),
+            optimizer_state=optimizer(step_count(rows)).init(theta),
+            steps=jnp.int32(0),
+            loss=jnp.float32(0),
+            factors=factors,
+            sites=proxy.sites,
         )
 
     def step(
@@ -184,47 +183,21 @@ def make_client_update(
         batch = data.gather(client_id, indices)
         dropout_key = jax.random.fold_in(fold_in_name(key, "dropout"), index)
 
-        def loss_fn(params: Params) -> Array:
+        def loss_of(params: Params) -> Array:
             whole = combine(params, training.frozen, shared)
             return task.loss(apply_fn(whole, batch, dropout_key), batch, valid)
 
-        loss, gradient = jax.value_and_grad(loss_fn)(training.params)
+        loss, gradient = jax.value_and_grad(loss_of)(training.params)
         gradient = _push_forward(gradient, training.factor_tree)
         if is_proximal:
-            moved = jax.tree.map(jnp.subtract, training.params, training.anchor)
-            gradient = jax.tree.map(
-                lambda slope, way: slope + (proximal * way).astype(slope.dtype),
-                gradient,
-                _pull_back(moved, training.factor_tree),
-            )
-        params, optimizer_state = _wrapped_step(
-            optimizer(step_count(rows)),
-            gradient,
-            training.optimizer_state,
-            training.params,
-            training.factor_tree,
-        )
-        return dataclasses.replace(
-            training,
-            params=params,
-            optimizer_state=optimizer_state,
-            steps=training.steps + 1,
-            loss=training.loss + loss,
-        )
+            gradient = _with_proximal_term(gradient, training, proximal)
+        return _after_step(training, optimizer(step_count(rows)), gradient, loss)
 
     def finish(proxy: Proxy, rows: Array, training: Training) -> ClientResult:
-        count = training.steps
-        # XLA may compute the start twice, once with fused multiply-adds: without a step the
-        # difference could be a rounding error, and it must be zero.
-        difference = jax.tree.map(
-            lambda end, begin: jnp.where(count > 0, end - begin, 0).astype(jnp.float32),
-            training.params,
-            select(effective_params(proxy), trained),
-        )
-        delta = _pull_back(difference, training.factor_tree)
-        return ClientResult(delta, training.loss / jnp.maximum(count, 1), rows)
+        delta = _delta(training, select(effective_params(proxy), trained))
+        return ClientResult(delta, training.loss / jnp.maximum(training.steps, 1), rows)
 
-    return ClientUpdate(step_count, shared, start, step, finish)
+    return ClientUpdate(step_count=step_count, shared=shared, start=start, step=step, finish=finish)
 
 
 def _steps_per_epoch(rows: Array, batch_size: int) -> Array:
@@ -244,8 +217,7 @@ def _minibatch(key: Key, step: Array, rows: Array, batch_size: int) -> tuple[Arr
 
 def _masked_tensors(proxy: Proxy) -> frozenset[str]:
     """The kernels and biases that have masks."""
-    masked = [site for site in proxy.sites if site.mask_path in proxy.visible]
-    return frozenset(path for site in masked for path in (site.path, site.bias_path) if path)
+    return proxy.sites.masked_by(proxy.visible).tensors
 
 
 def _factors(proxy: Proxy) -> Columns:
@@ -275,15 +247,39 @@ def _push_forward(tree: Params, factors: Params) -> Params:
     return jax.tree.map(multiply, tree, factors)
 
 
-def _wrapped_step(
-    optimizer: optax.GradientTransformation,
-    gradient: Params,
-    optimizer_state: optax.OptState,
-    params: Params,
-    factors: Params,
-) -> tuple[Params, optax.OptState]:
-    """One step of the optimizer, with the gradient by theta, for the effective parameters."""
-    updates, optimizer_state = optimizer.update(
-        gradient, optimizer_state, _pull_back(params, factors)
+def _delta(training: Training, start: Params) -> Params:
+    """What training has changed of theta, float32, from the effective values at its start."""
+    # XLA may compute the start twice, once with fused multiply-adds: without a step the difference
+    # could be a rounding error, and it must be zero.
+    difference = jax.tree.map(
+        lambda end, begin: jnp.where(training.steps > 0, end - begin, 0).astype(jnp.float32),
+        training.params,
+        start,
     )
-    return optax.apply_updates(params, _push_forward(updates, factors)), optimizer_state
+    return _pull_back(difference, training.factor_tree)
+
+
+def _with_proximal_term(gradient: Params, training: Training, weight: float | Array) -> Params:
+    """The gradient by theta, with that of ``weight / 2 * |theta - theta_start|**2``."""
+    moved = jax.tree.map(jnp.subtract, training.params, training.anchor)
+    return jax.tree.map(
+        lambda slope, way: slope + (weight * way).astype(slope.dtype),
+        gradient,
+        _pull_back(moved, training.factor_tree),
+    )
+
+
+def _after_step(
+    training: Training, optimizer: optax.GradientTransformation, gradient: Params, loss: Array
+) -> Training:
+    """The client after one step of the optimizer, with the gradient by theta."""
+    theta = _pull_back(training.params, training.factor_tree)
+    updates, optimizer_state = optimizer.update(gradient, training.optimizer_state, theta)
+    updates = _push_forward(updates, training.factor_tree)
+    return dataclasses.replace(
+        training,
+        params=optax.apply_updates(training.params, updates),
+        optimizer_state=optimizer_state,
+        steps=training.steps + 1,
+        loss=training.loss + loss,
+    )

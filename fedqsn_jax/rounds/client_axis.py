@@ -62,6 +62,10 @@ class ClientAxis:
         return 1 if self.mesh is None else self.mesh.size
 
 
+ONE_BY_ONE = ClientAxis()
+"""One client after the other, on one device."""
+
+
 class ClientWork(NamedTuple):
     """What is done for each client of a cohort, cut at its local steps.
 
@@ -99,7 +103,7 @@ def sum_over_clients(
     # The longest first: later ones fill the places that become free.
     order = jnp.argsort(-steps).astype(jnp.int32)
     if axis.mesh is None:
-        return _sum_on_device(work, context, steps, order, axis)
+        return _sum_on_device(work, context, steps, order, axis=axis)
     # Device d gets every n-th client, so that all get long and short ones; a place of -1 is empty.
     share = -(-steps.shape[0] // axis.devices)
     padding = share * axis.devices - steps.shape[0]
@@ -108,7 +112,7 @@ def sum_over_clients(
 
     def on_each_device(context: Any, steps: Array, dealt: Array) -> tuple[Any, Any]:
         # What is kept is zero but on one device: its sum is exact.
-        return jax.lax.psum(_sum_on_device(work, context, steps, dealt, axis), CLIENTS_AXIS)
+        return jax.lax.psum(_sum_on_device(work, context, steps, dealt, axis=axis), CLIENTS_AXIS)
 
     everywhere, shared = PartitionSpec(), PartitionSpec(CLIENTS_AXIS)
     return jax.shard_map(
@@ -121,11 +125,10 @@ def sum_over_clients(
 
 
 def _sum_on_device(
-    work: ClientWork, context: Any, steps: Array, order: Array, axis: ClientAxis
+    work: ClientWork, context: Any, steps: Array, order: Array, *, axis: ClientAxis
 ) -> tuple[Any, Any]:
     """Sums over the clients in ``order``, those without steps last; -1 is no client."""
     counts = jnp.where(order >= 0, steps[order], 0)
-    clients = jnp.sum(counts > 0, dtype=jnp.int32)
     shapes, kept_shapes = jax.eval_shape(
         lambda context, client: work.finish(context, client, work.start(context, client)),
         context,
@@ -135,19 +138,33 @@ def _sum_on_device(
         jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
         jax.tree.map(lambda leaf: jnp.zeros((*steps.shape, *leaf.shape), leaf.dtype), kept_shapes),
     )
+    queue = _Queue(order=order, counts=counts, clients=jnp.sum(counts > 0, dtype=jnp.int32))
     if axis.chunk_size == 1:
-        return _one_by_one(work, context, order, counts, clients, zero)
-    return _side_by_side(work, context, order, counts, clients, zero, axis)
+        return _one_by_one(work, context, queue, zero)
+    places = _Places(work=work, context=context, queue=queue, axis=axis)
+    return places.run(*zero)
 
 
-def _one_by_one(
-    work: ClientWork, context: Any, order: Array, counts: Array, clients: Array, zero: Any
-) -> tuple[Any, Any]:
+class _Queue(NamedTuple):
+    """The clients of a device, in the order in which they are trained.
+
+    Attributes:
+      order: int32 ``[n]``: their positions in the cohort; -1 is no client.
+      counts: int32 ``[n]``: their numbers of steps; those without are last.
+      clients: int32 scalar: how many have steps.
+    """
+
+    order: Array
+    counts: Array
+    clients: Array
+
+
+def _one_by_one(work: ClientWork, context: Any, queue: _Queue, zero: Any) -> tuple[Any, Any]:
     def one(position: Array, results: tuple[Any, Any]) -> tuple[Any, Any]:
-        (total, kept), client = results, order[position]
+        (total, kept), client = results, queue.order[position]
         carry = jax.lax.fori_loop(
             0,
-            counts[position],
+            queue.counts[position],
             lambda index, carry: work.step(context, client, index, carry),
             work.start(context, client),
         )
@@ -157,7 +174,7 @@ def _one_by_one(
             jax.tree.map(lambda all, leaf: all.at[client].set(leaf), kept, own),
         )
 
-    return jax.lax.fori_loop(0, clients, one, zero)
+    return jax.lax.fori_loop(0, queue.clients, one, zero)
 
 
 class _Chunk(NamedTuple):
@@ -181,59 +198,82 @@ class _Chunk(NamedTuple):
     kept: Any
 
 
-def _side_by_side(
-    work: ClientWork,
-    context: Any,
-    order: Array,
-    counts: Array,
-    clients: Array,
-    zero: Any,
-    axis: ClientAxis,
-) -> tuple[Any, Any]:
-    size, last = min(axis.chunk_size, order.shape[0]), order.shape[0] - 1
-    refills = size if axis.steps else min(axis.refills or size, size)
-    start = jax.vmap(work.start, in_axes=(None, 0))
-    step = jax.vmap(work.step, in_axes=(None, 0, 0, 0))
-    finish = jax.vmap(work.finish, in_axes=(None, 0, 0))
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Places:
+    """Places in which clients train side by side, and what happens to them."""
 
-    def client_in(position: Array) -> Array:
+    work: ClientWork
+    context: Any
+    queue: _Queue
+    axis: ClientAxis
+
+    @property
+    def size(self) -> int:
+        return min(self.axis.chunk_size, self.queue.order.shape[0])
+
+    @property
+    def refills(self) -> int:
+        return self.size if self.axis.steps else min(self.axis.refills or self.size, self.size)
+
+    def run(self, total: Any, kept: Any) -> tuple[Any, Any]:
+        """Trains all clients; the arguments are zeros in the structure of the results."""
+
+        def turn(chunk: _Chunk) -> _Chunk:
+            # With a number of steps that is known beforehand the device need not ask the host.
+            steps = self.axis.steps or 1
+            chunk = jax.lax.fori_loop(0, steps, lambda _, chunk: self._one_step(chunk), chunk)
+            return self._refill(chunk)
+
+        position = jnp.arange(self.size, dtype=jnp.int32)
+        first = _Chunk(
+            position=position,
+            steps_done=jnp.zeros_like(position),
+            carry=self._start(position),
+            following=jnp.int32(self.size),
+            total=total,
+            kept=kept,
+        )
+        end = jax.lax.while_loop(
+            lambda chunk: (chunk.position < self.queue.clients).any(), turn, first
+        )
+        return end.total, end.kept
+
+    def _start(self, position: Array) -> Any:
+        start = jax.vmap(self.work.start, in_axes=(None, 0))
+        return start(self.context, self._client_in(position))
+
+    def _client_in(self, position: Array) -> Array:
         # An empty place stands for some client; nothing that it does is used.
-        return jnp.maximum(order[jnp.minimum(position, last)], 0)
+        last = self.queue.order.shape[0] - 1
+        return jnp.maximum(self.queue.order[jnp.minimum(position, last)], 0)
 
-    def steps_left(chunk: _Chunk) -> Array:
-        left = counts[jnp.minimum(chunk.position, last)] - chunk.steps_done
-        return jnp.where(chunk.position < clients, left, 0)
+    def _steps_left(self, chunk: _Chunk) -> Array:
+        last = self.queue.order.shape[0] - 1
+        left = self.queue.counts[jnp.minimum(chunk.position, last)] - chunk.steps_done
+        return jnp.where(chunk.position < self.queue.clients, left, 0)
 
-    def one_step(chunk: _Chunk) -> _Chunk:
-        active = steps_left(chunk) > 0
-        carry = step(context, client_in(chunk.position), chunk.steps_done, chunk.carry)
+    def _one_step(self, chunk: _Chunk) -> _Chunk:
+        active = self._steps_left(chunk) > 0
+        step = jax.vmap(self.work.step, in_axes=(None, 0, 0, 0))
+        clients = self._client_in(chunk.position)
+        carry = step(self.context, clients, chunk.steps_done, chunk.carry)
         carry = jax.tree.map(
             lambda new, old: jnp.where(_along(active, old), new, old), carry, chunk.carry
         )
         return chunk._replace(carry=carry, steps_done=chunk.steps_done + active)
 
-    def refill(chunk: _Chunk) -> _Chunk:
-        """Counts in those that are done, and lets others take their places."""
-        done = (chunk.position < clients) & (steps_left(chunk) == 0)
+    def _refill(self, chunk: _Chunk) -> _Chunk:
+        """Counts in those that are done, and gives their places to others."""
+        done = (chunk.position < self.queue.clients) & (self._steps_left(chunk) == 0)
         # Of the places that are done the first few; behind them, ones that are not.
-        place = jnp.argsort(~done)[:refills].astype(jnp.int32)
+        place = jnp.argsort(~done)[: self.refills].astype(jnp.int32)
         served = done[place]
         carry = jax.tree.map(lambda leaf: leaf[place], chunk.carry)
-        ended = client_in(chunk.position[place])
-        contributions, own = finish(context, ended, carry)
-
-        def add(total: Array, each: Array) -> Array:
-            each = jnp.where(_along(served, each), each, 0)
-            # The compiler's loop over a short axis waits for every load; in one expression they
-            # overlap.
-            for one in each[:_UNROLLED]:
-                total += one
-            rest = each[_UNROLLED:]
-            return total + rest.sum(axis=0, dtype=rest.dtype) if len(rest) else total
-
-        total = jax.tree.map(add, chunk.total, contributions)
-        beyond = jnp.arange(refills, dtype=jnp.int32)
-        owner = jnp.where(served, ended, order.shape[0] * axis.devices + beyond)
+        ended = self._client_in(chunk.position[place])
+        finish = jax.vmap(self.work.finish, in_axes=(None, 0, 0))
+        contributions, own = finish(self.context, ended, carry)
+        beyond = jnp.arange(self.refills, dtype=jnp.int32)
+        owner = jnp.where(served, ended, self.queue.order.shape[0] * self.axis.devices + beyond)
         kept = jax.tree.map(
             lambda all, each: all.at[owner].set(each, mode="drop", unique_indices=True),
             chunk.kept,
@@ -241,35 +281,31 @@ def _side_by_side(
         )
         position = chunk.following + beyond
         # A place that is not served keeps what it has: an index beyond the chunk is dropped.
-        target = jnp.where(served, place, size + beyond)
+        target = jnp.where(served, place, self.size + beyond)
 
         def put(old: Array, new: Array) -> Array:
             return old.at[target].set(new, mode="drop", unique_indices=True)
 
         return _Chunk(
-            put(chunk.position, position),
-            put(chunk.steps_done, jnp.zeros_like(position)),
-            jax.tree.map(put, chunk.carry, start(context, client_in(position))),
-            chunk.following + served.sum(dtype=jnp.int32),
-            total,
-            kept,
+            position=put(chunk.position, position),
+            steps_done=put(chunk.steps_done, jnp.zeros_like(position)),
+            carry=jax.tree.map(put, chunk.carry, self._start(position)),
+            following=chunk.following + served.sum(dtype=jnp.int32),
+            total=jax.tree.map(
+                lambda total, each: _add(total, each, served), chunk.total, contributions
+            ),
+            kept=kept,
         )
 
-    def turn(chunk: _Chunk) -> _Chunk:
-        # With a number of steps that is known beforehand the device need not ask the host.
-        chunk = jax.lax.fori_loop(0, axis.steps or 1, lambda _, chunk: one_step(chunk), chunk)
-        return refill(chunk)
 
-    position = jnp.arange(size, dtype=jnp.int32)
-    first = _Chunk(
-        position,
-        jnp.zeros_like(position),
-        start(context, client_in(position)),
-        jnp.int32(size),
-        *zero,
-    )
-    end = jax.lax.while_loop(lambda chunk: (chunk.position < clients).any(), turn, first)
-    return end.total, end.kept
+def _add(total: Array, each: Array, served: Array) -> Array:
+    """Adds the contributions ``[refills, ...]`` of the places that are served."""
+    each = jnp.where(_along(served, each), each, 0)
+    # The compiler's loop over a short axis waits for every load; in one expression they overlap.
+    for one in each[:_UNROLLED]:
+        total += one
+    rest = each[_UNROLLED:]
+    return total + rest.sum(axis=0, dtype=rest.dtype) if len(rest) else total
 
 
 _UNROLLED = 16

@@ -1,6 +1,7 @@
 """One federated round, and several in one compiled call."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,26 +12,19 @@ import optax
 from flax import struct
 
 from fedqsn_jax.core.keys import client_round_key, fold_in_name
-from fedqsn_jax.core.trees import Selection, combine, exclude, select
+from fedqsn_jax.core.trees import combine, exclude, select
 from fedqsn_jax.core.types import Array, Batch, Columns, Key, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
-from fedqsn_jax.protocol.proxy import (
-    Proxy,
-    ProxyTransform,
-    dequantize_proxy,
-    select_columns,
-    whole_proxy,
-)
-from fedqsn_jax.protocol.sites import Sites
-from fedqsn_jax.protocol.upload import Residuals, Upload, whole_upload
-from fedqsn_jax.rounds.aggregation import Aggregator
-from fedqsn_jax.rounds.client import ClientUpdate, Training
-from fedqsn_jax.rounds.client_axis import ClientAxis, ClientWork, sample_cohort, sum_over_clients
-from fedqsn_jax.rounds.client_evaluation import ClientEvaluator
-from fedqsn_jax.rounds.evaluation import Evaluator
-from fedqsn_jax.rounds.participation import EVERYONE, Participation, draw_attendance
+from fedqsn_jax.protocol.proxy import Proxy, dequantize_proxy, whole_proxy
+from fedqsn_jax.protocol.upload import Residuals
+from fedqsn_jax.rounds.client_axis import ONE_BY_ONE, ClientAxis, sample_cohort
+from fedqsn_jax.rounds.cohort import Cohort, train_cohort
+from fedqsn_jax.rounds.evaluation import ClientEvaluator, Evaluator
+from fedqsn_jax.rounds.method import Method
+from fedqsn_jax.rounds.participation import Attendance, draw_attendance
 from fedqsn_jax.rounds.views import (
     Attacker,
+    Views,
     evaluate_views,
     make_attacker,
     received_columns,
@@ -63,42 +57,14 @@ class ServerState:
     public_key: Key
 
 
-@struct.dataclass
-class _Context:
-    """What a round's clients have in common, and what is known of each before it trains.
-
-    Attributes:
-      prepared: The round's proxy before client masks, dequantized.
-      shared: The frozen tensors that all clients compute with alike.
-      data: The population's rows.
-      ids: The cohort, int32 ``[cohort]``.
-      visible: The columns that each client sees, bool ``[cohort, layers, columns]`` a site.
-      scale: Each client's factors, float32 ``[cohort]`` a site.
-      weights: The clients' weights in the mean, float32 ``[cohort]``.
-      broken: Whose update is NaN, bool ``[cohort]``.
-      residuals: What each client of the population keeps.
-      training_key: The round's key of batches and dropout; a client's id is folded in.
-    """
-
-    prepared: Proxy
-    shared: Params
-    data: ClientData
-    ids: Array
-    visible: Columns
-    scale: dict[str, Array]
-    weights: Array
-    broken: Array
-    residuals: Residuals
-    training_key: Key
-
-
 class Federation(NamedTuple):
     """A federated method as pure functions.
 
     Attributes:
       init: ``(key, params) -> ServerState``.
-      round: ``(state, data) -> (state, facts)``: one round. Facts are float32 ``train/loss``, and
-        uint32 counts: ``clients/returned`` and ``clients/rejected``; for each site that has masks
+      round: ``(state, data) -> (state, facts)``: one round, one client after the other; see
+        `with_client_axis` for others. Facts are float32 ``train/loss``, and uint32 counts:
+        ``clients/returned`` and ``clients/rejected``; for each site that has masks
         ``visible/PATH``, visible columns summed over the cohort, and ``returned/PATH``, summed over
         the clients that returned an update.
       prepare: ``state -> Proxy``: the proxy before client masks, dequantized.
@@ -109,173 +75,141 @@ class Federation(NamedTuple):
     """
 
     init: Callable[[Key, Params], ServerState]
-    round: Callable[[ServerState, ClientData], tuple[ServerState, dict[str, Array]]]
+    round: Callable[..., tuple[ServerState, dict[str, Array]]]
     prepare: Callable[[ServerState], Proxy]
     cohort: Callable[[ServerState], Array]
     proxy_keys: Callable[[ServerState], Key]
     evaluate: Callable[[ServerState, Batch | HeldOut], dict[str, Array]]
 
+    def with_client_axis(self, axis: ClientAxis) -> "Federation":
+        """Returns the same, whose clients are run in another way."""
+        return self._replace(round=functools.partial(self.round, client_axis=axis))
+
+
+class Evaluation(NamedTuple):
+    """How the views are evaluated; static.
+
+    Attributes:
+      evaluator: Evaluates one set of parameters.
+      score: The metric whose spread over client masks is reported.
+      proxy_samples: Client masks that the proxy view averages over.
+      attackers: Numbers of colluding clients; ``attacker_N`` names each in the metrics.
+      client_evaluator: Evaluates one set of parameters on clients' held-out rows, if there are any.
+    """
+
+    evaluator: Evaluator
+    score: str
+    proxy_samples: int = 8
+    attackers: tuple[int, ...] = ()
+    client_evaluator: ClientEvaluator | None = None
+
 
 def make_federation(
-    transform: ProxyTransform,
-    update: ClientUpdate,
-    aggregator: Aggregator,
-    evaluator: Evaluator,
-    sites: Sites,
-    *,
-    population: int,
-    cohort: int,
-    client_axis: ClientAxis,
-    proxy_samples: int,
-    attackers: tuple[int, ...],
-    score: str,
-    sent: Selection = None,
-    withheld: Selection = frozenset(),
-    participation: Participation = EVERYONE,
-    upload: Upload | None = None,
-    client_evaluator: ClientEvaluator | None = None,
+    method: Method, evaluation: Evaluation, *, population: int, cohort: int
 ) -> Federation:
     """Composes a federated method; every argument is static.
 
     Args:
-      transform: Makes proxies.
-      update: Trains them.
-      aggregator: Folds deltas into the hidden model.
-      evaluator: Evaluates one set of parameters.
-      sites: The mask sites.
+      method: Its parts.
+      evaluation: How its views are evaluated.
       population: Number of clients.
       cohort: Clients a round.
-      client_axis: How the cohort is run.
-      proxy_samples: Client masks that the proxy view averages over.
-      attackers: Numbers of colluding clients; ``attacker_N`` names each in the metrics.
-      score: The metric whose spread over client masks is reported.
-      sent: The tensors that proxies are made of; the others are frozen, and public unless they are
-        withheld.
-      withheld: Tensors that nobody but the server has, so that no view but the global one has them.
-      participation: How clients fail.
-      upload: The way back; None: updates travel as they are.
-      client_evaluator: Evaluates one set of parameters on clients' held-out rows, if there are any.
     """
-    upload = upload or whole_upload()
+    composed = _Composed(method, evaluation, population, cohort)
+    return Federation(
+        init=composed.init,
+        round=composed.round,
+        prepare=composed.prepare,
+        cohort=composed.cohort,
+        proxy_keys=composed.proxy_keys,
+        evaluate=composed.evaluate,
+    )
 
-    def public(params: Params) -> Params:
-        return exclude(exclude(params, sent), withheld)
 
-    def init(key: Key, params: Params) -> ServerState:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Composed:
+    """What the functions of a `Federation` close over."""
+
+    method: Method
+    evaluation: Evaluation
+    population: int
+    cohort_size: int
+
+    def _sent(self, params: Params) -> Params:
+        return select(params, self.method.roles.sent)
+
+    def _public(self, params: Params) -> Params:
+        roles = self.method.roles
+        return exclude(exclude(params, roles.sent), roles.withheld)
+
+    def init(self, key: Key, params: Params) -> ServerState:
+        method = self.method
         secret_key, public_key = fold_in_name(key, "secret"), fold_in_name(key, "public")
         attacker_key = fold_in_name(public_key, "attackers")
+        sent = self._sent(params)
         return ServerState(
             params=params,
-            optimizer_state=aggregator.init(params),
-            transform_state=transform.init(secret_key, whole_proxy(select(params, sent), sites)),
+            optimizer_state=method.aggregator.init(params),
+            transform_state=method.transform.init(secret_key, whole_proxy(sent, method.sites)),
             attackers={
                 f"attacker_{count}": make_attacker(
-                    attacker_key, population, count, select(params, sent), sites
+                    attacker_key, self.population, count, sent, method.sites
                 )
-                for count in attackers
+                for count in self.evaluation.attackers
             },
-            residuals=upload.init(params, population),
+            residuals=method.upload.init(params, self.population),
             round=jnp.int32(0),
             secret_key=secret_key,
             public_key=public_key,
         )
 
-    def prepare(state: ServerState) -> Proxy:
-        whole = whole_proxy(select(state.params, sent), sites)
-        return dequantize_proxy(transform.prepare(state.transform_state, whole))
+    def prepare(self, state: ServerState) -> Proxy:
+        whole = whole_proxy(self._sent(state.params), self.method.sites)
+        return dequantize_proxy(self.method.transform.prepare(state.transform_state, whole))
 
-    def cohort_of(state: ServerState) -> Array:
+    def cohort(self, state: ServerState) -> Array:
         round_key = jax.random.fold_in(state.public_key, state.round)
-        return sample_cohort(fold_in_name(round_key, "cohort"), population, cohort)
+        return sample_cohort(fold_in_name(round_key, "cohort"), self.population, self.cohort_size)
 
-    def proxy_of(context: _Context, client: Array) -> Proxy:
-        visible, scale = jax.tree.map(lambda leaf: leaf[client], (context.visible, context.scale))
-        return select_columns(context.prepared, visible, scale)
-
-    def start(context: _Context, client: Array) -> Training:
-        rows = context.data.rows(context.ids[client])
-        return update.start(proxy_of(context, client), rows)
-
-    def step(context: _Context, client: Array, index: Array, training: Training) -> Training:
-        client_id = context.ids[client]
-        key = jax.random.fold_in(context.training_key, client_id)
-        return update.step(key, context.data, client_id, index, training, context.shared)
-
-    def finish(
-        context: _Context, client: Array, training: Training
-    ) -> tuple[dict[str, Any], Residuals]:
-        rows = context.data.rows(context.ids[client])
-        proxy = proxy_of(context, client)
-        result = update.finish(proxy, rows, training)
-        residuals = {path: each[context.ids[client]] for path, each in context.residuals.items()}
-        delta, kept = upload.send(result.delta, residuals, proxy.visible)
-        if participation.nan:
-            broken = context.broken[client]
-            delta = jax.tree.map(lambda leaf: jnp.where(broken, jnp.nan, leaf), delta)
-        part = aggregator.contribute(delta, context.weights[client], proxy.visible)
-        accepted = part.weight > 0
-        contribution = {
-            "update": part,
-            "loss": jnp.where(accepted, result.loss * result.examples, 0),
-            "examples": jnp.where(accepted, result.examples, 0).astype(jnp.float32),
-        }
-        # What was rejected never arrived: the client keeps what it had.
-        return contribution, jax.tree.map(
-            lambda new, old: jnp.where(accepted, new, old), kept, residuals
-        )
-
-    def run_round(state: ServerState, data: ClientData) -> tuple[ServerState, dict[str, Array]]:
-        prepared, ids = prepare(state), cohort_of(state)
-
-        def masks(client_id: Array) -> tuple[Columns, dict[str, Array]]:
-            key = client_round_key(state.secret_key, state.round, client_id)
-            proxy = transform.apply(key, state.transform_state, prepared)
-            return proxy.visible, proxy.scale
-
-        visible, scale = jax.vmap(masks)(ids)
+    def round(
+        self, state: ServerState, data: ClientData, client_axis: ClientAxis = ONE_BY_ONE
+    ) -> tuple[ServerState, dict[str, Array]]:
+        method, prepared, ids = self.method, self.prepare(state), self.cohort(state)
+        visible, scale = self._client_masks(state, prepared, ids)
         rows = data.rows(ids)
-        weights = aggregator.weigh(rows)
         training_key = jax.random.fold_in(state.public_key, state.round)
-        computed_with = combine(prepared.params, public(state.params))
-        shared = update.shared(dataclasses.replace(prepared, params=computed_with, visible=visible))
-        attendance = draw_attendance(training_key, ids, update.step_count(rows), participation)
-        context = _Context(
-            prepared,
-            shared,
-            data,
-            ids,
-            visible,
-            scale,
-            weights,
-            attendance.broken,
-            state.residuals,
-            training_key,
+        computed_with = combine(prepared.params, self._public(state.params))
+        attendance = draw_attendance(
+            training_key, ids, method.update.step_count(rows), method.participation
         )
-        total, kept = sum_over_clients(
-            ClientWork(start, step, finish), context, attendance.steps, client_axis
+        cohort = Cohort(
+            prepared=prepared,
+            shared=method.update.shared(
+                dataclasses.replace(prepared, params=computed_with, visible=visible)
+            ),
+            data=data,
+            ids=ids,
+            visible=visible,
+            scale=scale,
+            weights=method.aggregator.weigh(rows),
+            broken=attendance.broken,
+            residuals=state.residuals,
+            training_key=training_key,
         )
-        params, optimizer_state = aggregator.finish(
+        total, kept = train_cohort(method, cohort, attendance.steps, client_axis)
+        params, optimizer_state = method.aggregator.finish(
             state.params,
             state.optimizer_state,
             total["update"],
-            prepared.visible,
-            prepared.params,
+            server_visible=prepared.visible,
+            sent=prepared.params,
         )
         attackers = {
             name: update_attacker(
-                attacker, received_columns(attacker, ids, visible), prepared, sites
+                attacker, received_columns(attacker, ids, visible), prepared, method.sites
             )
             for name, attacker in state.attackers.items()
         }
-        facts = {
-            "train/loss": total["loss"] / jnp.maximum(total["examples"], 1),
-            "clients/returned": attendance.returns.sum(dtype=jnp.uint32),
-            "clients/rejected": total["update"].rejected,
-        }
-        for path, seen in visible.items():
-            facts[f"visible/{path}"] = seen.sum(dtype=jnp.uint32)
-            returned = seen & attendance.returns[:, None, None]
-            facts[f"returned/{path}"] = returned.sum(dtype=jnp.uint32)
         state = dataclasses.replace(
             state,
             params=params,
@@ -284,39 +218,65 @@ def make_federation(
             residuals=_replaced(state.residuals, kept, ids, attendance.returns),
             round=state.round + 1,
         )
-        return state, facts
+        return state, _facts(total, attendance, visible)
 
-    def proxy_keys(state: ServerState) -> Key:
+    def _client_masks(
+        self, state: ServerState, prepared: Proxy, ids: Array
+    ) -> tuple[Columns, dict[str, Array]]:
+        """What each client sees of the prepared proxy, and its factors."""
+
+        def of_one(client_id: Array) -> tuple[Columns, dict[str, Array]]:
+            key = client_round_key(state.secret_key, state.round, client_id)
+            proxy = self.method.transform.apply(key, state.transform_state, prepared)
+            return proxy.visible, proxy.scale
+
+        return jax.vmap(of_one)(ids)
+
+    def proxy_keys(self, state: ServerState) -> Key:
         key = fold_in_name(jax.random.fold_in(state.secret_key, state.round), "proxy_view")
-        return jax.random.split(key, proxy_samples)
+        return jax.random.split(key, self.evaluation.proxy_samples)
 
-    def evaluate(state: ServerState, rows: Batch | HeldOut) -> dict[str, Array]:
+    def evaluate(self, state: ServerState, rows: Batch | HeldOut) -> dict[str, Array]:
+        method, evaluation = self.method, self.evaluation
+        views = Views(
+            params=state.params,
+            sendable=exclude(state.params, method.roles.withheld),
+            prepared=self.prepare(state),
+            apply=lambda key, prepared: method.transform.apply(
+                key, state.transform_state, prepared
+            ),
+            proxy_keys=self.proxy_keys(state),
+            attackers=state.attackers,
+        )
+
         def views_on(evaluator: Callable[[Params, Any], dict[str, Array]], rows: Any) -> Any:
             def evaluate_whole(params: Params, rows: Any) -> dict[str, Array]:
-                return evaluator(combine(params, public(state.params)), rows)
+                return evaluator(combine(params, self._public(state.params)), rows)
 
-            return evaluate_views(
-                evaluate_whole,
-                rows,
-                state.params,
-                exclude(state.params, withheld),
-                prepare(state),
-                lambda key, prepared: transform.apply(key, state.transform_state, prepared),
-                proxy_keys(state),
-                state.attackers,
-                score,
-            )
+            return evaluate_views(evaluate_whole, rows, views, evaluation.score)
 
         if not isinstance(rows, HeldOut):
-            return views_on(evaluator, rows)
-        metrics = views_on(evaluator, rows.test)
-        if client_evaluator is not None:
+            return views_on(evaluation.evaluator, rows)
+        metrics = views_on(evaluation.evaluator, rows.test)
+        if evaluation.client_evaluator is not None:
             for group, data in rows.clients.items():
-                of_group = views_on(client_evaluator, data)
+                of_group = views_on(evaluation.client_evaluator, data)
                 metrics |= {f"{group}/{name}": value for name, value in of_group.items()}
         return metrics
 
-    return Federation(init, run_round, prepare, cohort_of, proxy_keys, evaluate)
+
+def _facts(total: dict[str, Any], attendance: Attendance, visible: Columns) -> dict[str, Array]:
+    """What a round tells; see `Federation.round`."""
+    facts = {
+        "train/loss": total["loss"] / jnp.maximum(total["examples"], 1),
+        "clients/returned": attendance.returns.sum(dtype=jnp.uint32),
+        "clients/rejected": total["update"].rejected,
+    }
+    for path, seen in visible.items():
+        facts[f"visible/{path}"] = seen.sum(dtype=jnp.uint32)
+        returned = seen & attendance.returns[:, None, None]
+        facts[f"returned/{path}"] = returned.sum(dtype=jnp.uint32)
+    return facts
 
 
 def _replaced(residuals: Residuals, kept: Residuals, ids: Array, returns: Array) -> Residuals:
@@ -374,7 +334,10 @@ class CallResult(NamedTuple):
 
 
 def make_rounds(
-    federation: Federation, *, rounds_per_call: int, evaluate_every: int
+    federation: Federation,
+    *,
+    rounds_per_call: int,
+    evaluate_every: int,
 ) -> Callable[
     [ServerState, ClientData, Batch | HeldOut, Array, Array], tuple[ServerState, CallResult]
 ]:

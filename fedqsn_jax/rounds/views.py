@@ -6,7 +6,7 @@ buys.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,7 @@ def make_attacker(
     Smaller groups that are drawn with the same key are parts of larger ones.
     """
     members = keyed_permutation(key, jnp.arange(colluders, dtype=jnp.int32), population)
-    known = {
-        site.path: jnp.zeros((site.layers, site.columns), bool) for site in sites if site.draws
-    }
+    known = {site.path: jnp.zeros((site.layers, site.columns), bool) for site in sites.drawing}
     return Attacker(members, jax.tree.map(jnp.zeros_like, params), known)
 
 
@@ -123,47 +121,54 @@ def server_params(params: Params, prepared: Proxy) -> Params:
     return scale_sites(visible, prepared.sites, prepared.scale)
 
 
+class Views(NamedTuple):
+    """What the views of one state are made of.
+
+    Attributes:
+      params: The hidden model.
+      sendable: The same without the tensors that are withheld as a whole.
+      prepared: The round's proxy before client masks, dequantized.
+      apply: ``(key, prepared) -> proxy``: makes a client's proxy from it.
+      proxy_keys: Keys ``[samples]``: the client masks that the proxy view averages over.
+      attackers: The attackers by name.
+    """
+
+    params: Params
+    sendable: Params
+    prepared: Proxy
+    apply: Callable[[Key, Proxy], Proxy]
+    proxy_keys: Key
+    attackers: dict[str, Attacker]
+
+
 def evaluate_views(
-    evaluate: Callable[[Params, Any], dict[str, Array]],
-    rows: Any,
-    params: Params,
-    sendable: Params,
-    prepared: Proxy,
-    apply: Callable[[Key, Proxy], Proxy],
-    proxy_keys: Key,
-    attackers: dict[str, Attacker],
-    score: str,
+    evaluate: Callable[[Params, Any], dict[str, Array]], rows: Any, views: Views, score: str
 ) -> dict[str, Array]:
     """Evaluates all views.
 
     Args:
-      evaluate: Evaluates parameters on rows: `metrics.Evaluator` or
-        `client_metrics.ClientEvaluator`.
+      evaluate: Evaluates parameters on rows: `evaluation.Evaluator` or
+        `evaluation.ClientEvaluator`.
       rows: Held-out rows, as it wants them.
-      params: The hidden model.
-      sendable: The same without the tensors that are withheld as a whole.
-      prepared: The round's proxy before client masks, dequantized.
-      apply: Makes a client's proxy from it.
-      proxy_keys: Keys ``[samples]``: the client masks that the proxy view averages over.
-      attackers: The attackers by name.
+      views: What they are made of.
       score: The metric whose spread over client masks is reported.
 
     Returns:
       float32 scalars named ``view/metric``, with ``proxy/SCORE_std`` (population standard
       deviation over the sampled client masks).
     """
-    sites = prepared.sites
+    prepared = views.prepared
     results = {
-        "global": evaluate(params, rows),
-        "server": evaluate(server_params(sendable, prepared), rows),
+        "global": evaluate(views.params, rows),
+        "server": evaluate(server_params(views.sendable, prepared), rows),
     }
     samples = jax.lax.map(
-        lambda key: evaluate(effective_params(apply(key, prepared)), rows), proxy_keys
+        lambda key: evaluate(effective_params(views.apply(key, prepared)), rows), views.proxy_keys
     )
     results["proxy"] = {name: values.mean() for name, values in samples.items()}
     results["proxy"][f"{score}_std"] = samples[score].std()
-    for name, attacker in attackers.items():
-        results[name] = evaluate(attacker_params(attacker, sites), rows)
+    for name, attacker in views.attackers.items():
+        results[name] = evaluate(attacker_params(attacker, prepared.sites), rows)
     return {
         f"{view}/{name}": value
         for view, values in results.items()

@@ -10,7 +10,7 @@ from fedqsn_jax.core.types import Params
 from fedqsn_jax.host.checkpoints import Checkpoints, History
 from fedqsn_jax.models.language.pretrained import nested
 from fedqsn_jax.runs.working_directory import WorkDirectory
-from fedqsn_jax.simulation.configured import merge_configured
+from fedqsn_jax.simulation.from_config import merge_configured
 
 
 class Trained(NamedTuple):

@@ -53,7 +53,7 @@ def write_texts(
     )
     evaluate = texts.make_evaluator(on_prompts)
     # What clients do not receive is public, and so in every view.
-    public = exclude(state.params, simulation.sent)
+    public = exclude(state.params, simulation.roles.sent)
     as_model = jax.jit(lambda view: simulation.merged(combine(view, public)))
     found = evaluate_text_views(lambda view: evaluate(as_model(view)), views)
     answers: list[dict[str, Any]] = [

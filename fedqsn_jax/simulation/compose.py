@@ -4,7 +4,6 @@ The main job and the call for a user's own model build the same thing here.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,48 +15,40 @@ import optax
 from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.tasks import Task
-from fedqsn_jax.core.trees import (
-    Selection,
-    TensorRoles,
-    exclude,
-    select,
-    select_trained,
-    tree_bytes,
-)
+from fedqsn_jax.core.trees import TensorRoles, exclude, select, tree_bytes
 from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
 from fedqsn_jax.data.population import ClientData
 from fedqsn_jax.host.devices import device_bytes
 from fedqsn_jax.models.functional import in_compute_dtype
 from fedqsn_jax.problems.training import local_optimizer
-from fedqsn_jax.prompting.prompted_model import alternating, full_encoder, parts_of, returning
+from fedqsn_jax.prompting.prompted_model import alternating, returning
 from fedqsn_jax.protocol.algorithms import Algorithm
 from fedqsn_jax.protocol.lora import Lora
-from fedqsn_jax.protocol.low_rank import adapt
-from fedqsn_jax.protocol.sites import Sites, embedding_rules, find_sites
+from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.sizes import Traffic, measure_traffic
-from fedqsn_jax.rounds.aggregation import Aggregator, make_aggregator
+from fedqsn_jax.rounds.aggregation import make_aggregator
 from fedqsn_jax.rounds.client import ClientUpdate, make_client_update
-from fedqsn_jax.rounds.client_axis import ClientAxis
-from fedqsn_jax.rounds.client_evaluation import make_client_evaluator
 from fedqsn_jax.rounds.client_optimizer import ClientOptimizer, unscheduled
-from fedqsn_jax.rounds.evaluation import make_evaluator
+from fedqsn_jax.rounds.evaluation import make_client_evaluator, make_evaluator
 from fedqsn_jax.rounds.federation import (
+    Evaluation,
     Federation,
     ServerState,
     make_federation,
     make_rounds,
 )
+from fedqsn_jax.rounds.method import Method
 from fedqsn_jax.rounds.participation import Participation
-from fedqsn_jax.simulation.configured import (
+from fedqsn_jax.simulation.fitting import Fitted, Model, fit
+from fedqsn_jax.simulation.from_config import (
     algorithm_of,
-    configured_adapters,
     make_upload,
     server_optimizer,
     upload_quantizer,
 )
 from fedqsn_jax.simulation.memory import client_bytes
-from fedqsn_jax.simulation.parallelism import ClientAxisChoice, Workload, choose_client_axis
 from fedqsn_jax.simulation.round_memory import fixed_memory, own_frozen_bytes, proxy_and_deltas
+from fedqsn_jax.simulation.scheduling import ClientAxisChoice, Workload, choose_client_axis
 
 TRACEABLE = (
     "p1",
@@ -78,18 +69,14 @@ class Simulation(NamedTuple):
       federation: Its pure functions; its ``init`` takes the plain model's parameters, and adds
         adapters.
       algorithm: What clients receive.
-      aggregator: What becomes of the deltas.
-      sites: The mask sites, those of adapters included.
+      method: The parts of the federation: mask sites, those of adapters included, which tensors go
+        where, and what becomes of the deltas.
       lora: The adapters, or None.
-      trained: The tensors that clients train.
-      returned: Those of them that travel back, and that the server changes.
-      sent: The tensors that travel to clients.
-      withheld: Those that nobody but the server has.
       traffic: The lengths of payloads.
       choice: How the client axis is run, and why.
       memory: Estimated bytes on a device during a round, by purpose.
       task: What the model is for.
-      run: Several rounds in one compiled call; see `rounds.make_rounds`.
+      run: Several rounds in one compiled call; see `federation.make_rounds`.
       recompose: ``config -> Simulation``: the same with other values of `TRACEABLE` fields. They
         may be traced scalars, so that one compiled program serves many values.
     """
@@ -97,19 +84,24 @@ class Simulation(NamedTuple):
     config: Config
     federation: Federation
     algorithm: Algorithm
-    aggregator: Aggregator
-    sites: Sites
+    method: Method
     lora: Lora | None
-    trained: Selection
-    returned: Selection
-    sent: Selection
-    withheld: Selection
     traffic: Traffic
     choice: ClientAxisChoice
     memory: dict[str, int]
     task: Task
     run: Callable[..., Any]
     recompose: Callable[[Config], "Simulation"]
+
+    @property
+    def sites(self) -> Sites:
+        """The mask sites."""
+        return self.method.sites
+
+    @property
+    def roles(self) -> TensorRoles:
+        """Which tensors go where."""
+        return self.method.roles
 
     def merged(self, params: Params) -> Params:
         """Returns the plain model's parameters: adapters are merged into their matrices."""
@@ -138,7 +130,22 @@ def make_simulation(
     Raises:
       ConfigError: The settings do not fit the model, the population or the device.
     """
-    population = data.clients
+    _check_population(config, data.clients)
+    algorithm = algorithm_of(config)
+    model = Model(
+        apply_fn=apply_fn,
+        client_apply=client_apply or in_compute_dtype(apply_fn, config.client.compute_dtype),
+        task=task,
+        # What is kept for other settings holds no arrays.
+        params=jax.eval_shape(lambda tree: tree, params),
+    )
+    fitted = fit(config, algorithm, model, _batch_shapes(data, config.client.batch_size))
+    parts = _compose(config, algorithm, fitted, data.clients)
+    memory, choice = _choose_client_axis(config, fitted, parts, data)
+    return _simulation(config, fitted, parts, choice, memory)
+
+
+def _check_population(config: Config, population: int) -> None:
     if config.cohort.size > population:
         raise ConfigError(
             f"cohort.size = {config.cohort.size}: allowed is at most the population, {population}"
@@ -149,144 +156,154 @@ def make_simulation(
                 f"evaluation.attackers = {config.evaluation.attackers}: allowed is at most the "
                 f"population, {population}"
             )
-    algorithm = algorithm_of(config)
-    try:
-        embeddings = embedding_rules(params) if config.quantize_embeddings else ()
-        rules = (*config.site_rules, *embeddings)
-        sites = find_sites(params, rules, config.sites)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ConfigError(f"site_rules: {error}") from error
-    plain, reference, lora, merged = params, params, configured_adapters(config, params), None
-    batch = _batch_shapes(data, config.client.batch_size)
-    local_apply = client_apply or in_compute_dtype(apply_fn, config.client.compute_dtype)
-    adapters_only = algorithm.adapters_only
-    public = adapters_only or config.lora.public_base
-    if lora is not None:
-        params = jax.eval_shape(lora.add, jax.random.key(0), params)
-        apply_fn, _ = adapt(lora, apply_fn, params, batch)
-        local_apply, merged = adapt(lora, local_apply, params, batch)
-        quantize = config.lora.quantize or adapters_only
-        sites = lora.sites(sites, quantize=quantize, public=public, flat=adapters_only)
-    try:
-        trained = select_trained(params, config.client.trained or ("lora" if lora else "all",))
-    except ValueError as error:
-        raise ConfigError(f"client.trained: {error}") from error
-    parts = TensorRoles(sent=trained if public else None, trained=trained, returned=trained)
-    if algorithm.prompts_only:
-        parts = parts_of(params, config.fedsp.tuned, auxiliary=config.fedsp.auxiliary_share > 0)
-        sites, reference = (), full_encoder(params)
-    sent, trained, returned, withheld = parts
-    # What is kept for other settings holds no arrays.
-    params, plain, reference = jax.eval_shape(lambda *trees: trees, params, plain, reference)
 
-    def optimizer_of(config: Config) -> ClientOptimizer:
-        own = local_optimizer(config.client)
-        if not algorithm.prompts_only:
-            return own
-        of_layers = unscheduled(optax.adam(config.fedsp.auxiliary_rate))
-        return alternating(of_layers, own, config.fedsp.auxiliary_share)
 
-    def update_of(config: Config) -> ClientUpdate:
-        update = make_client_update(
-            local_apply,
-            task,
-            optimizer_of(config),
-            config.client.batch_size,
-            steps=config.client.steps,
-            epochs=config.client.epochs,
-            trained=trained,
-            proximal=config.client.proximal,
-        )
-        return returning(update, returned) if algorithm.prompts_only else update
+class _Parts(NamedTuple):
+    """What one configuration makes of what `fit` gave.
 
-    def traffic_of(config: Config) -> Traffic:
-        return measure_traffic(
-            algorithm_of(config).transform,
-            params,
-            sites,
-            sent=sent,
-            trained=returned,
-            plain=reference,
-            upload=upload_quantizer(config),
-        )
+    Attributes:
+      algorithm: What clients receive.
+      method: All that happens in a round.
+      federation: The same composed, its clients one after the other.
+      traffic: The lengths of payloads.
+      population: Number of clients.
+    """
 
-    def compose(config: Config, choice: ClientAxisChoice, memory: dict[str, int]) -> Simulation:
-        algorithm = algorithm_of(config)
-        aggregator = make_aggregator(
+    algorithm: Algorithm
+    method: Method
+    federation: Federation
+    traffic: Traffic
+    population: int
+
+
+def _compose(config: Config, algorithm: Algorithm, fitted: Fitted, population: int) -> _Parts:
+    sites, roles, task = fitted.sites, fitted.roles, fitted.model.task
+    method = Method(
+        transform=algorithm.transform,
+        update=_client_update(config, algorithm, fitted),
+        aggregator=make_aggregator(
             sites,
             server_optimizer(config.server, config.rounds),
             weighting=config.server.weighting,  # type: ignore[arg-type]
             normalize=config.server.normalize,  # type: ignore[arg-type]
             rule=config.server.rule,  # type: ignore[arg-type]
-            trained=returned,
+            trained=roles.returned,
             clip_norm=config.server.clip_norm,
-        )
-        federation = make_federation(
-            algorithm.transform,
-            update_of(config),
-            aggregator,
-            make_evaluator(apply_fn, task, config.evaluation.batch_size),
-            sites,
-            population=population,
-            cohort=config.cohort.size,
-            client_axis=choice.axis,
-            proxy_samples=config.evaluation.proxy_samples,
-            attackers=config.evaluation.attackers,
-            score=task.score,
-            sent=sent,
-            withheld=withheld,
-            participation=Participation(**dataclasses.asdict(config.participation)),
-            upload=make_upload(config, sites, returned),
-            client_evaluator=make_client_evaluator(apply_fn, task, config.evaluation.batch_size),
-        )
-        if lora is not None:
-            federation = _with_adapters(federation, lora)
-        run = make_rounds(
+        ),
+        sites=sites,
+        roles=roles,
+        upload=make_upload(config, sites, roles.returned),
+        participation=Participation(**dataclasses.asdict(config.participation)),
+    )
+    apply_fn, rows = fitted.model.apply_fn, config.evaluation.batch_size
+    evaluation = Evaluation(
+        evaluator=make_evaluator(apply_fn, task, rows),
+        score=task.score,
+        proxy_samples=config.evaluation.proxy_samples,
+        attackers=config.evaluation.attackers,
+        client_evaluator=make_client_evaluator(apply_fn, task, rows),
+    )
+    federation = make_federation(
+        method, evaluation, population=population, cohort=config.cohort.size
+    )
+    traffic = measure_traffic(
+        algorithm.transform,
+        fitted.model.params,
+        sites,
+        sent=roles.sent,
+        trained=roles.returned,
+        plain=fitted.reference,
+        upload=upload_quantizer(config),
+    )
+    if fitted.lora is not None:
+        federation = _with_adapters(federation, fitted.lora)
+    return _Parts(
+        algorithm=algorithm,
+        method=method,
+        federation=federation,
+        traffic=traffic,
+        population=population,
+    )
+
+
+def _simulation(
+    config: Config,
+    fitted: Fitted,
+    parts: _Parts,
+    choice: ClientAxisChoice,
+    memory: dict[str, int],
+) -> Simulation:
+    def recompose(config: Config) -> Simulation:
+        again = _compose(config, algorithm_of(config), fitted, parts.population)
+        return _simulation(config, fitted, again, choice, memory)
+
+    federation = parts.federation.with_client_axis(choice.axis)
+    return Simulation(
+        config=config,
+        federation=federation,
+        algorithm=parts.algorithm,
+        method=parts.method,
+        lora=fitted.lora,
+        traffic=parts.traffic,
+        choice=choice,
+        memory=memory,
+        task=fitted.model.task,
+        run=make_rounds(
             federation,
             rounds_per_call=config.rounds_per_call,
             evaluate_every=config.evaluation.every,
-        )
-        return Simulation(
-            config,
-            federation,
-            algorithm,
-            aggregator,
-            sites,
-            lora,
-            trained,
-            returned,
-            sent,
-            withheld,
-            traffic_of(config),
-            choice,
-            memory,
-            task,
-            run,
-            lambda config: compose(config, choice, memory),
-        )
+        ),
+        recompose=recompose,
+    )
 
-    one_by_one = compose(config, ClientAxisChoice(ClientAxis(), ""), {})
-    # What it has not got, it does not compute with either.
-    a_client = client_bytes(
-        local_apply,
-        task,
-        optimizer_of(config),
-        exclude(params, withheld),
-        batch,
-        trained=trained,
+
+def _optimizer(config: Config, algorithm: Algorithm) -> ClientOptimizer:
+    own = local_optimizer(config.client)
+    if not algorithm.prompts_only:
+        return own
+    of_layers = unscheduled(optax.adam(config.fedsp.auxiliary_rate))
+    return alternating(of_layers, own, config.fedsp.auxiliary_share)
+
+
+def _client_update(config: Config, algorithm: Algorithm, fitted: Fitted) -> ClientUpdate:
+    update = make_client_update(
+        fitted.model.client_apply,
+        fitted.model.task,
+        _optimizer(config, algorithm),
+        batch_size=config.client.batch_size,
+        steps=config.client.steps,
+        epochs=config.client.epochs,
+        trained=fitted.roles.trained,
         proximal=config.client.proximal,
     )
-    frozen = own_frozen_bytes(params, sites, trained, one_by_one.traffic)
+    return returning(update, fitted.roles.returned) if algorithm.prompts_only else update
+
+
+def _choose_client_axis(
+    config: Config, fitted: Fitted, parts: _Parts, data: ClientData
+) -> tuple[dict[str, int], ClientAxisChoice]:
+    """Chooses how clients are run; returns also the memory of a round, bytes by purpose."""
+    model, roles = fitted.model, fitted.roles
+    # What a client has not got, it does not compute with either.
+    a_client = client_bytes(
+        model.client_apply,
+        model.task,
+        _optimizer(config, parts.algorithm),
+        exclude(model.params, roles.withheld),
+        fitted.batch,
+        trained=roles.trained,
+        proximal=config.client.proximal,
+    )
+    frozen = own_frozen_bytes(model.params, fitted.sites, roles.trained, parts.traffic)
     # Twice, as was measured: the compiler does not overwrite them in place. And a merged matrix
     # with its gradient.
-    a_client += 2 * frozen
-    an_arrival = tree_bytes(select(params, trained)) + frozen
-    a_client += sum(8 * math.prod(one.matrix.shape) for one in merged.adapters) if merged else 0
+    a_client += 2 * frozen + fitted.merged_bytes
+    an_arrival = tree_bytes(select(model.params, roles.trained)) + frozen
     fixed = {
-        **proxy_and_deltas(select(params, sent), select(params, returned)),
-        **fixed_memory(one_by_one.federation, plain, sites, config, data),
+        **proxy_and_deltas(select(model.params, roles.sent), select(model.params, roles.returned)),
+        **fixed_memory(parts.federation, fitted.plain, fitted.sites, config, data),
     }
-    steps = update_of(config).step_count(data.rows(_some_clients(population)))
+    steps = parts.method.update.step_count(data.rows(_some_clients(data.clients)))
     workload = Workload(
         steps=np.asarray(steps),
         equal_steps=0 if config.participation.stragglers else config.client.steps,
@@ -299,8 +316,8 @@ def make_simulation(
     at_once, refills = choice.axis.chunk_size, choice.axis.refills
     memory = {**fixed, f"training of {at_once} client(s) at once": at_once * a_client}
     if at_once > 1:
-        memory["clients that come and go"] = refills * an_arrival
-    return compose(config, choice, memory)
+        memory["clients that take others' places"] = refills * an_arrival
+    return memory, choice
 
 
 def _with_adapters(federation: Federation, lora: Lora) -> Federation:

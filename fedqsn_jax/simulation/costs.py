@@ -19,12 +19,11 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
     """
     if simulation.lora is not None:
         params = jax.eval_shape(simulation.lora.add, jax.random.key(0), params)
-    kernels = {site.path: site for site in simulation.sites}
-    biases = {site.bias_path: site for site in simulation.sites if site.bias_path}
+    sites, roles = simulation.sites, simulation.roles
     quantizer = simulation.algorithm.quantizer
     rows = []
     for path, leaf in leaves_by_path(params).items():
-        site = kernels.get(path) or biases.get(path)
+        site = sites.of(path)
         travels = f"{leaf.dtype}, whole"
         hidden = None
         if site is not None:
@@ -32,20 +31,20 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
             hidden = hidden_share(simulation, site) if masked else None
             columns = "visible columns" if masked else "whole"
             travels = f"{leaf.dtype}, {columns}"
-            if quantizer is not None and path in kernels and site.quantized:
+            if quantizer is not None and path == site.path and site.quantized:
                 name = type(quantizer).__name__
                 travels = (
                     f"{quantizer.code_bits}-bit {name}, block {quantizer.block_size}, {columns}"
                 )
-        if path in (simulation.withheld or ()):
+        if path in (roles.withheld or ()):
             travels = "never sent"
-        elif simulation.sent is not None and path not in simulation.sent:
+        elif roles.sent is not None and path not in roles.sent:
             travels = "public, not sent"
-        elif simulation.trained is not None and path not in simulation.trained:
+        elif roles.trained is not None and path not in roles.trained:
             travels += "; frozen"
-        elif simulation.returned is not None and path not in simulation.returned:
+        elif roles.returned is not None and path not in roles.returned:
             travels += "; not returned"
-        kernel = kernels.get(path)
+        kernel = sites.by_kernel.get(path)
         rows.append(
             TensorRow(
                 path,
@@ -82,11 +81,10 @@ def expected_costs(simulation: Simulation) -> Costs:
       simulation: The method.
     """
     traffic = simulation.traffic
-    by_path = {site.path: site for site in simulation.sites}
     visible = {
-        path: (1 - hidden_share(simulation, site)) * site.layers * site.columns
-        for path, site in by_path.items()
-        if path in traffic.down.per_column
+        site.path: (1 - hidden_share(simulation, site)) * site.layers * site.columns
+        for site in simulation.sites
+        if site.path in traffic.down.per_column
     }
     return Costs(
         down=traffic.down.of(visible),
@@ -94,5 +92,5 @@ def expected_costs(simulation: Simulation) -> Costs:
         fedavg_down=traffic.fedavg_down,
         fedavg_up=traffic.fedavg_up,
         memory=(*simulation.memory.items(), ("in all", sum(simulation.memory.values()))),
-        hides=bool(visible or simulation.withheld),
+        hides=bool(visible or simulation.roles.withheld),
     )

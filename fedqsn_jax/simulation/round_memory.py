@@ -19,7 +19,7 @@ from fedqsn_jax.host.devices import device_bytes
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.sizes import Traffic
 from fedqsn_jax.rounds.federation import Federation, draw_cohorts
-from fedqsn_jax.simulation.configured import calls_of
+from fedqsn_jax.simulation.scheduling import calls_of
 
 
 def proxy_and_deltas(sent: Params, trained: Params) -> dict[str, int]:
@@ -52,7 +52,7 @@ def fixed_memory(
       ConfigError: Clients' residuals, or the rows of two calls, take more than there is.
     """
     state = jax.eval_shape(federation.init, jax.random.key(0), params)
-    columns = sum(site.layers * site.columns for site in sites if site.draws)
+    columns = sum(site.layers * site.columns for site in sites.drawing)
     residuals = tree_bytes(state.residuals)
     own = {}
     if residuals:
@@ -107,6 +107,5 @@ def own_frozen_bytes(params: Params, sites: Sites, trained: Selection, traffic: 
       trained: The tensors that are trained.
       traffic: Tells which sites are masked.
     """
-    masked = [site for site in sites if site.mask_path in traffic.down.per_column]
-    paths = frozenset(path for site in masked for path in (site.path, site.bias_path) if path)
-    return tree_bytes(select(exclude(params, trained), paths))
+    masked = sites.masked_by(traffic.down.per_column).tensors
+    return tree_bytes(select(exclude(params, trained), masked))

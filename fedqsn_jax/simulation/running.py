@@ -16,7 +16,7 @@ from fedqsn_jax.data.streamed import HostData, capacity_for, stream
 from fedqsn_jax.host.devices import Tree, replicate
 from fedqsn_jax.rounds.federation import CallResult, ServerState, draw_cohorts
 from fedqsn_jax.simulation.compose import Simulation
-from fedqsn_jax.simulation.configured import calls_of
+from fedqsn_jax.simulation.scheduling import calls_of
 
 Entry = dict[str, Any]
 """One evaluated round: what becomes a line of metrics.jsonl."""

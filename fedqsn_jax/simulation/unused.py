@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from fedqsn_jax.config.schema import LANGUAGE, TEXT, Config, flatten, with_fields
-from fedqsn_jax.simulation.configured import algorithm_of
+from fedqsn_jax.simulation.from_config import algorithm_of
 
 _MASKED = ("sampling",)
 _QUANTIZED = ("bits", "block_size", "codebook", "blocks")

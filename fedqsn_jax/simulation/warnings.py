@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedqsn_jax.config.schema import Config
+from fedqsn_jax.protocol.algorithms import Promise
 from fedqsn_jax.rounds.views import Attacker, has_received
-from fedqsn_jax.simulation.configured import algorithm_of
+from fedqsn_jax.simulation.from_config import algorithm_of
 from fedqsn_jax.simulation.unused import ignored_settings
 
 Entry = Mapping[str, Any]
@@ -32,13 +33,16 @@ def warnings_before_run(config: Config, chosen: Collection[str] = ()) -> list[st
 def _broken_promises(config: Config) -> list[str]:
     """One line for the invariants that the algorithm does not meet, or none."""
     algorithm = algorithm_of(config)
-    if not algorithm.unmet_invariants:
+    if not algorithm.broken_promises:
         return []
     tells = "what clients receive tells of hidden columns' values"
     if algorithm.prompts_only:
         tells = "clients receive a small model that is made to be like the hidden one"
-    why = {2: "hidden columns change", 3: tells}
-    told = " and ".join(why[number] for number in sorted(algorithm.unmet_invariants))
+    why = {
+        Promise.HIDDEN_VALUES_NEVER_CHANGE: "hidden columns change",
+        Promise.NOTHING_SENT_DEPENDS_ON_HIDDEN_VALUES: tells,
+    }
+    told = " and ".join(why[promise] for promise in Promise if promise in algorithm.broken_promises)
     return [
         f"{config.algorithm} with these settings does not keep what this package promises "
         f"elsewhere: {told}"

@@ -29,9 +29,8 @@ from fedqsn_jax.problems.problem import Problem
 from fedqsn_jax.rounds.federation import CallResult, ServerState
 from fedqsn_jax.runs.experiment import Experiment
 from fedqsn_jax.simulation.compose import Simulation
-from fedqsn_jax.simulation.configured import calls_of
-from fedqsn_jax.simulation.parallelism import STEP_BYTES
 from fedqsn_jax.simulation.running import Entry, entry_of, place, run_rounds
+from fedqsn_jax.simulation.scheduling import STEP_BYTES, calls_of
 from fedqsn_jax.sweeps.grid import arguments_of
 from fedqsn_jax.sweeps.sources import Start
 

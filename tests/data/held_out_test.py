@@ -14,7 +14,7 @@ from fedqsn_jax.data.population import from_clients
 from fedqsn_jax.data.streamed import HostData
 from fedqsn_jax.generation.language_tasks import conditional_generation
 from fedqsn_jax.reporting.summary import Costs, summarize
-from fedqsn_jax.rounds.client_evaluation import make_client_evaluator
+from fedqsn_jax.rounds.evaluation import make_client_evaluator
 
 SIZES = (10, 1, 0, 7, 20, 3, 8)
 OFFSETS = np.cumsum([0, *SIZES])

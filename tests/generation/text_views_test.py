@@ -17,6 +17,7 @@ from fedqsn_jax.protocol.proxy import (
 )
 from fedqsn_jax.protocol.quantization import NormalFloat
 from fedqsn_jax.rounds.views import (
+    Views,
     evaluate_views,
     make_attacker,
     received_columns,
@@ -58,7 +59,17 @@ def test_views_are_those_of_the_rounds(model):
 
     together = jax.jit(
         lambda: evaluate_views(
-            evaluator, batch, params, params, prepared, apply, keys, attackers, "spread"
+            evaluator,
+            batch,
+            Views(
+                params=params,
+                sendable=params,
+                prepared=prepared,
+                apply=apply,
+                proxy_keys=keys,
+                attackers=attackers,
+            ),
+            "spread",
         )
     )()
 

@@ -25,6 +25,7 @@ from fedqsn_jax.problems import language
 from fedqsn_jax.problems.problem import problem_settings
 from fedqsn_jax.problems.training import pretrain
 from fedqsn_jax.prompting.prompted_model import (
+    Distillation,
     auxiliary_encoder,
     distil,
     prompted_apply,
@@ -211,13 +212,11 @@ def test_prompts_are_tuned_as_configured(places):
         return distil(
             key,
             *encoders(architecture, 0.0, execution),
-            take_auxiliary(params, (-1,)),
-            private,
-            scheduled(optax.adam, 0.003),
-            steps=2,
-            batch_size=4,
-            temperature=2.5,
-            noise=0.25,
+            params=take_auxiliary(params, (-1,)),
+            rows=private,
+            settings=Distillation(
+                scheduled(optax.adam, 0.003), steps=2, batch_size=4, temperature=2.5, noise=0.25
+            ),
         )[0]
 
     arguments = KEY, problem.params, jax.tree.map(jnp.asarray, problem.splits.private)

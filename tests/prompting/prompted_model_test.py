@@ -15,6 +15,7 @@ from fedqsn_jax.core.trees import leaves_by_path
 from fedqsn_jax.data.population import from_clients
 from fedqsn_jax.generation.language_tasks import sequence_classification
 from fedqsn_jax.prompting.prompted_model import (
+    Distillation,
     add_prompts,
     alternating,
     auxiliary_encoder,
@@ -26,14 +27,15 @@ from fedqsn_jax.prompting.prompted_model import (
     returning,
     take_layers,
 )
-from fedqsn_jax.protocol.algorithms import fedsp
+from fedqsn_jax.protocol.algorithms import Promise, fedsp
+from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.wire import encode_proxy
 from fedqsn_jax.rounds.aggregation import make_aggregator
 from fedqsn_jax.rounds.client import make_client_update
-from fedqsn_jax.rounds.client_axis import ClientAxis
 from fedqsn_jax.rounds.client_optimizer import unscheduled
 from fedqsn_jax.rounds.evaluation import make_evaluator
-from fedqsn_jax.rounds.federation import make_federation
+from fedqsn_jax.rounds.federation import Evaluation, make_federation
+from fedqsn_jax.rounds.method import Method
 from fedqsn_jax.simulation.compose import make_simulation
 from fedqsn_jax.simulation.memory import client_bytes
 
@@ -196,10 +198,14 @@ def test_distillation_brings_the_models_together(whole):
 
     small, _ = jit(
         lambda params: distil(
-            *(KEY, FULL, AUXILIARY, params, server, unscheduled(optax.adam(0.01))),
-            steps=60,
-            batch_size=16,
-            noise=0.5,
+            KEY,
+            FULL,
+            AUXILIARY,
+            params=params,
+            rows=server,
+            settings=Distillation(
+                unscheduled(optax.adam(0.01)), steps=60, batch_size=16, noise=0.5
+            ),
         )
     )(whole)
 
@@ -243,21 +249,17 @@ def federation(optimizer, *, share=0.5, tuned=("prompts", "classifier"), steps=4
         steps=steps,
         trained=parts.trained,
     )
-    return make_federation(
-        fedsp().transform,
-        returning(update, parts.returned),
-        make_aggregator((), optax.sgd(1.0), trained=parts.returned),
-        make_evaluator(apply, task, 8),
-        (),
-        population=clients,
-        cohort=clients,
-        client_axis=ClientAxis(),
-        proxy_samples=2,
-        attackers=(1,),
-        score="accuracy",
-        sent=parts.sent,
-        withheld=parts.withheld,
+    method = Method(
+        transform=fedsp().transform,
+        update=returning(update, parts.returned),
+        aggregator=make_aggregator(Sites(), optax.sgd(1.0), trained=parts.returned),
+        sites=Sites(),
+        roles=parts,
     )
+    evaluation = Evaluation(
+        make_evaluator(apply, task, 8), "accuracy", proxy_samples=2, attackers=(1,)
+    )
+    return make_federation(method, evaluation, population=clients, cohort=clients)
 
 
 SHAPES = jax.eval_shape(lambda: add_prompts(KEY, random_params(CONFIG), 2, [1]))
@@ -320,7 +322,7 @@ def test_no_round_tells_of_the_full_model_and_only_the_owner_has_it(whole):
 
     What does tell of it is distillation, before the first round, and so the method declares it.
     """
-    assert fedsp().leaks_hidden
+    assert fedsp().broken_promises == {Promise.NOTHING_SENT_DEPENDS_ON_HIDDEN_VALUES}
     method = federation((optax.adam(0.1), optax.adam(0.1)), tuned=("prompts",), clients=2)
     data = from_clients([rows(6, 10), rows(4, 11)])
     test = {name: jnp.asarray(array) for name, array in rows(9, 3).items()}

@@ -33,6 +33,7 @@ from fedqsn_jax.generation.language_tasks import sequence_classification
 from fedqsn_jax.models.language.transformer import Execution
 from fedqsn_jax.problems.problem import problem_settings
 from fedqsn_jax.problems.prompted import prompted_problem
+from fedqsn_jax.protocol.algorithms import Promise
 from fedqsn_jax.protocol.layout import Layout
 from fedqsn_jax.protocol.proxy import dequantize_proxy, whole_proxy
 from fedqsn_jax.protocol.quantization import Quantized
@@ -153,7 +154,7 @@ def subject_of(model, data, set_hidden):
             data,
             lambda params: params,
             conceal(simulation.sites),
-            simulation.algorithm.leaks_hidden,
+            Promise.NOTHING_SENT_DEPENDS_ON_HIDDEN_VALUES in simulation.algorithm.broken_promises,
         )
 
     return make
@@ -191,7 +192,7 @@ def prompted_subject(config: Config) -> Subject:
     if not config.fedsp.distillation_steps:
         return Subject(simulation, problem.params, data, lambda params: params, conceal, False)
     finish = fast(functools.partial(problem.preparation.finish, config.pretraining))
-    leaks = simulation.algorithm.leaks_hidden
+    leaks = Promise.NOTHING_SENT_DEPENDS_ON_HIDDEN_VALUES in simulation.algorithm.broken_promises
     return Subject(
         simulation, problem.params, data, lambda p: finish(KEY, p, private), conceal, leaks
     )
@@ -225,7 +226,7 @@ def test_hidden_values_neither_change_nor_show(name, subject_of, plain):
     prepare, apply = fast(transform.prepare), fast(transform.apply)
 
     def prepared_of(state):
-        whole = whole_proxy(select(state.params, simulation.sent), sites)
+        whole = whole_proxy(select(state.params, simulation.roles.sent), sites)
         return prepare(state.transform_state, whole)
 
     visible = prepared_of(init(KEY, subject.params)).visible
@@ -268,7 +269,9 @@ def test_hidden_values_neither_change_nor_show(name, subject_of, plain):
 
     # A value that is no number would spread; those that leak are told apart by finite ones.
     (kept, _, first), (also_kept, after, second) = map(told, (9.0 if subject.leaks else np.nan, -2))
-    assert (kept and also_kept) == (2 not in algorithm.unmet_invariants)
+    assert (kept and also_kept) == (
+        Promise.HIDDEN_VALUES_NEVER_CHANGE not in algorithm.broken_promises
+    )
     assert (first == second) == (not subject.leaks)
     assert run._cache_size() == 1, "two rounds of two runs are one program"
     same = after.shape == plain.shape and np.allclose(after, plain, rtol=1e-3, atol=1e-4)

@@ -23,7 +23,7 @@ from fedqsn_jax.protocol.proxy import (
     whole_proxy,
 )
 from fedqsn_jax.protocol.quantization import NormalFloat
-from fedqsn_jax.protocol.sites import find_sites
+from fedqsn_jax.protocol.sites import Sites, find_sites
 
 RANK, ALPHA = 2, 5.0
 KEY = jax.random.key(0)
@@ -240,7 +240,7 @@ def test_an_adapter_draws_no_masks_of_its_own_unless_the_base_is_public(masked):
         f"{up}_lora_b": (False, 2, 10, 1),
     }
     # Where the matrix is no site, its adapter is none either.
-    assert lora.sites((), quantize=False, public=False) == ()
+    assert lora.sites(Sites(), quantize=False, public=False) == Sites()
 
 
 def test_mistakes_are_told():

@@ -11,14 +11,14 @@ from fedqsn_jax.core.keys import client_round_key
 from fedqsn_jax.core.trees import leaves_by_path
 from fedqsn_jax.protocol.masks import draw_masks, visible_share
 from fedqsn_jax.protocol.proxy import chain, client_mask, effective_params, server_mask, whole_proxy
-from fedqsn_jax.protocol.sites import MaskSite
+from fedqsn_jax.protocol.sites import MaskSite, Sites
 
 BIG = MaskSite("big/kernel", (1, 40_000), (), (0,), (1,))
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.7])
 def test_bernoulli_rate(probability):
-    mask = np.asarray(draw_masks(jax.random.key(1), (BIG,), probability)["big/kernel"])
+    mask = np.asarray(draw_masks(jax.random.key(1), Sites((BIG,)), probability)["big/kernel"])
     sigma = (probability * (1 - probability) / mask.size) ** 0.5
     assert mask.shape == (1, 40_000)
     assert mask.dtype == bool
@@ -29,8 +29,8 @@ def test_bernoulli_rate(probability):
 def test_sites_layers_and_keys_have_independent_masks(sampling):
     other = dataclasses.replace(BIG, path="other/kernel")
     stack = MaskSite("stack/kernel", (2, 1, 40_000), (0,), (1,), (2,))
-    first = draw_masks(jax.random.key(2), (BIG, other, stack), 0.3, sampling)
-    second = draw_masks(jax.random.key(3), (BIG,), 0.3, sampling)
+    first = draw_masks(jax.random.key(2), Sites((BIG, other, stack)), 0.3, sampling)
+    second = draw_masks(jax.random.key(3), Sites((BIG,)), 0.3, sampling)
     masks = [
         first["big/kernel"][0],
         first["other/kernel"][0],
@@ -47,8 +47,8 @@ def test_sites_layers_and_keys_have_independent_masks(sampling):
 def test_a_sites_mask_depends_on_its_path_and_the_key_only():
     other = dataclasses.replace(BIG, path="a/kernel")
     key = jax.random.key(4)
-    alone = draw_masks(key, (BIG,), 0.3)["big/kernel"]
-    np.testing.assert_array_equal(draw_masks(key, (other, BIG), 0.3)["big/kernel"], alone)
+    alone = draw_masks(key, Sites((BIG,)), 0.3)["big/kernel"]
+    np.testing.assert_array_equal(draw_masks(key, Sites((other, BIG)), 0.3)["big/kernel"], alone)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,9 @@ def test_fixed_count_hides_whole_columns(columns, probability, hidden):
     """Rounded to whole columns (halves to even); one column always stays."""
     site = MaskSite("s/kernel", (3, 2, columns), (0,), (1,), (2,))
     for seed in range(4):
-        mask = draw_masks(jax.random.key(seed), (site,), probability, "fixed_count")["s/kernel"]
+        mask = draw_masks(jax.random.key(seed), Sites((site,)), probability, "fixed_count")[
+            "s/kernel"
+        ]
         np.testing.assert_array_equal((~mask).sum(axis=1), [hidden] * 3)
     share = visible_share(site, probability, "fixed_count")
     np.testing.assert_allclose(share, (columns - hidden) / columns, rtol=1e-6)
@@ -78,15 +80,19 @@ def test_fixed_count_hides_whole_columns(columns, probability, hidden):
 def test_fixed_count_hides_every_column_equally_often():
     site = MaskSite("s/kernel", (2, 10), (), (0,), (1,))
     keys = jax.random.split(jax.random.key(5), 4000)
-    draw = jax.jit(jax.vmap(lambda key: draw_masks(key, (site,), 0.3, "fixed_count")["s/kernel"]))
+    draw = jax.jit(
+        jax.vmap(lambda key: draw_masks(key, Sites((site,)), 0.3, "fixed_count")["s/kernel"])
+    )
     rates = (~np.asarray(draw(keys)))[:, 0].mean(axis=0)
     assert np.abs(rates - 0.3).max() < 4 * (0.3 * 0.7 / 4000) ** 0.5
 
 
 def test_probability_may_be_traced():
     for sampling in ("bernoulli", "fixed_count"):
-        traced = jax.jit(lambda p, s=sampling: draw_masks(jax.random.key(6), (BIG,), p, s))(0.25)
-        eager = draw_masks(jax.random.key(6), (BIG,), 0.25, sampling)
+        traced = jax.jit(lambda p, s=sampling: draw_masks(jax.random.key(6), Sites((BIG,)), p, s))(
+            0.25
+        )
+        eager = draw_masks(jax.random.key(6), Sites((BIG,)), 0.25, sampling)
         np.testing.assert_array_equal(traced["big/kernel"], eager["big/kernel"])
 
 
@@ -124,7 +130,7 @@ def test_masked_and_scaled_columns_are_unbiased(model, sampling):
 def test_share_of_columns_known_after_some_proxies():
     """(1 - p1_hat)(1 - p2**m), and never a server-hidden column."""
     p1, p2 = 0.3, 0.5
-    whole = whole_proxy({"big": {"kernel": jnp.ones(BIG.shape)}}, (BIG,))
+    whole = whole_proxy({"big": {"kernel": jnp.ones(BIG.shape)}}, Sites((BIG,)))
     transform = chain(server_mask(p1), client_mask(p2))
     state = transform.init(jax.random.key(8), whole)
     prepared = transform.prepare(state, whole)

@@ -1,5 +1,7 @@
 """Mask sites: which kernels have columns, and how they are laid out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedqsn_jax.core.trees import leaves_by_path, path_of
 from fedqsn_jax.protocol.masks import draw_masks, hide, spread
-from fedqsn_jax.protocol.sites import MaskSite, find_sites, parse_rule
+from fedqsn_jax.protocol.sites import MaskSite, Sites, find_sites, parse_rule
 
 
 def zeros(*shape):
@@ -72,6 +74,21 @@ def test_finds_convolutions(shape, inputs):
     assert axes_of(site) == ((), inputs, (len(shape) - 1,))
     assert site.fan_in == np.prod(shape[:-1])
     assert site.bias_path == "conv_0/bias"
+
+
+def test_a_model_s_sites_are_looked_up_by_path():
+    sites = find_sites({"up": layer((4, 5), (5,)), "down": layer((5, 4))})
+    down, up = sites
+    follower = dataclasses.replace(down, path="down/kernel_lora_b", follows="down/kernel")
+    frozen = dataclasses.replace(up, path="other", bias_path=None, quantized=False, hideable=False)
+    more = Sites((*sites, follower, frozen))
+    assert (more.of("up/kernel"), more.of("up/bias"), more.of("down/bias")) == (up, up, None)
+    assert more.masked_by({"down/kernel"}) == (down, follower)
+    assert more.drawing == sites
+    assert more.quantized == (down, up, follower)
+    assert more.tensors == {"up/kernel", "up/bias", "down/kernel", follower.path, "other"}
+    assert hash(Sites(more)) == hash(more)
+    assert repr(sites) == repr(tuple(sites)), "payloads' fingerprints are made of it"
 
 
 def test_finds_attention_with_fewer_key_heads():
@@ -178,7 +195,7 @@ def test_whole_makes_a_site_that_is_never_hidden():
     sites = by_path(find_sites(params, ["embed/embedding: whole column input"]))
     embedding = sites["embed/embedding"]
     assert (embedding.hideable, embedding.fan_in, embedding.columns) == (False, 4, 9)
-    masks = draw_masks(jax.random.key(0), tuple(sites.values()), 0.5)
+    masks = draw_masks(jax.random.key(0), Sites(sites.values()), 0.5)
     assert set(masks) == {"dense/kernel"}
 
 

@@ -36,7 +36,7 @@ from fedqsn_jax.protocol.wire import decode_proxy, decode_update, encode_proxy, 
 from fedqsn_jax.rounds.aggregation import Contribution, make_aggregator
 from fedqsn_jax.rounds.participation import Participation
 from fedqsn_jax.rounds.views import attacker_params
-from fedqsn_jax.simulation.configured import server_optimizer
+from fedqsn_jax.simulation.from_config import server_optimizer
 
 RANK = 3
 NAMES = ("hidden_0", "hidden_1")

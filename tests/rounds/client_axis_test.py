@@ -18,7 +18,8 @@ from fedqsn_jax.rounds.client import make_client_update
 from fedqsn_jax.rounds.client_axis import ClientAxis, ClientWork, sample_cohort, sum_over_clients
 from fedqsn_jax.rounds.client_optimizer import unscheduled
 from fedqsn_jax.rounds.evaluation import make_evaluator
-from fedqsn_jax.rounds.federation import make_federation
+from fedqsn_jax.rounds.federation import Evaluation, make_federation
+from fedqsn_jax.rounds.method import Method
 from fedqsn_jax.rounds.participation import Participation
 
 FAST = {"xla_backend_optimization_level": 0}
@@ -48,21 +49,20 @@ def test_strategies_differ_by_rounding_only(model, data):
     task = classification()
     results, state = {}, None
     for axis in (ClientAxis(1), ClientAxis(3, refills=1), ClientAxis(POPULATION)):
-        federation = make_federation(
-            fedqsn(NormalFloat(2, 4), 0.3, 0.4).transform,
-            make_client_update(apply_fn, task, unscheduled(optax.sgd(0.2)), 4, epochs=2),
-            make_aggregator(model.sites, optax.sgd(1.0)),
-            make_evaluator(apply_fn, task, 16),
-            model.sites,
-            population=POPULATION,
-            cohort=POPULATION,
-            client_axis=axis,
-            proxy_samples=3,
-            attackers=(1, 4),
-            score=task.score,
+        method = Method(
+            transform=fedqsn(NormalFloat(2, 4), 0.3, 0.4).transform,
+            update=make_client_update(apply_fn, task, unscheduled(optax.sgd(0.2)), 4, epochs=2),
+            aggregator=make_aggregator(model.sites, optax.sgd(1.0)),
+            sites=model.sites,
             participation=Participation(dropout=0.2, stragglers=0.5, nan=0.4),
             upload=quantized_upload(NormalFloat(3, 4), model.sites, feedback=True),
         )
+        evaluation = Evaluation(
+            make_evaluator(apply_fn, task, 16), task.score, proxy_samples=3, attackers=(1, 4)
+        )
+        federation = make_federation(
+            method, evaluation, population=POPULATION, cohort=POPULATION
+        ).with_client_axis(axis)
         state = state or fast(federation.init)(KEY, model.params)
         after, facts = fast(federation.round)(state, data)
         delta = jax.tree.map(

@@ -21,6 +21,7 @@ from fedqsn_jax.protocol.proxy import (
     whole_proxy,
 )
 from fedqsn_jax.protocol.quantization import NormalFloat
+from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.rounds.client import make_client_update
 from fedqsn_jax.rounds.client_optimizer import unscheduled
 
@@ -86,7 +87,7 @@ def recorded_batches(data, client_id, batch_size, key=KEY, steps=0, epochs=1):
     total = int(data.offsets[-1])
     rows = data.replace(examples={"row": np.arange(total)})
     update = recorder(batch_size, steps, epochs)
-    proxy = whole_proxy({"w": np.zeros(total, np.float32)}, ())
+    proxy = whole_proxy({"w": np.zeros(total, np.float32)}, Sites())
     result = train(update, proxy, rows, client_id, key)
     codes = np.round(-np.asarray(result.delta["w"])).astype(int)
     count = int(update.step_count(np.diff(data.offsets)[client_id]))
@@ -304,7 +305,7 @@ def test_every_step_has_a_key_of_its_own(data):
 
     optimizer = optax.GradientTransformation(lambda params: jnp.int32(0), move_one_entry)
     update = make_client_update(apply_fn, SUM, unscheduled(optimizer), 1, steps=6)
-    proxy = whole_proxy({"w": jnp.zeros(6)}, ())
+    proxy = whole_proxy({"w": jnp.zeros(6)}, Sites())
     deltas = [train(update, proxy, data, 2, key).delta["w"] for key in (KEY, jax.random.key(2))]
     values = np.concatenate(deltas)
     assert len(np.unique(values)) == 12

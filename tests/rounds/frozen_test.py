@@ -12,6 +12,7 @@ from fedqsn_jax.core.trees import combine, exclude, leaves_by_path, select, sele
 from fedqsn_jax.protocol.layout import Layout
 from fedqsn_jax.protocol.masks import hide
 from fedqsn_jax.protocol.proxy import whole_proxy
+from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.sizes import measure_traffic
 from fedqsn_jax.protocol.wire import decode_update, encode_proxy, encode_update
 from fedqsn_jax.rounds.aggregation import Contribution, make_aggregator
@@ -144,7 +145,7 @@ def test_a_clients_state_holds_trained_tensors_and_its_masked_frozen_ones(model,
         assert set(leaves_by_path(tree)) == trained
     assert set(leaves_by_path(training.frozen)) == kernels
     assert not jax.tree.leaves(shared)
-    whole = jax.eval_shape(lambda params: update.shared(whole_proxy(params, ())), model.params)
+    whole = jax.eval_shape(lambda params: update.shared(whole_proxy(params, Sites())), model.params)
     assert set(leaves_by_path(whole)) == kernels
     # Adam's two moments and its count.
     moments = 2 * (10 + 8 + 3 + 24) + 1

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqsn_jax.rounds.client_axis import ClientAxis, ClientWork, sum_over_clients
-from fedqsn_jax.simulation.schedule import LAUNCH_BYTES, choose_schedule, count_turns
+from fedqsn_jax.simulation.scheduling import LAUNCH_BYTES, choose_schedule, count_turns
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fedqsn_jax.problems.training import local_optimizer
 from fedqsn_jax.protocol.proxy import chain, client_mask, effective_params, server_mask, whole_proxy
 from fedqsn_jax.protocol.sites import find_sites
 from fedqsn_jax.runs.experiment import prepare
-from fedqsn_jax.simulation.configured import server_optimizer
+from fedqsn_jax.simulation.from_config import server_optimizer
 from fedqsn_jax.sweeps.grid import program_of
 from fedqsn_jax.sweeps.program import Program, settings_at_once
 from fedqsn_jax.sweeps.results import SweepDirectory

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedqsn_jax.config.schema import CohortConfig, ConfigError
-from fedqsn_jax.simulation.parallelism import STEP_BYTES, Workload, choose_client_axis
+from fedqsn_jax.simulation.scheduling import STEP_BYTES, Workload, choose_client_axis
 
 GIB = 2**30
 

@@ -11,7 +11,7 @@ from fedqsn_jax.protocol.algorithms import Algorithm, make_algorithm
 from fedqsn_jax.protocol.lora import Lora, find_adapters, without_adapters
 from fedqsn_jax.protocol.quantization import NormalFloat, Quantizer, SymmetricNormalFloat, Uniform
 from fedqsn_jax.protocol.sites import Sites
-from fedqsn_jax.protocol.upload import Upload, quantized_upload
+from fedqsn_jax.protocol.upload import Upload, quantized_upload, whole_upload
 
 _CODEBOOKS: dict[str, type[Quantizer]] = {
     "normal_float": NormalFloat,
@@ -45,8 +45,8 @@ def upload_quantizer(config: Config) -> Quantizer | None:
     return _CODEBOOKS[settings.codebook](settings.bits, settings.block_size)
 
 
-def make_upload(config: Config, sites: Sites, trained: Selection) -> Upload | None:
-    """Returns the way back of updates that a configuration names; None: they travel as they are.
+def make_upload(config: Config, sites: Sites, trained: Selection) -> Upload:
+    """Returns the way back of updates that a configuration names.
 
     Args:
       config: The settings.
@@ -58,7 +58,7 @@ def make_upload(config: Config, sites: Sites, trained: Selection) -> Upload | No
     """
     quantizer = upload_quantizer(config)
     if quantizer is None:
-        return None
+        return whole_upload()
     if not any(site.quantized and (trained is None or site.path in trained) for site in sites):
         raise ConfigError(
             f"upload.bits = {config.upload.bits}: no kernel of a site is trained, or they are "
@@ -115,11 +115,3 @@ def merge_configured(config: Config, params: Params) -> Params:
 
     lora = configured_adapters(config, without_adapters(params))
     return params if lora is None else lora.merge(params)
-
-
-def calls_of(finished: int, config: Config) -> list[tuple[int, int]]:
-    """The calls that are left: numbers of rounds that are finished before and after each."""
-    per_call = config.rounds_per_call
-    boundaries = range((finished // per_call + 1) * per_call, config.rounds, per_call)
-    ends = [*boundaries, config.rounds]
-    return list(zip([finished, *ends], ends, strict=False)) if finished < config.rounds else []
