@@ -1,6 +1,7 @@
 """How a field of the configuration is described, and how a value is checked against that.
 
-A field stands in one place, a line of `settings`: its default, what is allowed, what it is, and
+A field stands in one place, a line of `settings` or
+`problem_settings`: its default, what is allowed, what it is, and
 when it is used. Refusals, warnings about settings without effect, ``--help`` and the table in
 ``configs/README.md`` are made of these descriptions.
 """

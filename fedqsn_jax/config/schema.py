@@ -33,21 +33,23 @@ from fedqsn_jax.config.fields import (
     to_dict,
     with_fields,
 )
+from fedqsn_jax.config.problem_settings import (
+    DataConfig,
+    ModelConfig,
+    PretrainingConfig,
+    TrainingConfig,
+)
 from fedqsn_jax.config.settings import (
     CheckpointConfig,
     ClientConfig,
     CohortConfig,
     Config,
-    DataConfig,
     EvaluationConfig,
     FedSPConfig,
     GenerationConfig,
     LoraConfig,
-    ModelConfig,
     ParticipationConfig,
-    PretrainingConfig,
     ServerConfig,
-    TrainingConfig,
     UploadConfig,
 )
 

@@ -49,9 +49,10 @@ def ignored_settings(config: Config, chosen: Collection[str] = ()) -> list[str]:
         then chosen. A file's epochs are told beside its own steps, not beside chosen ones.
     """
     fields, defaults = flatten(config), flatten(Config())
+    method_first = sorted(_reasons(config).items(), key=lambda each: each[0].startswith(_PROBLEM))
     return [
         f"{name} = {fields[name]!r} has no effect with {why}"
-        for name, why in _reasons(config).items()
+        for name, why in method_first
         if fields[name] != defaults[name]
         and (
             name in chosen
