@@ -36,6 +36,7 @@ PARTITIONS = ("dirichlet", "shards", "natural", "iid")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 RESIDENCES = ("auto", "device", "host")
 PARALLELISM = ("auto", "scan", "vmap", "mesh")
+MASKS_PER = ("round", "client")
 RULES = ("delta", "from_sent", "interpolate")
 TUNED = ("prompts", "classifier")
 
@@ -216,6 +217,16 @@ class ServerConfig:
     rule: str = _field("delta", _one_of(*RULES), "what the mean delta is added to; see below")
     decay: str = _field("none", _one_of("none", "linear"), "of the server rate over all rounds")
     clip_norm: float = _field(0.0, _range(0), "largest L2 norm of a client's delta; 0: no limit")
+    scale: float = _field(1.0, _range(0), "of the mean delta in one-way rounds; 0: the best, tried")
+    validation_rows: int = _field(500, _range(0), "last private rows, kept to choose that scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class BroadcastConfig:
+    """What of what was learned is sent back to clients."""
+
+    every: int = _field(1, _range(0), "rounds until what was learned is sent; 0: never, one-way")
+    share: float = _field(1.0, _range(1e-6, 1), "how much of what was learned is sent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +276,7 @@ class Config:
     codebook: str = _field("normal_float", _one_of(*CODEBOOKS), "levels of the quantizer")
     blocks: str = _field("column", _one_of("column", "row"), "how blocks run; see below")
     sampling: str = _field("bernoulli", _one_of("bernoulli", "fixed_count"), "how masks are drawn")
+    mask_per: str = _field("round", _one_of(*MASKS_PER), "client: it keeps its mask for good")
     sites: str = _field("all", _one_of("all", "residual"), "which layers have mask sites")
     site_rules: tuple[str, ...] = _field((), None, "rules that go before the package's own")
     quantize_embeddings: bool = _field(
@@ -280,6 +292,7 @@ class Config:
     participation: ParticipationConfig = dataclasses.field(default_factory=ParticipationConfig)
     upload: UploadConfig = dataclasses.field(default_factory=UploadConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    broadcast: BroadcastConfig = dataclasses.field(default_factory=BroadcastConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -363,6 +376,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
             )
     _check_language(config)
     _check_fedsp(config)
+    _check_broadcast(config)
     if config.data.partition != "natural" and config.cohort.size > config.data.clients:
         raise ConfigError(
             f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
@@ -444,6 +458,54 @@ def _check_fedsp(config: Config) -> None:
             f"fedsp.distillation_steps = {distillation} with data.private_rows = 0: the server "
             f"has no rows to distil on; allowed is 0"
         )
+
+
+def _check_broadcast(config: Config) -> None:
+    """What does not go with sending less than the latest model in every round."""
+    broadcast, server = config.broadcast, config.server
+    chosen = f"broadcast.every = {broadcast.every}"
+    if broadcast.share != 1:
+        chosen += f", broadcast.share = {broadcast.share}"
+        if broadcast.every == 0:
+            raise ConfigError(
+                f"{chosen}: nothing that was learned is sent, so no share of it; allowed is "
+                f"broadcast.share = 1, or broadcast.every of 1 or more"
+            )
+    if broadcast == BroadcastConfig():
+        return
+    if config.algorithm == FEDSP:
+        raise ConfigError(
+            f"{chosen} with algorithm = 'fedsp', whose prompts have to travel; allowed is "
+            f"broadcast.every = 1 with broadcast.share = 1, or another algorithm"
+        )
+    if server.rule != "delta":
+        raise ConfigError(
+            f"server.rule = {server.rule!r} with {chosen}: what was sent is not the latest model; "
+            f"allowed is server.rule = 'delta', or broadcast.every = 1 with broadcast.share = 1"
+        )
+    plain = {
+        f"server.optimizer = {server.optimizer!r}": server.optimizer == "sgd",
+        f"server.learning_rate = {server.learning_rate}": server.learning_rate == 1,
+        f"server.momentum = {server.momentum}": server.momentum == 0,
+        f"server.decay = {server.decay!r}": server.decay == "none",
+    }
+    for what, is_plain in plain.items():
+        if broadcast.every == 0 and not is_plain:
+            raise ConfigError(
+                f"{what} with {chosen}: one-way rounds are a running mean; allowed are sgd of rate "
+                f"1 without momentum or decay (server.scale sets the size), or broadcast.every of "
+                f"1 or more"
+            )
+    if chooses_scale(config) and not server.validation_rows:
+        raise ConfigError(
+            "server.scale = 0 with server.validation_rows = 0: there is nothing to choose the "
+            "scale on; allowed is server.scale above 0, or rows of data.private_rows"
+        )
+
+
+def chooses_scale(config: Config) -> bool:
+    """Whether a run chooses the scale of what it learned itself, on rows of the server."""
+    return config.broadcast.every == 0 and config.server.scale == 0
 
 
 def unknown_field(name: str) -> ConfigError:

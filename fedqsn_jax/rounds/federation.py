@@ -11,10 +11,11 @@ import numpy as np
 import optax
 from flax import struct
 
-from fedqsn_jax.core.keys import client_round_key, fold_in_name
+from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.trees import combine, exclude, select
 from fedqsn_jax.core.types import Array, Batch, Columns, Key, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
+from fedqsn_jax.protocol.broadcast import BroadcastState
 from fedqsn_jax.protocol.proxy import Proxy, dequantize_proxy, whole_proxy
 from fedqsn_jax.protocol.upload import Residuals
 from fedqsn_jax.rounds.client_axis import ONE_BY_ONE, ClientAxis, sample_cohort
@@ -45,6 +46,7 @@ class ServerState:
       round: Number of finished rounds, int32 scalar.
       secret_key: Key of the masks.
       public_key: Key of cohorts and of the clients' batches.
+      broadcast: What is kept to know what clients are sent.
     """
 
     params: Params
@@ -55,6 +57,7 @@ class ServerState:
     round: Array
     secret_key: Key
     public_key: Key
+    broadcast: BroadcastState = BroadcastState()
 
 
 class Federation(NamedTuple):
@@ -66,12 +69,16 @@ class Federation(NamedTuple):
         `with_client_axis` for others. Facts are float32 ``train/loss``, and uint32 counts:
         ``clients/returned`` and ``clients/rejected``; for each site that has masks
         ``visible/PATH``, visible columns summed over the cohort, and ``returned/PATH``, summed over
-        the clients that returned an update.
+        the clients that returned an update. In one-way rounds ``clients/sent`` is how many were
+        sent a payload, and ``visible/PATH`` sums over them.
       prepare: ``state -> Proxy``: the proxy before client masks, dequantized.
       cohort: ``state -> ids``, int32 ``[cohort]``: who takes part in the state's next round.
-      proxy_keys: ``state -> keys`` of the client masks that the proxy view averages over.
+      proxy_keys: ``state -> keys`` of the client masks that the proxy view averages over; where
+        clients keep their masks, those of as many clients of the population.
       evaluate: ``(state, rows) -> metrics`` of all views, named ``view/metric``. Rows are held-out
         ones, or `HeldOut` with clients' too; metrics of those are named ``group/view/metric``.
+      choose_scale: ``(state, HeldOut) -> state`` with the best scale of a running mean, by the
+        score on the validation rows; None where it is not to be chosen.
     """
 
     init: Callable[[Key, Params], ServerState]
@@ -80,6 +87,7 @@ class Federation(NamedTuple):
     cohort: Callable[[ServerState], Array]
     proxy_keys: Callable[[ServerState], Key]
     evaluate: Callable[[ServerState, Batch | HeldOut], dict[str, Array]]
+    choose_scale: Callable[[ServerState, HeldOut], ServerState] | None = None
 
     def with_client_axis(self, axis: ClientAxis) -> "Federation":
         """Returns the same, whose clients are run in another way."""
@@ -95,6 +103,7 @@ class Evaluation(NamedTuple):
       proxy_samples: Client masks that the proxy view averages over.
       attackers: Numbers of colluding clients; ``attacker_N`` names each in the metrics.
       client_evaluator: Evaluates one set of parameters on clients' held-out rows, if there are any.
+      scales: Scales of the running mean that are tried at each evaluation; none: it is fixed.
     """
 
     evaluator: Evaluator
@@ -102,6 +111,7 @@ class Evaluation(NamedTuple):
     proxy_samples: int = 8
     attackers: tuple[int, ...] = ()
     client_evaluator: ClientEvaluator | None = None
+    scales: tuple[float, ...] = ()
 
 
 def make_federation(
@@ -123,6 +133,7 @@ def make_federation(
         cohort=composed.cohort,
         proxy_keys=composed.proxy_keys,
         evaluate=composed.evaluate,
+        choose_scale=composed.choose_scale if evaluation.scales else None,
     )
 
 
@@ -161,10 +172,12 @@ class _Composed:
             round=jnp.int32(0),
             secret_key=secret_key,
             public_key=public_key,
+            broadcast=method.broadcast.init(params, method.roles.returned, self.population),
         )
 
     def prepare(self, state: ServerState) -> Proxy:
-        whole = whole_proxy(self._sent(state.params), self.method.sites)
+        sent = self.method.broadcast.sent(state.broadcast, state.params)
+        whole = whole_proxy(self._sent(sent), self.method.sites)
         return dequantize_proxy(self.method.transform.prepare(state.transform_state, whole))
 
     def cohort(self, state: ServerState) -> Array:
@@ -197,8 +210,9 @@ class _Composed:
             training_key=training_key,
         )
         total, kept = train_cohort(method, cohort, attendance.steps, client_axis)
+        receives, broadcast = method.broadcast.receivers(state.broadcast, ids)
         params, optimizer_state = method.aggregator.finish(
-            state.params,
+            self._start_of_step(state),
             state.optimizer_state,
             total["update"],
             server_visible=prepared.visible,
@@ -217,8 +231,39 @@ class _Composed:
             attackers=attackers,
             residuals=_replaced(state.residuals, kept, ids, attendance.returns),
             round=state.round + 1,
+            broadcast=method.broadcast.after_round(broadcast, params, state.round + 1),
         )
-        return state, _facts(total, attendance, visible)
+        facts = _facts(total, attendance, visible)
+        if method.broadcast.is_one_way:
+            facts |= _facts_of_payloads(receives, visible)
+        return state, facts
+
+    def _start_of_step(self, state: ServerState) -> Params:
+        """What the server's step starts from: a running mean always from the first model."""
+        broadcast = self.method.broadcast
+        if broadcast.is_one_way:
+            return broadcast.sent(state.broadcast, state.params)
+        return state.params
+
+    def choose_scale(self, state: ServerState, rows: HeldOut) -> ServerState:
+        if rows.validation is None:
+            raise ValueError("there are no validation rows to choose the scale on")
+        validation = rows.validation
+        evaluation, aggregator = self.evaluation, self.method.aggregator
+        start, server_visible = self._start_of_step(state), self.prepare(state).visible
+        scales = jnp.asarray(evaluation.scales, jnp.float32)
+
+        def rescaled(scale: Array) -> tuple[Params, optax.OptState]:
+            assert aggregator.rescale is not None  # It is a running mean.
+            return aggregator.rescale(start, state.optimizer_state, server_visible, scale)
+
+        def score(scale: Array) -> Array:
+            value = evaluation.evaluator(rescaled(scale)[0], validation)[evaluation.score]
+            return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+        best = scales[jnp.argmax(jax.lax.map(score, scales))]
+        params, optimizer_state = rescaled(best)
+        return dataclasses.replace(state, params=params, optimizer_state=optimizer_state)
 
     def _client_masks(
         self, state: ServerState, prepared: Proxy, ids: Array
@@ -226,7 +271,7 @@ class _Composed:
         """What each client sees of the prepared proxy, and its factors."""
 
         def of_one(client_id: Array) -> tuple[Columns, dict[str, Array]]:
-            key = client_round_key(state.secret_key, state.round, client_id)
+            key = self.method.mask_key(state.secret_key, state.round, client_id)
             proxy = self.method.transform.apply(key, state.transform_state, prepared)
             return proxy.visible, proxy.scale
 
@@ -234,7 +279,14 @@ class _Composed:
 
     def proxy_keys(self, state: ServerState) -> Key:
         key = fold_in_name(jax.random.fold_in(state.secret_key, state.round), "proxy_view")
-        return jax.random.split(key, self.evaluation.proxy_samples)
+        samples = self.evaluation.proxy_samples
+        if self.method.mask_per == "round":
+            return jax.random.split(key, samples)
+        # Of masks that clients keep there are only so many: those of clients of the population.
+        clients = sample_cohort(key, self.population, min(samples, self.population))
+        return jax.vmap(lambda one: self.method.mask_key(state.secret_key, state.round, one))(
+            clients
+        )
 
     def evaluate(self, state: ServerState, rows: Batch | HeldOut) -> dict[str, Array]:
         method, evaluation = self.method, self.evaluation
@@ -258,6 +310,8 @@ class _Composed:
         if not isinstance(rows, HeldOut):
             return views_on(evaluation.evaluator, rows)
         metrics = views_on(evaluation.evaluator, rows.test)
+        if evaluation.scales:
+            metrics["global/scale"] = state.optimizer_state.scale
         if evaluation.client_evaluator is not None:
             for group, data in rows.clients.items():
                 of_group = views_on(evaluation.client_evaluator, data)
@@ -276,6 +330,14 @@ def _facts(total: dict[str, Any], attendance: Attendance, visible: Columns) -> d
         facts[f"visible/{path}"] = seen.sum(dtype=jnp.uint32)
         returned = seen & attendance.returns[:, None, None]
         facts[f"returned/{path}"] = returned.sum(dtype=jnp.uint32)
+    return facts
+
+
+def _facts_of_payloads(receives: Array, visible: Columns) -> dict[str, Array]:
+    """Who of the cohort was sent a payload, and the visible columns of these payloads."""
+    facts = {"clients/sent": receives.sum(dtype=jnp.uint32)}
+    for path, seen in visible.items():
+        facts[f"visible/{path}"] = (seen & receives[:, None, None]).sum(dtype=jnp.uint32)
     return facts
 
 
@@ -358,6 +420,11 @@ def make_rounds(
     run_round = jax.jit(federation.round, inline=True)
     evaluate = jax.jit(federation.evaluate, inline=True)
 
+    def rescaled(state: ServerState, rows: Any) -> tuple[ServerState, dict[str, Array]]:
+        assert federation.choose_scale is not None
+        state = federation.choose_scale(state, rows)
+        return state, evaluate(state, rows)
+
     def run(
         state: ServerState, data: ClientData, rows: Batch | HeldOut, stop: Array, last: Array
     ) -> tuple[ServerState, CallResult]:
@@ -378,11 +445,12 @@ def make_rounds(
             state, result = carry
             state, facts = run_round(state, data)
             due = (state.round % evaluate_every == 0) | (state.round == last)
-            metrics = jax.lax.cond(
-                due,
-                lambda: evaluate(state, rows),
-                lambda: no_metrics,
-            )
+            if federation.choose_scale is None:
+                metrics = jax.lax.cond(due, lambda: evaluate(state, rows), lambda: no_metrics)
+            else:
+                state, metrics = jax.lax.cond(
+                    due, lambda: rescaled(state, rows), lambda: (state, no_metrics)
+                )
             values = CallResult(facts, metrics, due)
             return state, jax.tree.map(lambda all, one: all.at[index].set(one), result, values)
 

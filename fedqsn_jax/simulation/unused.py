@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from fedqsn_jax.config.schema import LANGUAGE, TEXT, Config, flatten, with_fields
+from fedqsn_jax.config.schema import LANGUAGE, TEXT, Config, chooses_scale, flatten, with_fields
 from fedqsn_jax.simulation.from_config import algorithm_of
 
 _MASKED = ("sampling",)
@@ -111,6 +111,19 @@ def _of_method(config: Config) -> list[tuple[str, str]]:
         (_ADAPTERS, config.lora.rank, "lora.rank = 0"),
         (_STRAGGLERS, config.participation.stragglers, "participation.stragglers = 0"),
         ((_EPOCHS,), not config.client.steps, f"{_STEPS} = {config.client.steps}"),
+        (("mask_per",), algorithm.p2, by_algorithm if _probabilities(config) else "p2 = 0"),
+        (
+            ("server.scale",),
+            config.broadcast.every == 0,
+            f"broadcast.every = {config.broadcast.every}",
+        ),
+        (
+            ("server.validation_rows",),
+            chooses_scale(config),
+            f"broadcast.every = {config.broadcast.every}"
+            if config.broadcast.every
+            else f"server.scale = {config.server.scale}",
+        ),
     ]
     needs += _of_optimizers(config)
     return [(name, why) for names, used, why in needs if not used for name in names]

@@ -150,8 +150,8 @@ def _of_one_length(trees: Sequence[Any]) -> list[Any]:
 
 def _state_axes(axis: int) -> Any:
     """Where the points' axis is in a stacked state; the number of the round is common to all."""
-    axes: list[Any] = [axis, axis, axis, axis, axis, None, axis, axis]
-    return ServerState(*axes)
+    fields: dict[str, Any] = {field.name: axis for field in dataclasses.fields(ServerState)}
+    return ServerState(**{**fields, "round": None})
 
 
 def _donating(function: Callable[..., Any]) -> Callable[..., Any]:
