@@ -3,7 +3,9 @@
 A path is the names on the way to a tensor, joined by ``/``. A pattern is compared with the whole
 path, name by name, in the shell's style and without regard to case: ``conv_*`` stands for one name
 that begins so. A name that is ``*`` alone stands for any number of names, none included. So
-``*/head/kernel`` is the kernel of every ``head``, at any depth, and of no ``overhead``.
+``*/head/kernel`` is the kernel of every ``head``, at any depth, and of no ``overhead``. A pattern
+that begins with ``=`` is a path, letter by letter and with its case: ``=l[2]/kernel``. Whatever the
+package makes itself is written so (`exact_pattern`), since layers may be called anything.
 
 A tree *with gaps* has None where a tensor is left out. To JAX that is a tree with fewer leaves, so
 whatever is done to every leaf (gradients, optimizer states, sums of deltas) takes neither time nor
@@ -37,6 +39,9 @@ TRAINED_NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 """Patterns of the tensors that are commonly trained, by the names of ``client.trained``."""
+
+_EXACT = "="
+"""What a pattern begins with that is a path and nothing else."""
 
 
 class TensorRoles(NamedTuple):
@@ -82,10 +87,20 @@ def map_by_path(
     )
 
 
+def exact_pattern(path: str) -> str:
+    """Returns the pattern that fits one path and no other, whatever its names are made of."""
+    return _EXACT + path
+
+
 def matches_any(path: str, patterns: Iterable[str]) -> bool:
     """Returns whether one of the patterns fits a path, names joined by ``/``."""
     names = path.lower().split("/")
-    return any(_matches(names, pattern.lower().split("/")) for pattern in patterns)
+    return any(
+        path == pattern.removeprefix(_EXACT)
+        if pattern.startswith(_EXACT)
+        else _matches(names, pattern.lower().split("/"))
+        for pattern in patterns
+    )
 
 
 def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from fedqsn_jax.core.arrays import read_array
 from fedqsn_jax.core.types import Array, Batch
 
 
@@ -97,12 +98,17 @@ def join_clients(
       int64 ``[clients + 1]``.
 
     Raises:
-      ValueError: There is no client, or names, shapes or numbers of rows do not agree.
+      ValueError: There is no client, an array is none of those that are allowed (see
+        `arrays.read_array`), or names, shapes or numbers of rows do not agree.
     """
     if not clients:
         raise ValueError("no clients: at least one is needed")
     names = sorted(clients[0])
     lengths = []
+    clients = [
+        {name: read_array(array, f"client {index}: {name!r}") for name, array in client.items()}
+        for index, client in enumerate(clients)
+    ]
     for index, client in enumerate(clients):
         if sorted(client) != names:
             raise ValueError(f"client {index} has arrays {sorted(client)}, client 0 has {names}")

@@ -7,7 +7,7 @@ recompiles. While the device works on a call, the host gathers the rows of the n
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from flax import struct
 
 from fedqsn_jax.config.schema import ConfigError
+from fedqsn_jax.core.arrays import read_array
 from fedqsn_jax.core.types import Array, Batch
 from fedqsn_jax.data.population import FederatedData
 from fedqsn_jax.host.devices import device_bytes
@@ -36,13 +37,25 @@ class HostData:
 
     Attributes:
       examples: Named arrays ``[rows, ...]``, the clients' rows one after the other; NumPy's,
-        possibly memory-mapped. On the device they have JAX's dtypes (float64 becomes float32).
+        possibly memory-mapped; see `arrays.read_array`. On the device they have JAX's dtypes
+        (float64 becomes float32).
       offsets: Integers ``[clients + 1]``; client k has the rows ``offsets[k]`` to
         ``offsets[k + 1]``.
+
+    Raises:
+      ValueError: An array has a dtype that is not allowed, or masked values.
     """
 
     examples: dict[str, np.ndarray]
     offsets: np.ndarray
+
+    def __post_init__(self) -> None:
+        if isinstance(self.examples, Mapping):  # Anything else is told by whoever reads it.
+            examples = {
+                name: read_array(array, f"HostData: {name!r}")
+                for name, array in self.examples.items()
+            }
+            object.__setattr__(self, "examples", examples)
 
     @property
     def clients(self) -> int:

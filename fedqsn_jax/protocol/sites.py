@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from fedqsn_jax.core.trees import leaves_by_path, matches_any
+from fedqsn_jax.core.trees import exact_pattern, leaves_by_path, matches_any
 from fedqsn_jax.core.types import Array, Params
 
 SiteSelection = Literal["all", "residual"]
@@ -245,9 +245,10 @@ def find_sites(
         unused -= {rule[0] for rule in user_rules if _first_match([rule], path, leaf.ndim)}
         rule = by_user or _first_match(default_rules, path, leaf.ndim)
         if rule is None and path.endswith("kernel") and selection == "all":
+            exact = exact_pattern(path)
             raise ValueError(
                 f"no rule says which axes of {path!r}, shape {tuple(leaf.shape)}, are columns; add "
-                f"one such as '{path}: layer input column', or '{path}: none' to send it whole"
+                f"one such as '{exact}: layer input column', or '{exact}: none' to send it whole"
             )
         if rule is None or rule[1] == ("none",):
             continue
@@ -277,7 +278,7 @@ def embedding_rules(params: Params) -> tuple[str, ...]:
       params: The parameters, or their shapes.
     """
     return tuple(
-        f"{path}: whole {roles}"
+        f"{exact_pattern(path)}: whole {roles}"
         for path, leaf in leaves_by_path(params).items()
         for pattern, roles in _EMBEDDINGS.items()
         if leaf.ndim == 2 and matches_any(path, (pattern,))
@@ -311,7 +312,9 @@ def parse_rule(rule: str) -> tuple[str, tuple[str, ...]]:
             f"site rule {rule!r} is not 'PATTERN: none' or 'PATTERN: [whole] ROLE ROLE ...' "
             f"with a role of {', '.join(_ROLES)} for each axis, at least one input and one column"
         )
-    return pattern.strip(), roles
+    pattern = pattern.lstrip()
+    # A path may end with a blank, a pattern of the user's does not.
+    return (pattern if pattern.startswith(exact_pattern("")) else pattern.rstrip()), roles
 
 
 def _first_match(

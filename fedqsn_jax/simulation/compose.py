@@ -26,6 +26,7 @@ from fedqsn_jax.protocol.algorithms import Algorithm
 from fedqsn_jax.protocol.lora import Lora
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.sizes import Traffic, measure_traffic
+from fedqsn_jax.rounds.calls import make_rounds
 from fedqsn_jax.rounds.client import ClientUpdate, make_client_update
 from fedqsn_jax.rounds.client_optimizer import ClientOptimizer, unscheduled
 from fedqsn_jax.rounds.evaluation import make_client_evaluator, make_evaluator
@@ -34,7 +35,6 @@ from fedqsn_jax.rounds.federation import (
     Federation,
     ServerState,
     make_federation,
-    make_rounds,
 )
 from fedqsn_jax.rounds.method import Method
 from fedqsn_jax.rounds.participation import Participation
@@ -78,7 +78,7 @@ class Simulation(NamedTuple):
       memory: Estimated bytes on a device during a round, by purpose.
       task: What the model is for.
       population: Number of clients.
-      run: Several rounds in one compiled call; see `federation.make_rounds`.
+      run: Several rounds in one compiled call; see `calls.make_rounds`.
       recompose: ``config -> Simulation``: the same with other values of `TRACEABLE` fields. They
         may be traced scalars, so that one compiled program serves many values.
     """

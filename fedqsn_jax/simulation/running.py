@@ -14,7 +14,8 @@ from fedqsn_jax.core.types import Batch, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
 from fedqsn_jax.host.devices import Tree, replicate
-from fedqsn_jax.rounds.federation import CallResult, ServerState, draw_cohorts
+from fedqsn_jax.rounds.calls import CallResult, draw_cohorts
+from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.simulation.compose import Simulation
 from fedqsn_jax.simulation.scheduling import calls_of
 

@@ -26,7 +26,8 @@ from fedqsn_jax.data.population import ClientData, FederatedData, HeldOut
 from fedqsn_jax.data.streamed import HostData
 from fedqsn_jax.host.devices import device_bytes
 from fedqsn_jax.problems.problem import Problem
-from fedqsn_jax.rounds.federation import CallResult, ServerState
+from fedqsn_jax.rounds.calls import CallResult
+from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.runs.experiment import Experiment
 from fedqsn_jax.simulation.compose import Simulation
 from fedqsn_jax.simulation.running import Entry, entry_of, place, run_rounds

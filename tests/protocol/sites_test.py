@@ -9,9 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedqsn_jax.core.trees import leaves_by_path, path_of
+from fedqsn_jax.core.trees import exact_pattern, leaves_by_path, path_of
 from fedqsn_jax.protocol.masks import draw_masks, hide, spread
-from fedqsn_jax.protocol.sites import MaskSite, Sites, find_sites, parse_rule
+from fedqsn_jax.protocol.sites import (
+    MaskSite,
+    Sites,
+    embedding_rules,
+    find_sites,
+    parse_rule,
+)
 
 
 def zeros(*shape):
@@ -381,3 +387,25 @@ def test_scanned_attention_is_known_and_other_stacks_are_refused():
         find_sites(params)
     rules = ["up/kernel: layer input column"]
     assert {site.path for site in find_sites(params, rules)} == {*facts, "up/kernel"}
+
+
+@pytest.mark.parametrize(
+    ("head", "twin"), [("l[2]", "l2"), ("Dense", "dense"), ("a*", "ab"), ("a: x", "a"), ("x ", "x")]
+)
+def test_a_rule_of_an_exact_path_leaves_alone_what_is_called_alike(head, twin):
+    """Generated rules must not exempt a layer whose name their own would fit as a pattern."""
+    params = {name: layer((4, 4), (4,)) for name in (head, twin)}
+
+    sites = find_sites(params, [f"{exact_pattern(f'{head}/kernel')}: none"])
+
+    assert [site.path for site in sites] == [f"{twin}/kernel"]
+
+
+def test_rules_of_embeddings_name_their_own_paths_only():
+    params = {
+        "embed[0]": {"embedding": zeros(9, 4)},
+        "embed0": {"embedding": zeros(4, 9), "kernel": zeros(4, 4)},
+        "b": layer((4, 4)),
+    }
+    sites = by_path(find_sites(params, embedding_rules(params)))
+    assert set(sites) == {"embed[0]/embedding", "embed0/embedding", "b/kernel"}

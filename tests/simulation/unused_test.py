@@ -14,8 +14,8 @@ from fedqsn_jax.simulation.unused import ignored_settings, unused_fields
 def test_settings_that_are_ignored_are_told():
     values = {"model.name": "cnn", "model.hidden": (8,), "model.dense": 7, "data.task": "sst2"}
     assert ignored_settings(with_fields(Config(), values)) == [
-        "model.hidden = (8,) has no effect with model.name = 'cnn'",
         "data.task = 'sst2' has no effect with data.name = 'digits'",
+        "model.hidden = (8,) has no effect with model.name = 'cnn'",
     ]
     assert ignored_settings(Config()) == []
     skewed = with_fields(Config(), {"data.partition": "iid", "data.alpha": 2.0, "bits": 3})
@@ -76,7 +76,7 @@ def test_settings_of_the_method_are_told_where_the_user_chose_them():
         ({"algorithm": "fedlpp", "lora.rank": 2, "sites": "residual"}, "algorithm = 'fedlpp'"),
         ({"algorithm": "fedsn", "p1": 0.0, "p2": 0.0, "sites": "residual"}, "p1 = 0 and p2 = 0"),
         ({"lora.alpha": 4.0}, "lora.rank = 0"),
-        ({"participation.straggler_share": 0.1}, "participation.stragglers = 0"),
+        ({"participation.straggler_share": 0.1}, "participation.stragglers = 0.0"),
         ({"client.optimizer": "adam", "client.momentum": 0.9}, "client.optimizer = 'adam'"),
         ({"pretraining.weight_decay": 0.1}, "pretraining.optimizer = 'sgd'"),
         ({"client.warmup": 0.5}, "client.schedule = 'constant'"),

@@ -1,0 +1,54 @@
+"""A party's own rows, named in its own settings and never by the other side.
+
+``npz:FILE`` reads named arrays; ``python:FILE.py:FUNCTION`` calls a function of the user's that
+returns them.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fedqsn_jax.core.errors import UserError
+
+
+def read_rows(source: str) -> dict[str, np.ndarray]:
+    """Returns named arrays ``[rows, ...]``.
+
+    Args:
+      source: ``npz:FILE`` or ``python:FILE.py:FUNCTION``.
+
+    Raises:
+      UserError: The source is of another form, absent, or gives something else.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "npz":
+        return _from_npz(source, Path(rest).expanduser())
+    if kind == "python" and ":" in rest:
+        file, _, function = rest.rpartition(":")
+        return _from_function(source, Path(file).expanduser(), function)
+    raise UserError(f"rows = {source!r}: allowed are npz:FILE and python:FILE.py:FUNCTION")
+
+
+def _from_npz(source: str, file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError) as error:
+        raise UserError(f"rows = {source!r}: cannot be read: {error}") from error
+
+
+def _from_function(source: str, file: Path, function: str) -> dict[str, np.ndarray]:
+    spec = importlib.util.spec_from_file_location("fedqsn_rows", file)
+    if spec is None or spec.loader is None or not file.exists():
+        raise UserError(f"rows = {source!r}: there is no file {file}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise UserError(f"rows = {source!r}: {file} has no function {function!r}")
+    rows = found()
+    if not isinstance(rows, Mapping):
+        raise UserError(f"rows = {source!r}: it returned no dictionary of arrays")
+    return {str(name): np.asarray(array) for name, array in rows.items()}
