@@ -15,7 +15,7 @@ from flax import linen, nnx
 from fedqsn_jax.api.heads import find_heads
 from fedqsn_jax.api.own_rows import Arrays, check_classes, check_same, read_clients, read_rows
 from fedqsn_jax.config.command_line import one_line
-from fedqsn_jax.config.schema import ClientConfig, Config, ConfigError, resolve
+from fedqsn_jax.config.schema import ClientConfig, Config, ConfigError, chooses_scale, resolve
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task, classification
 from fedqsn_jax.core.trees import leaves_by_path
@@ -24,7 +24,7 @@ from fedqsn_jax.data.held_out import hold_out
 from fedqsn_jax.data.population import HeldOut
 from fedqsn_jax.data.streamed import HostData, place
 from fedqsn_jax.models.functional import linen_apply, linen_init, nnx_split
-from fedqsn_jax.problems.training import pretrain
+from fedqsn_jax.problems.training import hold_back, pretrain
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.simulation.compose import Simulation, make_simulation
@@ -131,7 +131,8 @@ def federate(
     )
     data = place(trains, config.data.resident)
     on_device: dict[str, Batch] = jax.tree.map(jnp.asarray, rows)
-    held_out = HeldOut(on_device["test"], client_tests)
+    private_rows, validation = _private(config, on_device)
+    held_out = HeldOut(on_device["test"], client_tests, validation)
     start = start_of()
     heads = find_heads(apply_fn, start, example, fold_in_name(root_key(config.seed), "heads"))
     if not heads and not config.site_rules:
@@ -143,8 +144,8 @@ def federate(
     config = dataclasses.replace(config, site_rules=rules, client=_with_heads(config.client, heads))
     simulation = make_simulation(config, apply_fn, task, start, data)
     with answer_out_of_memory(config, simulation.choice.axis.chunk_size):
-        if "private" in on_device:
-            start = pretrain(config, apply_fn, task, start, on_device["private"])
+        if private_rows is not None:
+            start = pretrain(config, apply_fn, task, start, private_rows)
         state = initial_state(simulation, start)
         history = [first_entry(simulation, state, held_out)]
         for finished, after, entries in run_rounds(simulation, state, data, held_out):
@@ -162,6 +163,18 @@ def federate(
         state,
         simulation,
     )
+
+
+def _private(config: Config, rows: Mapping[str, Batch]) -> tuple[Batch | None, Batch | None]:
+    """The server's rows to train on, and those on which settings are chosen; None: no rows."""
+    if "private" in rows:
+        return hold_back(config, rows["private"])
+    if chooses_scale(config):
+        raise ConfigError(
+            "server.scale = 0: it is chosen on the server's own rows, and there are none; allowed "
+            "are private=ROWS, or server.scale above 0"
+        )
+    return None, None
 
 
 def _check_names(model: Any, inputs: str, task: Task, arrays: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from fedqsn_jax.config.choices import FEDSP, LANGUAGE, TEXT, TUNED
 from fedqsn_jax.config.fields import ConfigError
-from fedqsn_jax.config.settings import Config
+from fedqsn_jax.config.settings import BroadcastConfig, Config, chooses_scale
 
 
 def check_together(config: Config) -> None:
@@ -23,6 +23,7 @@ def check_together(config: Config) -> None:
             )
     _check_language(config)
     _check_fedsp(config)
+    _check_broadcast(config)
     if config.data.partition != "natural" and config.cohort.size > config.data.clients:
         raise ConfigError(
             f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
@@ -102,4 +103,53 @@ def _check_fedsp(config: Config) -> None:
         raise ConfigError(
             f"fedsp.distillation_steps = {distillation} with data.private_rows = 0: the server "
             f"has no rows to distil on; allowed is 0"
+        )
+
+
+def _check_broadcast(config: Config) -> None:
+    """What does not go with sending less than the latest model in every round."""
+    broadcast, server = config.broadcast, config.server
+    chosen = f"broadcast.every = {broadcast.every}"
+    if broadcast.share != 1:
+        chosen += f", broadcast.share = {broadcast.share}"
+    if broadcast == BroadcastConfig():
+        return
+    if broadcast.every == 0 and broadcast.share != 1:
+        raise ConfigError(
+            f"{chosen}: nothing that was learned is sent, so no share of it; allowed is "
+            f"broadcast.share = 1, or broadcast.every of 1 or more"
+        )
+    if config.algorithm == FEDSP:
+        raise ConfigError(
+            f"{chosen} with algorithm = 'fedsp', whose prompts have to travel; allowed is "
+            f"broadcast.every = 1 with broadcast.share = 1, or another algorithm"
+        )
+    if server.rule != "delta":
+        raise ConfigError(
+            f"server.rule = {server.rule!r} with {chosen}: what was sent is not the latest model; "
+            f"allowed is server.rule = 'delta', or broadcast.every = 1 with broadcast.share = 1"
+        )
+    if broadcast.every == 0:
+        _check_one_way(config, chosen)
+
+
+def _check_one_way(config: Config, chosen: str) -> None:
+    server = config.server
+    plain = {
+        f"server.optimizer = {server.optimizer!r}": server.optimizer == "sgd",
+        f"server.learning_rate = {server.learning_rate}": server.learning_rate == 1,
+        f"server.momentum = {server.momentum}": server.momentum == 0,
+        f"server.decay = {server.decay!r}": server.decay == "none",
+    }
+    for what, is_plain in plain.items():
+        if not is_plain:
+            raise ConfigError(
+                f"{what} with {chosen}: one-way rounds are a running mean; allowed are sgd of rate "
+                f"1 without momentum or decay (server.scale sets the size), or broadcast.every of "
+                f"1 or more"
+            )
+    if chooses_scale(config) and not server.validation_rows:
+        raise ConfigError(
+            "server.scale = 0 with server.validation_rows = 0: there is nothing to choose the "
+            "scale on; allowed is server.scale above 0, or rows of data.private_rows"
         )

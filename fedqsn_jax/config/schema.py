@@ -40,6 +40,7 @@ from fedqsn_jax.config.problem_settings import (
     TrainingConfig,
 )
 from fedqsn_jax.config.settings import (
+    BroadcastConfig,
     CheckpointConfig,
     ClientConfig,
     CohortConfig,
@@ -51,6 +52,7 @@ from fedqsn_jax.config.settings import (
     ParticipationConfig,
     ServerConfig,
     UploadConfig,
+    chooses_scale,
 )
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "SERVER_OPTIMIZERS",
     "STEMS",
     "TEXT",
+    "BroadcastConfig",
     "CheckpointConfig",
     "ClientConfig",
     "CohortConfig",
@@ -79,6 +82,7 @@ __all__ = [
     "TrainingConfig",
     "UploadConfig",
     "as_released",
+    "chooses_scale",
     "default_config",
     "flatten",
     "resolve",

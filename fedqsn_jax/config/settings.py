@@ -13,12 +13,13 @@ from fedqsn_jax.config.choices import (
     CODEBOOKS,
     COMPUTE_DTYPES,
     FEDSP,
+    MASKS_PER,
     PARALLELISM,
     RULES,
     SERVER_OPTIMIZERS,
     TUNED,
 )
-from fedqsn_jax.config.fields import Condition, between, field, one_of, section, unless, when
+from fedqsn_jax.config.fields import Condition, between, both, field, one_of, section, unless, when
 from fedqsn_jax.config.problem_settings import (
     LAYERS,
     STEPS,
@@ -35,6 +36,9 @@ _AUXILIARY = unless(".auxiliary_share", 0.0)
 _DISTILS = unless("fedsp.distillation_steps", 0)
 _CODED = unless("upload.bits", 0)
 _ADAPTED = unless("lora.rank", 0)
+_CLIENT_MASKED = both(_HIDES, unless("p2", 0.0))
+_ONE_WAY = when("broadcast.every", 0)
+_SCALE_CHOSEN = both(_ONE_WAY, when(".scale", 0.0))
 
 
 def _nothing_masked(config: Any, section: str = "") -> str | None:
@@ -216,6 +220,33 @@ class ServerConfig:
     clip_norm: float = field(
         0.0, between(0), "largest L2 norm of a client's delta, all tensors together; 0: no limit"
     )
+    scale: float = field(
+        1.0,
+        between(0),
+        "what the mean of all deltas is multiplied by; 0: at each evaluation the best of .5 to 12 "
+        "on the server's validation rows",
+        _ONE_WAY,
+    )
+    validation_rows: int = field(
+        500,
+        between(0),
+        "the last private rows, so many, are kept from all training to choose that scale",
+        _SCALE_CHOSEN,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BroadcastConfig:
+    """What of what was learned is sent back to clients."""
+
+    every: int = field(
+        1,
+        between(0),
+        "rounds after which what was learned is sent to clients; 0: never, one-way rounds",
+    )
+    share: float = field(
+        1.0, between(1e-6, 1), "how much of what was learned is sent; not with one-way rounds"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +302,12 @@ class Config:
     sampling: str = field(
         "bernoulli", one_of("bernoulli", "fixed_count"), "how masks are drawn", _MASKED
     )
+    mask_per: str = field(
+        "round",
+        one_of(*MASKS_PER),
+        "whether a client's mask is drawn for each round, or once for the client",
+        _CLIENT_MASKED,
+    )
     bits: int = field(4, between(1, 8), "width of a code", _QUANTIZES)
     block_size: int = field(64, between(1), "entries of a column that share a scale", _QUANTIZES)
     codebook: str = field("normal_float", one_of(*CODEBOOKS), "levels of the quantizer", _QUANTIZES)
@@ -300,6 +337,12 @@ class Config:
     participation: ParticipationConfig = section(ParticipationConfig)
     upload: UploadConfig = section(UploadConfig)
     server: ServerConfig = section(ServerConfig)
+    broadcast: BroadcastConfig = section(BroadcastConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
     generation: GenerationConfig = section(GenerationConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
+
+
+def chooses_scale(config: Config) -> bool:
+    """Whether a run chooses the scale of what it learned itself, on rows of the server."""
+    return _SCALE_CHOSEN.unmet(config, "server.") is None

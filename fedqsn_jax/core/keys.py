@@ -37,6 +37,11 @@ def client_round_key(key: Key, round_index: Array | int, client_id: Array | int)
     return jax.random.fold_in(jax.random.fold_in(key, round_index), client_id)
 
 
+def sticky_client_key(key: Key, client_id: Array | int) -> Key:
+    """Returns the key of one client for all rounds."""
+    return jax.random.fold_in(fold_in_name(key, "of a client for all rounds"), client_id)
+
+
 def keyed_permutation(key: Key, positions: Array, length: Array | int) -> Array:
     """Images of ``positions`` under a pseudo-random permutation of ``range(length)``.
 

@@ -154,7 +154,10 @@ class HeldOut:
     Attributes:
       test: Rows of no client, named arrays ``[rows, ...]``.
       clients: Rows of clients, by group: `OWN`, `NEW`; groups may be absent.
+      validation: Rows of the server that no training sees, on which settings are chosen during the
+        run; None: there are none.
     """
 
     test: Batch
     clients: dict[str, FederatedData]
+    validation: Batch | None = None

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedqsn_jax.config.schema import Config, PretrainingConfig, TrainingConfig
+from fedqsn_jax.config.schema import (
+    Config,
+    ConfigError,
+    PretrainingConfig,
+    TrainingConfig,
+    chooses_scale,
+)
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task
 from fedqsn_jax.core.trees import Selection, add_delta
@@ -36,6 +42,33 @@ def local_optimizer(settings: TrainingConfig) -> ClientOptimizer:
         warmup=settings.warmup,
         accumulate=settings.accumulate,
         clip_norm=settings.clip_norm,
+    )
+
+
+def hold_back(config: Config, private: Batch) -> tuple[Batch, Batch | None]:
+    """Divides the server's rows into those it trains on, and those on which settings are chosen.
+
+    Args:
+      config: The settings: the last ``server.validation_rows`` are kept, if a scale is chosen.
+      private: The server's rows.
+
+    Returns:
+      Rows to train on, and the others; None where nothing is chosen.
+
+    Raises:
+      ConfigError: There are not so many rows.
+    """
+    if not chooses_scale(config):
+        return private, None
+    kept, rows = config.server.validation_rows, jax.tree.leaves(private)[0].shape[0]
+    if kept > rows:
+        raise ConfigError(
+            f"server.validation_rows = {kept}, on which server.scale = 0 is chosen: the server has "
+            f"{rows} private rows; allowed is at most that, or server.scale above 0"
+        )
+    return (
+        {name: array[: rows - kept] for name, array in private.items()},
+        {name: array[rows - kept :] for name, array in private.items()},
     )
 
 

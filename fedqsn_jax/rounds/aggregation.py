@@ -5,6 +5,8 @@ Deltas are never stacked: each client's is weighted, the weighted deltas add up,
 that is not finite is rejected: it weighs nothing, and no mean counts it.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -53,12 +55,16 @@ class Aggregator(NamedTuple):
       finish: ``(params, optimizer_state, total, server_visible, sent=None) -> (params,
         optimizer_state)``, with the sum of the contributions, the columns that the server does not
         hide, and what was sent of them, dequantized, which the rule ``delta`` does without.
+      rescale: ``(params, optimizer_state, server_visible, scale) -> (params, optimizer_state)``
+        of a running mean: ``finish`` without a new contribution, with another scale. None for
+        others.
     """
 
     init: Callable[[Params], optax.OptState]
     weigh: Callable[[Array], Array]
     contribute: Callable[[Params, Array, Columns], Contribution]
     finish: Callable[..., tuple[Params, optax.OptState]]
+    rescale: Callable[..., tuple[Params, optax.OptState]] | None = None
 
 
 def make_aggregator(
@@ -97,10 +103,6 @@ def make_aggregator(
         # Shapes only: no moment may start from a hidden value.
         return optimizer.init(jax.tree.map(jnp.zeros_like, select(params, trained)))
 
-    def weigh(examples: Array) -> Array:
-        weights = examples.astype(jnp.float32)
-        return (weights > 0).astype(jnp.float32) if weighting == "uniform" else weights
-
     def contribute(delta: Params, weight: Array, visible: Columns) -> Contribution:
         return _contribution(delta, weight, visible, clip_norm)
 
@@ -135,7 +137,111 @@ def make_aggregator(
         )
         return combine(new_params, whole), new_state
 
+    weigh = functools.partial(_weights, weighting=weighting)
     return Aggregator(init=init, weigh=weigh, contribute=contribute, finish=finish)
+
+
+@struct.dataclass
+class RunningMean:
+    """What the server keeps of all deltas of a run.
+
+    Attributes:
+      delta: The sum of the weighted deltas so far, float32.
+      weight: The sum of their weights, float32 scalar.
+      coverage: The sums of the weights at the columns that clients saw, float32 ``[layers,
+        columns]`` a site; empty where each column is divided by the weight of all.
+      scale: What the mean is multiplied by, float32 scalar.
+    """
+
+    delta: Params
+    weight: Array
+    coverage: Columns
+    scale: Array
+
+
+def make_running_mean(
+    sites: Sites,
+    *,
+    scale: float | Array = 1.0,
+    weighting: Weighting = "data",
+    normalize: Normalization = "mean",
+    trained: Selection = None,
+    clip_norm: float = 0.0,
+) -> Aggregator:
+    """Makes the aggregation of one-way rounds, whose clients always start at the first model.
+
+    Their deltas are samples of one and the same quantity. So the model after any round is
+    ``W_0 + scale * (sum of weighted deltas so far) / (sum of their weights)``; ``finish`` takes
+    ``W_0`` as its ``params``. Hidden columns, columns that nobody has seen yet, and frozen tensors
+    keep the values of ``W_0``.
+
+    Args:
+      sites: The mask sites.
+      scale: What the mean is multiplied by, until ``rescale`` says otherwise.
+      weighting: As of `make_aggregator`.
+      normalize: As there.
+      trained: As there.
+      clip_norm: As there.
+    """
+
+    def init(params: Params) -> RunningMean:
+        own = select(params, trained)
+        covers = normalize == "coverage"
+        return RunningMean(
+            delta=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), own),
+            weight=jnp.float32(0),
+            coverage={
+                site.path: jnp.zeros((site.layers, site.columns), jnp.float32)
+                for site in (sites.drawing if covers else ())
+            },
+            scale=jnp.asarray(scale, jnp.float32),
+        )
+
+    def contribute(delta: Params, weight: Array, visible: Columns) -> Contribution:
+        return _contribution(delta, weight, visible, clip_norm)
+
+    def finish(
+        params: Params,
+        mean: RunningMean,
+        total: Contribution,
+        server_visible: Columns,
+        sent: Params | None = None,
+    ) -> tuple[Params, RunningMean]:
+        del sent
+        mean = RunningMean(
+            delta=jax.tree.map(jnp.add, mean.delta, total.delta),
+            weight=mean.weight + total.weight,
+            coverage={
+                # A site without a mask was seen by all.
+                path: covered + total.coverage.get(path, total.weight)
+                for path, covered in mean.coverage.items()
+            },
+            scale=mean.scale,
+        )
+        return rescale(params, mean, server_visible, mean.scale)
+
+    def rescale(
+        params: Params, mean: RunningMean, server_visible: Columns, scale: Array
+    ) -> tuple[Params, RunningMean]:
+        start = select(params, trained)
+        moved = jax.tree.map(
+            lambda old, delta, seen, by: jnp.where(
+                seen & (by > 0), (old + scale * _divide(delta, by)).astype(old.dtype), old
+            ),
+            start,
+            mean.delta,
+            spread(server_visible, start, sites, True),
+            spread(mean.coverage, start, sites, mean.weight),
+        )
+        return combine(moved, params), dataclasses.replace(mean, scale=scale)
+
+    weigh = functools.partial(_weights, weighting=weighting)
+    return Aggregator(init=init, weigh=weigh, contribute=contribute, finish=finish, rescale=rescale)
+
+
+def _weights(examples: Array, weighting: Weighting) -> Array:
+    weights = examples.astype(jnp.float32)
+    return (weights > 0).astype(jnp.float32) if weighting == "uniform" else weights
 
 
 def _contribution(delta: Params, weight: Array, visible: Columns, clip_norm: float) -> Contribution:

@@ -1,4 +1,4 @@
-"""One federated round, and several in one compiled call."""
+"""A federated method as pure functions: one round, and the evaluation of its views."""
 
 import dataclasses
 import functools
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 
-from fedqsn_jax.core.keys import client_round_key, fold_in_name
+from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.trees import combine, exclude, select
 from fedqsn_jax.core.types import Array, Batch, Columns, Key, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
+from fedqsn_jax.protocol.broadcast import BroadcastState
 from fedqsn_jax.protocol.proxy import Proxy, dequantize_proxy, whole_proxy
 from fedqsn_jax.protocol.upload import Residuals
 from fedqsn_jax.rounds.client_axis import ONE_BY_ONE, ClientAxis, sample_cohort
@@ -45,6 +45,7 @@ class ServerState:
       round: Number of finished rounds, int32 scalar.
       secret_key: Key of the masks.
       public_key: Key of cohorts and of the clients' batches.
+      broadcast: What is kept to know what clients are sent.
     """
 
     params: Params
@@ -55,6 +56,7 @@ class ServerState:
     round: Array
     secret_key: Key
     public_key: Key
+    broadcast: BroadcastState = BroadcastState()
 
 
 class Federation(NamedTuple):
@@ -66,12 +68,16 @@ class Federation(NamedTuple):
         `with_client_axis` for others. Facts are float32 ``train/loss``, and uint32 counts:
         ``clients/returned`` and ``clients/rejected``; for each site that has masks
         ``visible/PATH``, visible columns summed over the cohort, and ``returned/PATH``, summed over
-        the clients that returned an update.
+        the clients that returned an update. In one-way rounds ``clients/sent`` is how many were
+        sent a payload, and ``visible/PATH`` sums over them.
       prepare: ``state -> Proxy``: the proxy before client masks, dequantized.
       cohort: ``state -> ids``, int32 ``[cohort]``: who takes part in the state's next round.
-      proxy_keys: ``state -> keys`` of the client masks that the proxy view averages over.
+      proxy_keys: ``state -> keys`` of the client masks that the proxy view averages over; where
+        clients keep their masks, those of as many clients of the population.
       evaluate: ``(state, rows) -> metrics`` of all views, named ``view/metric``. Rows are held-out
         ones, or `HeldOut` with clients' too; metrics of those are named ``group/view/metric``.
+      choose_scale: ``(state, HeldOut) -> state`` with the best scale of a running mean, by the
+        score on the validation rows; None where it is not to be chosen.
     """
 
     init: Callable[[Key, Params], ServerState]
@@ -80,6 +86,7 @@ class Federation(NamedTuple):
     cohort: Callable[[ServerState], Array]
     proxy_keys: Callable[[ServerState], Key]
     evaluate: Callable[[ServerState, Batch | HeldOut], dict[str, Array]]
+    choose_scale: Callable[[ServerState, HeldOut], ServerState] | None = None
 
     def with_client_axis(self, axis: ClientAxis) -> "Federation":
         """Returns the same, whose clients are run in another way."""
@@ -95,6 +102,7 @@ class Evaluation(NamedTuple):
       proxy_samples: Client masks that the proxy view averages over.
       attackers: Numbers of colluding clients; ``attacker_N`` names each in the metrics.
       client_evaluator: Evaluates one set of parameters on clients' held-out rows, if there are any.
+      scales: Scales of the running mean that are tried at each evaluation; none: it is fixed.
     """
 
     evaluator: Evaluator
@@ -102,6 +110,7 @@ class Evaluation(NamedTuple):
     proxy_samples: int = 8
     attackers: tuple[int, ...] = ()
     client_evaluator: ClientEvaluator | None = None
+    scales: tuple[float, ...] = ()
 
 
 def make_federation(
@@ -123,6 +132,7 @@ def make_federation(
         cohort=composed.cohort,
         proxy_keys=composed.proxy_keys,
         evaluate=composed.evaluate,
+        choose_scale=composed.choose_scale if evaluation.scales else None,
     )
 
 
@@ -161,10 +171,12 @@ class _Composed:
             round=jnp.int32(0),
             secret_key=secret_key,
             public_key=public_key,
+            broadcast=method.broadcast.init(params, method.roles.returned, self.population),
         )
 
     def prepare(self, state: ServerState) -> Proxy:
-        whole = whole_proxy(self._sent(state.params), self.method.sites)
+        sent = self.method.broadcast.sent(state.broadcast, state.params)
+        whole = whole_proxy(self._sent(sent), self.method.sites)
         return dequantize_proxy(self.method.transform.prepare(state.transform_state, whole))
 
     def cohort(self, state: ServerState) -> Array:
@@ -197,8 +209,9 @@ class _Composed:
             training_key=training_key,
         )
         total, kept = train_cohort(method, cohort, attendance.steps, client_axis)
+        receives, broadcast = method.broadcast.receivers(state.broadcast, ids)
         params, optimizer_state = method.aggregator.finish(
-            state.params,
+            self._start_of_step(state),
             state.optimizer_state,
             total["update"],
             server_visible=prepared.visible,
@@ -217,8 +230,39 @@ class _Composed:
             attackers=attackers,
             residuals=_replaced(state.residuals, kept, ids, attendance.returns),
             round=state.round + 1,
+            broadcast=method.broadcast.after_round(broadcast, params, state.round + 1),
         )
-        return state, _facts(total, attendance, visible)
+        facts = _facts(total, attendance, visible)
+        if method.broadcast.is_one_way:
+            facts |= _facts_of_payloads(receives, visible)
+        return state, facts
+
+    def _start_of_step(self, state: ServerState) -> Params:
+        """What the server's step starts from: a running mean always from the first model."""
+        broadcast = self.method.broadcast
+        if broadcast.is_one_way:
+            return broadcast.sent(state.broadcast, state.params)
+        return state.params
+
+    def choose_scale(self, state: ServerState, rows: HeldOut) -> ServerState:
+        if rows.validation is None:
+            raise ValueError("there are no validation rows to choose the scale on")
+        validation = rows.validation
+        evaluation, aggregator = self.evaluation, self.method.aggregator
+        start, server_visible = self._start_of_step(state), self.prepare(state).visible
+        scales = jnp.asarray(evaluation.scales, jnp.float32)
+
+        def rescaled(scale: Array) -> tuple[Params, optax.OptState]:
+            assert aggregator.rescale is not None  # It is a running mean.
+            return aggregator.rescale(start, state.optimizer_state, server_visible, scale)
+
+        def score(scale: Array) -> Array:
+            value = evaluation.evaluator(rescaled(scale)[0], validation)[evaluation.score]
+            return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+        best = scales[jnp.argmax(jax.lax.map(score, scales))]
+        params, optimizer_state = rescaled(best)
+        return dataclasses.replace(state, params=params, optimizer_state=optimizer_state)
 
     def _client_masks(
         self, state: ServerState, prepared: Proxy, ids: Array
@@ -226,7 +270,7 @@ class _Composed:
         """What each client sees of the prepared proxy, and its factors."""
 
         def of_one(client_id: Array) -> tuple[Columns, dict[str, Array]]:
-            key = client_round_key(state.secret_key, state.round, client_id)
+            key = self.method.mask_key(state.secret_key, state.round, client_id)
             proxy = self.method.transform.apply(key, state.transform_state, prepared)
             return proxy.visible, proxy.scale
 
@@ -234,7 +278,14 @@ class _Composed:
 
     def proxy_keys(self, state: ServerState) -> Key:
         key = fold_in_name(jax.random.fold_in(state.secret_key, state.round), "proxy_view")
-        return jax.random.split(key, self.evaluation.proxy_samples)
+        samples = self.evaluation.proxy_samples
+        if self.method.mask_per == "round":
+            return jax.random.split(key, samples)
+        # Of masks that clients keep there are only so many: those of clients of the population.
+        clients = sample_cohort(key, self.population, min(samples, self.population))
+        return jax.vmap(lambda one: self.method.mask_key(state.secret_key, state.round, one))(
+            clients
+        )
 
     def evaluate(self, state: ServerState, rows: Batch | HeldOut) -> dict[str, Array]:
         method, evaluation = self.method, self.evaluation
@@ -258,6 +309,8 @@ class _Composed:
         if not isinstance(rows, HeldOut):
             return views_on(evaluation.evaluator, rows)
         metrics = views_on(evaluation.evaluator, rows.test)
+        if evaluation.scales:
+            metrics["global/scale"] = state.optimizer_state.scale
         if evaluation.client_evaluator is not None:
             for group, data in rows.clients.items():
                 of_group = views_on(evaluation.client_evaluator, data)
@@ -279,6 +332,14 @@ def _facts(total: dict[str, Any], attendance: Attendance, visible: Columns) -> d
     return facts
 
 
+def _facts_of_payloads(receives: Array, visible: Columns) -> dict[str, Array]:
+    """Who of the cohort was sent a payload, and the visible columns of these payloads."""
+    facts = {"clients/sent": receives.sum(dtype=jnp.uint32)}
+    for path, seen in visible.items():
+        facts[f"visible/{path}"] = (seen & receives[:, None, None]).sum(dtype=jnp.uint32)
+    return facts
+
+
 def _replaced(residuals: Residuals, kept: Residuals, ids: Array, returns: Array) -> Residuals:
     """The population's residuals, with those of the clients that returned."""
 
@@ -288,104 +349,3 @@ def _replaced(residuals: Residuals, kept: Residuals, ids: Array, returns: Array)
         return all.at[places].set(new, mode="drop", unique_indices=True)
 
     return jax.tree.map(replace, residuals, kept)
-
-
-def draw_cohorts(federation: Federation, state: ServerState, rounds: int) -> np.ndarray:
-    """Returns who takes part in each of a run's rounds, int32 ``[rounds, cohort]``, on the host.
-
-    Args:
-      federation: The method.
-      state: A state of the run; which one does not matter. Of its leaves only the public key need
-        be an array.
-      rounds: The run's number of rounds, from the first on.
-    """
-    cohort = jax.eval_shape(federation.cohort, state).shape[0]
-    # So many rounds at once that a draw stays small.
-    block = max(1, min(rounds, _DRAWN_AT_ONCE // cohort))
-
-    @jax.jit
-    @jax.vmap
-    def draw(index: Array) -> Array:
-        return federation.cohort(dataclasses.replace(state, round=index))
-
-    blocks = [
-        np.asarray(draw(jnp.arange(start, start + block, dtype=jnp.int32)))
-        for start in range(0, rounds, block)
-    ]
-    return np.concatenate([np.zeros((0, cohort), np.int32), *blocks])[:rounds]
-
-
-_DRAWN_AT_ONCE = 2**22
-"""Client ids that `draw_cohorts` draws in one call."""
-
-
-class CallResult(NamedTuple):
-    """What a call of several rounds brings to the host, in one transfer.
-
-    Attributes:
-      facts: Of each round, ``[rounds_per_call]``; rounds beyond the call's stop hold zeros.
-      metrics: Of each round, ``[rounds_per_call]``; zeros where it was not evaluated.
-      evaluated: bool ``[rounds_per_call]``.
-    """
-
-    facts: dict[str, Array]
-    metrics: dict[str, Array]
-    evaluated: Array
-
-
-def make_rounds(
-    federation: Federation,
-    *,
-    rounds_per_call: int,
-    evaluate_every: int,
-) -> Callable[
-    [ServerState, ClientData, Batch | HeldOut, Array, Array], tuple[ServerState, CallResult]
-]:
-    """Makes the compiled call that runs several rounds without the host.
-
-    Args:
-      federation: The method.
-      rounds_per_call: The most rounds a call may run.
-      evaluate_every: A round is evaluated if its number is a multiple of this, or the last.
-
-    Returns:
-      ``(state, data, test_rows, stop, last) -> (state, CallResult)``, jitted, with the state
-      donated. It runs rounds until ``state.round == stop`` (int32 scalar, at most
-      ``rounds_per_call`` ahead); ``last`` is the number of the run's last round.
-    """
-
-    # Inlined, so that they are traced once for their shapes and for the program.
-    run_round = jax.jit(federation.round, inline=True)
-    evaluate = jax.jit(federation.evaluate, inline=True)
-
-    def run(
-        state: ServerState, data: ClientData, rows: Batch | HeldOut, stop: Array, last: Array
-    ) -> tuple[ServerState, CallResult]:
-        _, fact_shapes = jax.eval_shape(run_round, state, data)
-        metric_shapes = jax.eval_shape(evaluate, state, rows)
-        no_metrics = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), metric_shapes)
-
-        def buffer(shape: jax.ShapeDtypeStruct) -> Array:
-            return jnp.zeros((rounds_per_call, *shape.shape), shape.dtype)
-
-        result = CallResult(
-            jax.tree.map(buffer, fact_shapes),
-            jax.tree.map(buffer, metric_shapes),
-            jnp.zeros(rounds_per_call, bool),
-        )
-
-        def body(index: Array, carry: tuple) -> tuple:
-            state, result = carry
-            state, facts = run_round(state, data)
-            due = (state.round % evaluate_every == 0) | (state.round == last)
-            metrics = jax.lax.cond(
-                due,
-                lambda: evaluate(state, rows),
-                lambda: no_metrics,
-            )
-            values = CallResult(facts, metrics, due)
-            return state, jax.tree.map(lambda all, one: all.at[index].set(one), result, values)
-
-        return jax.lax.fori_loop(0, stop - state.round, body, (state, result))
-
-    return jax.jit(run, donate_argnums=0)

@@ -1,14 +1,19 @@
 """What a federated method is made of."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from fedqsn_jax.core.keys import client_round_key, sticky_client_key
 from fedqsn_jax.core.trees import TensorRoles
+from fedqsn_jax.core.types import Array, Key
+from fedqsn_jax.protocol.broadcast import EVERY_ROUND, Broadcast
 from fedqsn_jax.protocol.proxy import ProxyTransform
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.upload import Upload, whole_upload
 from fedqsn_jax.rounds.aggregation import Aggregator
 from fedqsn_jax.rounds.client import ClientUpdate
 from fedqsn_jax.rounds.participation import EVERYONE, Participation
+
+MaskPer = Literal["round", "client"]
 
 
 class Method(NamedTuple):
@@ -23,6 +28,9 @@ class Method(NamedTuple):
         withheld; no view but the global one has withheld ones.
       upload: The way back.
       participation: How clients fail.
+      broadcast: What of the hidden model proxies are made of.
+      mask_per: ``round``: a client draws another mask in each round; ``client``: it keeps its mask
+        for good.
     """
 
     transform: ProxyTransform
@@ -32,3 +40,11 @@ class Method(NamedTuple):
     roles: TensorRoles = TensorRoles()
     upload: Upload = whole_upload()
     participation: Participation = EVERYONE
+    broadcast: Broadcast = EVERY_ROUND
+    mask_per: MaskPer = "round"
+
+    def mask_key(self, secret_key: Key, round_index: Array, client_id: Array) -> Key:
+        """Returns the key of a client's mask in a round."""
+        if self.mask_per == "client":
+            return sticky_client_key(secret_key, client_id)
+        return client_round_key(secret_key, round_index, client_id)

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fedqsn_jax.config.schema import LANGUAGE, Config
 from fedqsn_jax.core.keys import root_key
+from fedqsn_jax.core.types import Batch
 from fedqsn_jax.data.population import HeldOut
 from fedqsn_jax.data.splits import fingerprint
 from fedqsn_jax.host import distributed
@@ -21,7 +22,7 @@ from fedqsn_jax.host.checkpoints import Checkpoints
 from fedqsn_jax.host.signals import tell
 from fedqsn_jax.problems.images import load_image_problem
 from fedqsn_jax.problems.problem import Problem, ProblemSettings, problem_settings
-from fedqsn_jax.problems.training import pretrain
+from fedqsn_jax.problems.training import hold_back, pretrain
 from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.summary import Costs, summarize
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
@@ -46,18 +47,22 @@ class Experiment(NamedTuple):
 
     Attributes:
       config: What to run.
-      problem: Data, model and task; the data in their place.
+      problem: Data, model and task; the data in their place. Of the server's rows those that it
+        trains on.
       simulation: The method.
+      validation: The server's rows on which settings are chosen; None: there are none.
     """
 
     config: Config
     problem: Problem
     simulation: Simulation
+    validation: Batch | None = None
 
     @property
     def held_out(self) -> HeldOut:
         """What is evaluated on."""
-        return HeldOut(self.problem.splits.test, self.problem.splits.client_tests)
+        splits = self.problem.splits
+        return HeldOut(splits.test, splits.client_tests, self.validation)
 
 
 def keep_compiled_programs(directory: str) -> None:
@@ -216,11 +221,12 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
         problem.client_apply,
     )
     splits = problem.splits
-    clients, test, client_tests = place(
-        simulation, (splits.clients, splits.test, splits.client_tests)
+    private, validation = hold_back(config, splits.private)
+    clients, test, client_tests, validation = place(
+        simulation, (splits.clients, splits.test, splits.client_tests, validation)
     )
-    splits = splits._replace(clients=clients, test=test, client_tests=client_tests)
-    return Experiment(config, problem._replace(splits=splits), simulation)
+    splits = splits._replace(clients=clients, test=test, client_tests=client_tests, private=private)
+    return Experiment(config, problem._replace(splits=splits), simulation, validation)
 
 
 def load_problem(settings: ProblemSettings) -> Problem:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedqsn_jax.config.schema import Config, ConfigError
+from fedqsn_jax.config.schema import Config, ConfigError, chooses_scale
 from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.tasks import Task
 from fedqsn_jax.core.trees import TensorRoles, exclude, select, tree_bytes
@@ -26,7 +26,7 @@ from fedqsn_jax.protocol.algorithms import Algorithm
 from fedqsn_jax.protocol.lora import Lora
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.sizes import Traffic, measure_traffic
-from fedqsn_jax.rounds.aggregation import make_aggregator
+from fedqsn_jax.rounds.calls import make_rounds
 from fedqsn_jax.rounds.client import ClientUpdate, make_client_update
 from fedqsn_jax.rounds.client_optimizer import ClientOptimizer, unscheduled
 from fedqsn_jax.rounds.evaluation import make_client_evaluator, make_evaluator
@@ -35,15 +35,16 @@ from fedqsn_jax.rounds.federation import (
     Federation,
     ServerState,
     make_federation,
-    make_rounds,
 )
 from fedqsn_jax.rounds.method import Method
 from fedqsn_jax.rounds.participation import Participation
 from fedqsn_jax.simulation.fitting import Fitted, Model, fit
 from fedqsn_jax.simulation.from_config import (
+    SCALES,
     algorithm_of,
+    configured_aggregator,
+    configured_broadcast,
     make_upload,
-    server_optimizer,
     upload_quantizer,
 )
 from fedqsn_jax.simulation.memory import client_bytes
@@ -76,7 +77,8 @@ class Simulation(NamedTuple):
       choice: How the client axis is run, and why.
       memory: Estimated bytes on a device during a round, by purpose.
       task: What the model is for.
-      run: Several rounds in one compiled call; see `federation.make_rounds`.
+      population: Number of clients.
+      run: Several rounds in one compiled call; see `calls.make_rounds`.
       recompose: ``config -> Simulation``: the same with other values of `TRACEABLE` fields. They
         may be traced scalars, so that one compiled program serves many values.
     """
@@ -90,6 +92,7 @@ class Simulation(NamedTuple):
     choice: ClientAxisChoice
     memory: dict[str, int]
     task: Task
+    population: int
     run: Callable[..., Any]
     recompose: Callable[[Config], "Simulation"]
 
@@ -181,19 +184,13 @@ def _compose(config: Config, algorithm: Algorithm, fitted: Fitted, population: i
     method = Method(
         transform=algorithm.transform,
         update=_client_update(config, algorithm, fitted),
-        aggregator=make_aggregator(
-            sites,
-            server_optimizer(config.server, config.rounds),
-            weighting=config.server.weighting,  # type: ignore[arg-type]
-            normalize=config.server.normalize,  # type: ignore[arg-type]
-            rule=config.server.rule,  # type: ignore[arg-type]
-            trained=roles.returned,
-            clip_norm=config.server.clip_norm,
-        ),
+        aggregator=configured_aggregator(config, sites, roles.returned),
         sites=sites,
         roles=roles,
         upload=make_upload(config, sites, roles.returned),
         participation=Participation(**dataclasses.asdict(config.participation)),
+        broadcast=configured_broadcast(config, algorithm),
+        mask_per=config.mask_per,  # type: ignore[arg-type]
     )
     apply_fn, rows = fitted.model.apply_fn, config.evaluation.batch_size
     evaluation = Evaluation(
@@ -202,6 +199,7 @@ def _compose(config: Config, algorithm: Algorithm, fitted: Fitted, population: i
         proxy_samples=config.evaluation.proxy_samples,
         attackers=config.evaluation.attackers,
         client_evaluator=make_client_evaluator(apply_fn, task, rows),
+        scales=SCALES if chooses_scale(config) else (),
     )
     federation = make_federation(
         method, evaluation, population=population, cohort=config.cohort.size
@@ -248,6 +246,7 @@ def _simulation(
         choice=choice,
         memory=memory,
         task=fitted.model.task,
+        population=parts.population,
         run=make_rounds(
             federation,
             rounds_per_call=config.rounds_per_call,

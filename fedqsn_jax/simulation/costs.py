@@ -74,6 +74,19 @@ def hidden_share(simulation: Simulation, site: MaskSite) -> float:
     return 1 - visible(algorithm.p1) * visible(algorithm.p2)
 
 
+def payloads_per_client(simulation: Simulation) -> float:
+    """Expected payloads that a client of a cohort is sent in a round, over a whole run.
+
+    One, but for one-way rounds in which a client's payload stays the same: it is sent once to each
+    client that ever takes part.
+    """
+    config, broadcast = simulation.config, simulation.method.broadcast
+    if not broadcast.is_one_way or broadcast.renewed or not config.rounds:
+        return 1.0
+    drawn = config.cohort.size / simulation.population
+    return (1 - (1 - drawn) ** config.rounds) / (drawn * config.rounds)
+
+
 def expected_costs(simulation: Simulation) -> Costs:
     """Expected bytes down and up a client a round, and an estimate of memory.
 
@@ -87,7 +100,7 @@ def expected_costs(simulation: Simulation) -> Costs:
         if site.path in traffic.down.per_column
     }
     return Costs(
-        down=traffic.down.of(visible),
+        down=payloads_per_client(simulation) * traffic.down.of(visible),
         up=(1 - simulation.config.participation.dropout) * traffic.up.of(visible),
         fedavg_down=traffic.fedavg_down,
         fedavg_up=traffic.fedavg_up,

@@ -4,14 +4,16 @@ from typing import Any
 
 import optax
 
-from fedqsn_jax.config.schema import Config, ConfigError, ServerConfig
+from fedqsn_jax.config.schema import Config, ConfigError, ServerConfig, chooses_scale
 from fedqsn_jax.core.trees import Selection
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.protocol.algorithms import Algorithm, make_algorithm
+from fedqsn_jax.protocol.broadcast import Broadcast
 from fedqsn_jax.protocol.lora import Lora, find_adapters, without_adapters
 from fedqsn_jax.protocol.quantization import NormalFloat, Quantizer, SymmetricNormalFloat, Uniform
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.upload import Upload, quantized_upload, whole_upload
+from fedqsn_jax.rounds.aggregation import Aggregator, make_aggregator, make_running_mean
 
 _CODEBOOKS: dict[str, type[Quantizer]] = {
     "normal_float": NormalFloat,
@@ -82,6 +84,42 @@ def server_optimizer(settings: ServerConfig, rounds: int) -> optax.GradientTrans
         "adafactor": lambda: optax.adafactor(rate),
     }
     return makers[settings.optimizer]()
+
+
+SCALES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+"""Scales of the mean delta of one-way rounds among which a run chooses."""
+
+
+def configured_aggregator(config: Config, sites: Sites, returned: Selection) -> Aggregator:
+    """Returns what becomes of the deltas by a configuration.
+
+    Args:
+      config: The settings.
+      sites: The mask sites.
+      returned: The tensors whose deltas travel back.
+    """
+    server = config.server
+    shared: Any = {
+        "weighting": server.weighting,
+        "normalize": server.normalize,
+        "trained": returned,
+        "clip_norm": server.clip_norm,
+    }
+    if config.broadcast.every == 0:
+        scale = 1.0 if chooses_scale(config) else server.scale
+        return make_running_mean(sites, scale=scale, **shared)
+    rule: Any = server.rule
+    return make_aggregator(sites, server_optimizer(server, config.rounds), rule=rule, **shared)
+
+
+def configured_broadcast(config: Config, algorithm: Algorithm) -> Broadcast:
+    """Returns what of the hidden model is sent by a configuration."""
+    return Broadcast(
+        every=config.broadcast.every,
+        share=config.broadcast.share,
+        # A probability may be traced.
+        renewed=config.mask_per == "round" and algorithm.p2 > 0,
+    )
 
 
 def configured_adapters(config: Config, params: Params) -> Lora | None:

@@ -18,7 +18,8 @@ from fedqsn_jax.data.streamed import HostData, capacity_for
 from fedqsn_jax.host.devices import device_bytes
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.sizes import Traffic
-from fedqsn_jax.rounds.federation import Federation, draw_cohorts
+from fedqsn_jax.rounds.calls import draw_cohorts
+from fedqsn_jax.rounds.federation import Federation
 from fedqsn_jax.simulation.scheduling import calls_of
 
 

@@ -14,7 +14,8 @@ from fedqsn_jax.core.types import Batch, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
 from fedqsn_jax.host.devices import Tree, replicate
-from fedqsn_jax.rounds.federation import CallResult, ServerState, draw_cohorts
+from fedqsn_jax.rounds.calls import CallResult, draw_cohorts
+from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.simulation.compose import Simulation
 from fedqsn_jax.simulation.scheduling import calls_of
 
@@ -106,12 +107,18 @@ def entry_of(simulation: Simulation, result: CallResult, index: int) -> Entry:
         of_kind = (name for name in facts if name.startswith(f"{kind}/"))
         return {name.partition("/")[2]: int(facts[name]) / cohort for name in of_kind}
 
-    counts = {name: int(facts[f"clients/{name}"]) for name in ("returned", "rejected")}
+    counts = {
+        name: int(facts[f"clients/{name}"])
+        for name in ("sent", "returned", "rejected")
+        if f"clients/{name}" in facts
+    }
+    # In one-way rounds some have all that they would be sent.
+    payloads = counts["sent"] / cohort if "sent" in counts else 1
     return {
         **_ordered({name: values[index] for name, values in result.metrics.items()}),
         "train/loss": float(facts["train/loss"]),
         **{f"clients/{name}": count for name, count in counts.items()},
-        "bytes/down_per_client": traffic.down.of(columns("visible")),
+        "bytes/down_per_client": traffic.down.of(columns("visible"), payloads),
         "bytes/up_per_client": traffic.up.of(columns("returned"), counts["returned"] / cohort),
     }
 

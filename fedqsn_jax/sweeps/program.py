@@ -26,7 +26,8 @@ from fedqsn_jax.data.population import ClientData, FederatedData, HeldOut
 from fedqsn_jax.data.streamed import HostData
 from fedqsn_jax.host.devices import device_bytes
 from fedqsn_jax.problems.problem import Problem
-from fedqsn_jax.rounds.federation import CallResult, ServerState
+from fedqsn_jax.rounds.calls import CallResult
+from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.runs.experiment import Experiment
 from fedqsn_jax.simulation.compose import Simulation
 from fedqsn_jax.simulation.running import Entry, entry_of, place, run_rounds
@@ -150,8 +151,8 @@ def _of_one_length(trees: Sequence[Any]) -> list[Any]:
 
 def _state_axes(axis: int) -> Any:
     """Where the points' axis is in a stacked state; the number of the round is common to all."""
-    axes: list[Any] = [axis, axis, axis, axis, axis, None, axis, axis]
-    return ServerState(*axes)
+    fields: dict[str, Any] = {field.name: axis for field in dataclasses.fields(ServerState)}
+    return ServerState(**{**fields, "round": None})
 
 
 def _donating(function: Callable[..., Any]) -> Callable[..., Any]:

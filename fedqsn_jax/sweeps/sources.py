@@ -51,6 +51,7 @@ class _Training(NamedTuple):
     problem: ProblemSettings
     pretraining: PretrainingConfig
     evaluation: EvaluationConfig
+    private_rows: int
 
 
 class Sources:
@@ -83,7 +84,12 @@ class Sources:
           experiment: What `prepare` returned.
         """
         config, problem = experiment.config, experiment.problem
-        training = _Training(problem_settings(config), config.pretraining, config.evaluation)
+        training = _Training(
+            problem=problem_settings(config),
+            pretraining=config.pretraining,
+            evaluation=config.evaluation,
+            private_rows=jax.tree.leaves(problem.splits.private)[0].shape[0],
+        )
         params, score = self._once(training, lambda: self._train(training, problem))
         clients = problem.splits.clients
         return Start(federation_key(config.seed), params, clients, experiment.held_out, score)

@@ -13,7 +13,7 @@ from fedqsn_jax.core.tasks import classification
 from fedqsn_jax.data import streamed
 from fedqsn_jax.data.population import FederatedData
 from fedqsn_jax.data.streamed import Capacity, HostData, capacity_for, place, stream
-from fedqsn_jax.rounds.federation import draw_cohorts
+from fedqsn_jax.rounds.calls import draw_cohorts
 from fedqsn_jax.simulation.compose import make_simulation
 from fedqsn_jax.simulation.running import initial_state, run_rounds
 
@@ -161,7 +161,7 @@ def test_the_drawn_cohorts_are_the_rounds_own(model, simulations, monkeypatch):
         for index in range(5)
     ]
     assert draw_cohorts(federation, state, 5).tolist() == expected
-    monkeypatch.setattr("fedqsn_jax.rounds.federation._DRAWN_AT_ONCE", 6)
+    monkeypatch.setattr("fedqsn_jax.rounds.calls._DRAWN_AT_ONCE", 6)
     assert draw_cohorts(federation, state, 5).tolist() == expected
     assert draw_cohorts(federation, state, 0).shape == (0, 3)
 

@@ -13,7 +13,7 @@ from rounds_cases import (
 
 from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.protocol.proxy import effective_params, whole_proxy
-from fedqsn_jax.rounds.federation import make_rounds
+from fedqsn_jax.rounds.calls import make_rounds
 
 
 @pytest.fixture(scope="module")
