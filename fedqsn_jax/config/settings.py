@@ -292,7 +292,9 @@ class Config:
     )
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
-    pretraining: PretrainingConfig = section(PretrainingConfig)
+    pretraining: PretrainingConfig = section(
+        PretrainingConfig, unless("pretraining.steps", 0), ("steps", "batch_size", "dropout")
+    )
     lora: LoraConfig = section(LoraConfig)
     fedsp: FedSPConfig = section(FedSPConfig, when("algorithm", FEDSP))
     client: ClientConfig = section(ClientConfig)
@@ -301,5 +303,7 @@ class Config:
     upload: UploadConfig = section(UploadConfig)
     server: ServerConfig = section(ServerConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
-    generation: GenerationConfig = section(GenerationConfig)
+    generation: GenerationConfig = section(
+        GenerationConfig, unless("generation.prompts", 0), ("prompts",)
+    )
     checkpoint: CheckpointConfig = section(CheckpointConfig)
