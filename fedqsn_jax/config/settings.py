@@ -304,6 +304,6 @@ class Config:
     server: ServerConfig = section(ServerConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
     generation: GenerationConfig = section(
-        GenerationConfig, unless("generation.prompts", 0), ("prompts",)
+        GenerationConfig, unless("generation.prompts", 0), ("prompts", "new_tokens")
     )
     checkpoint: CheckpointConfig = section(CheckpointConfig)

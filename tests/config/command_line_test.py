@@ -1,6 +1,10 @@
 """Files of settings of every kind are read, and sections are given as such."""
 
+import re
+import shlex
+
 import pytest
+from locations import ROOT
 
 from fedqsn_jax import federate
 from fedqsn_jax.config.command_line import read_config
@@ -60,3 +64,17 @@ def test_a_section_that_is_none_is_refused_in_a_line(settings):
     assert str(error.value) == (
         f"{name} = {value!r}: it is a section; allowed is a dictionary of its fields"
     )
+
+
+def test_the_readme_of_configurations_shows_what_works(tmp_path):
+    text = (ROOT / "configs" / "README.md").read_text()
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    assert set(blocks) == {"python", "bash"}
+    file = tmp_path / "mine.py"
+    file.write_text(blocks["python"])
+    config = read_config(f"{file}:fedq", [])
+    assert (config.algorithm, config.rounds, config.client.steps) == ("fedq", 20, 5)
+    program, option, *overrides = shlex.split(blocks["bash"])[2:]
+    assert (program, overrides.pop()) == ("fedqsn_jax.main", "--dry_run")
+    config = read_config(option.removeprefix("--config="), overrides)
+    assert (config.algorithm, config.client.steps) == ("fedavg", 5)
