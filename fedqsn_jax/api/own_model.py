@@ -15,7 +15,15 @@ from flax import linen, nnx
 from fedqsn_jax.api.heads import find_heads
 from fedqsn_jax.api.own_rows import Arrays, check_classes, check_same, read_clients, read_rows
 from fedqsn_jax.config.command_line import one_line
-from fedqsn_jax.config.schema import ClientConfig, Config, ConfigError, chooses_scale, resolve
+from fedqsn_jax.config.schema import (
+    ClientConfig,
+    Config,
+    ConfigError,
+    check_sections,
+    chooses_scale,
+    resolve,
+    with_fields,
+)
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task, classification
 from fedqsn_jax.core.trees import leaves_by_path
@@ -115,6 +123,9 @@ def federate(
     rows = {where: read_rows(each, where) for where, each in others.items()}
     for where, each in rows.items():
         check_same(each, population, where)
+    # What the settings say of private rows is of a data set of the package.
+    private_rows = len(next(iter(rows["private"].values()))) if "private" in rows else 0
+    config = with_fields(config, {"data.private_rows": private_rows})
     task = task or classification()
     _check_names(model, inputs, task, population.examples)
     example = {name: jnp.asarray(array[:1]) for name, array in rows["test"].items()}
@@ -251,6 +262,7 @@ _STREAM = 0x68656C64
 
 
 def _resolve(settings: Mapping[str, Any], population: int) -> Config:
+    check_sections(settings)
     data = dict(settings.get("data", {}))
     held_out = data.get("held_out_clients", 0)
     if isinstance(held_out, int) and held_out < population:
