@@ -124,8 +124,8 @@ def federate(
     for where, each in rows.items():
         check_same(each, population, where)
     # What the settings say of private rows is of a data set of the package.
-    private_rows = len(next(iter(rows["private"].values()))) if "private" in rows else 0
-    config = with_fields(config, {"data.private_rows": private_rows})
+    own_rows = len(next(iter(rows["private"].values()))) if "private" in rows else 0
+    config = with_fields(config, {"data.private_rows": own_rows})
     task = task or classification()
     _check_names(model, inputs, task, population.examples)
     example = {name: jnp.asarray(array[:1]) for name, array in rows["test"].items()}
