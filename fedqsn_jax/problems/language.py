@@ -19,7 +19,7 @@ from fedqsn_jax.data.text.tokenization import TextTokenizer, load_tokenizer
 from fedqsn_jax.generation.beam_search import GenerationSettings, make_generator
 from fedqsn_jax.generation.language_tasks import conditional_generation, sequence_classification
 from fedqsn_jax.generation.text_evaluation import make_text_evaluator
-from fedqsn_jax.models.language.encoder import EncoderConfig
+from fedqsn_jax.models.language.encoder_config import EncoderConfig
 from fedqsn_jax.models.language.families import LanguageConfig, LanguageModel, make_language_model
 from fedqsn_jax.models.language.pretrained import (
     description_files,
@@ -27,7 +27,7 @@ from fedqsn_jax.models.language.pretrained import (
     load_pretrained,
     read_config,
 )
-from fedqsn_jax.models.language.t5 import T5Config
+from fedqsn_jax.models.language.t5_config import T5Config
 from fedqsn_jax.models.language.transformer import Execution
 from fedqsn_jax.problems.problem import Problem, ProblemSettings, Texts
 from fedqsn_jax.problems.prompted import prompted_problem

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from flax import linen as nn
 
 from fedqsn_jax.core.types import Array
@@ -13,9 +14,11 @@ from fedqsn_jax.models.language.decoder import next_logits, through_layers
 from fedqsn_jax.models.language.hugging_face import (
     Settings,
     Tensor,
+    Unread,
     embedding,
     layer_norm,
     linear,
+    output_copy,
     token_ids,
 )
 from fedqsn_jax.models.language.transformer import (
@@ -87,10 +90,11 @@ class GPT2Config:
         return "transformer."
 
     @property
-    def ignored(self) -> tuple[str, ...]:
-        """Patterns of tensors that a file may hold and that are not read."""
-        causal_masks = ("h.*.attn.bias", "h.*.attn.masked_bias")
-        return (*causal_masks, "lm_head.weight") if self.tied else causal_masks
+    def ignored(self) -> tuple[Unread, ...]:
+        """Tensors that a file may hold and that are not read."""
+        causal = Unread("h.*.attn.bias", "a causal mask", _is_causal_mask)
+        masked = Unread("h.*.attn.masked_bias", "-1e4 or less", lambda it: bool((it <= -1e4).all()))
+        return (causal, masked, *output_copy(self.tied))
 
     def with_dropout(self, rate: float) -> Self:
         """Returns the same with one dropout rate everywhere."""
@@ -101,10 +105,13 @@ class GPT2Config:
     @classmethod
     def from_settings(cls, family: str, settings: Settings) -> Self:
         """Reads a config.json."""
+        settings = settings.in_current_names(_OTHER_NAMES)
         settings.require("scale_attn_weights", True)
         settings.require("scale_attn_by_inverse_layer_idx", False)
         settings.require("add_cross_attention", False)
         width = settings.integer("n_embd", 768)
+        positions = settings.integer("n_positions", 1024)
+        settings.agree("n_ctx", positions)
         return cls(
             family=family,
             vocab_size=settings.integer("vocab_size"),
@@ -113,7 +120,7 @@ class GPT2Config:
             heads=settings.integer("n_head", 12),
             inner=settings.integer("n_inner", 4 * width),
             activation=settings.activation("activation_function", "gelu_new"),
-            positions=settings.integer("n_positions", 1024),
+            positions=positions,
             norm_epsilon=settings.number("layer_norm_epsilon", 1e-5),
             embedding_dropout=settings.rate("embd_pdrop", 0.1),
             residual_dropout=settings.rate("resid_pdrop", 0.1),
@@ -175,6 +182,20 @@ class GPT2Config:
                 Tensor(f"{ours}/{place}/bias", f"{layer}{name}.bias"),
             ]
         return found if self.tied else [*found, *linear("lm_head", "lm_head", bias=False)]
+
+
+def _is_causal_mask(array: np.ndarray) -> bool:
+    length = array.shape[-1] if array.ndim else 0
+    return bool(array.size == length**2 and (array.reshape(length, -1) == np.tri(length)).all())
+
+
+_OTHER_NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""Names that the transformers library takes for these settings too."""
 
 
 class GPT2(nn.Module):

@@ -3,13 +3,22 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from flax import linen as nn
 
 from fedqsn_jax.core.types import Array
 from fedqsn_jax.models.language.attention import Attention, Slots
 from fedqsn_jax.models.language.cache import Cache, positions_of
 from fedqsn_jax.models.language.decoder import next_logits, through_layers
-from fedqsn_jax.models.language.hugging_face import Settings, Tensor, embedding, linear, token_ids
+from fedqsn_jax.models.language.hugging_face import (
+    Settings,
+    Tensor,
+    Unread,
+    embedding,
+    linear,
+    output_copy,
+    token_ids,
+)
 from fedqsn_jax.models.language.rotary_positions import RopeScaling, rope_frequencies, rotation_of
 from fedqsn_jax.models.language.transformer import (
     Embed,
@@ -92,10 +101,16 @@ class LlamaConfig:
         return "model."
 
     @property
-    def ignored(self) -> tuple[str, ...]:
-        """Patterns of tensors that a file may hold and that are not read."""
-        frequencies = ("layers.*.self_attn.rotary_emb.inv_freq",)
-        return (*frequencies, "lm_head.weight") if self.tied else frequencies
+    def ignored(self) -> tuple[Unread, ...]:
+        """Tensors that a file may hold and that are not read."""
+        ours = rope_frequencies(self.head_size, self.rope_base, self.rope_scaling)
+        # Files of narrow dtypes hold them rounded.
+        frequencies = Unread(
+            "layers.*.self_attn.rotary_emb.inv_freq",
+            "the frequencies that config.json's rotary settings give",
+            lambda it: it.size == len(ours) and np.allclose(it.ravel(), ours, rtol=0.01, atol=0),
+        )
+        return (frequencies, *output_copy(self.tied))
 
     def with_dropout(self, rate: float) -> Self:
         """Returns the same with one dropout rate everywhere: LLaMA has one place for it."""
@@ -194,11 +209,16 @@ class LlamaConfig:
 
 def _read_rope(settings: Settings) -> tuple[float, RopeScaling | None]:
     """Base and scaling, which stand in one section or, in older files, apart."""
-    name = "rope_parameters" if settings.section("rope_parameters") else "rope_scaling"
-    rope = settings.within(name, settings.section(name))
+    sections = {name: settings.section(name) for name in ("rope_scaling", "rope_parameters")}
+    # The transformers library lets the older name win, too.
+    name = "rope_scaling" if sections["rope_scaling"] else "rope_parameters"
+    rope = settings.within(name, sections[name]).in_current_names({"type": "rope_type"})
     base = rope.number("rope_theta", settings.number("rope_theta", 10000.0))
-    name = "rope_type" if rope.has("rope_type") else "type"
-    if rope.choice(name, "default", "default", "llama3") == "default":
+    settings.agree("rope_theta", base)
+    settings.within("rope_parameters", sections["rope_parameters"]).agree("rope_theta", base)
+    for either in (settings, rope):
+        either.require("partial_rotary_factor", 1, None)
+    if rope.choice("rope_type", "default", "default", "llama3") == "default":
         return base, None
     return base, RopeScaling(
         rope.number("factor"),
