@@ -19,6 +19,7 @@ from fedqsn_jax.data.text.tokenization import TextTokenizer, load_tokenizer
 from fedqsn_jax.generation.beam_search import GenerationSettings, make_generator
 from fedqsn_jax.generation.language_tasks import conditional_generation, sequence_classification
 from fedqsn_jax.generation.text_evaluation import make_text_evaluator
+from fedqsn_jax.models.kernels import gpu_blocks
 from fedqsn_jax.models.language.encoder_config import EncoderConfig
 from fedqsn_jax.models.language.families import LanguageConfig, LanguageModel, make_language_model
 from fedqsn_jax.models.language.pretrained import (
@@ -74,7 +75,7 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
     clients = make_language_model(pretrained.config, execution, settings.client_dropout)
     server = make_language_model(pretrained.config, execution, settings.server_dropout)
     task = _task(settings, data.kind, pretrained.config)
-    notes = [*([tokenizer.note] if tokenizer.note else []), *data.notes]
+    notes = [*([tokenizer.note] if tokenizer.note else []), *data.notes, *gpu_blocks.missing_note()]
     if pretrained.fresh:
         notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
     params, files = jax.tree.map(jnp.asarray, pretrained.params), description_files(directory)
