@@ -78,6 +78,7 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
     notes = [*([tokenizer.note] if tokenizer.note else []), *data.notes, *gpu_blocks.missing_note()]
     if pretrained.fresh:
         notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
+    notes += _label_notes(pretrained.config, pretrained.fresh, data.kind)
     params, files = jax.tree.map(jnp.asarray, pretrained.params), description_files(directory)
     if isinstance(pretrained.config, EncoderConfig) and settings.prompted is not None:
         problem = prompted_problem(
@@ -145,6 +146,17 @@ def _check_fit(settings: ProblemSettings, model: LanguageConfig, kind: TextForma
             f"generation.prompts = {settings.generation.prompts}: data.task = {task!r} is "
             f"classification, no text is written; allowed is 0"
         )
+
+
+def _label_notes(model: LanguageConfig, fresh: tuple[str, ...], kind: TextFormat) -> list[str]:
+    """A line where a head that is read names its classes otherwise than the task does."""
+    named = model.labels if isinstance(model, EncoderConfig) and not fresh else ()
+    if not named or named == kind.labels:
+        return []
+    return [
+        f"the model's head is of {', '.join(named)}, and the task's labels are "
+        f"{', '.join(kind.labels)}: they are matched by their order"
+    ]
 
 
 def _task(settings: ProblemSettings, kind: TextFormat, model: LanguageConfig) -> Task:

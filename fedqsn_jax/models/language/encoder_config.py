@@ -66,6 +66,7 @@ class EncoderConfig:
       classes: Number of logits; 0: no head, the outputs are the pooled hidden states.
       pooling: ``cls``: the first token, through a dense layer with tanh, as the family's own
         classifiers do; ``mean``: the mean over real tokens.
+      labels: Names of the classes, in the order of the logits; empty: they have none.
       own_head: Whether a file's ``classifier`` classifies whole texts, so that it is read; one of
         single tokens or of multiple choice is not, and another is drawn.
     """
@@ -89,6 +90,7 @@ class EncoderConfig:
     eos_token_ids: tuple[int, ...] = ()
     classes: int = 2
     pooling: str = "cls"
+    labels: tuple[str, ...] = ()
     own_head: bool = True
 
     FAMILIES: ClassVar[tuple[str, ...]] = ("bert", "roberta")
@@ -176,12 +178,14 @@ class EncoderConfig:
             eos_token_ids=settings.tokens("eos_token_id"),
             classes=labels or settings.integer("num_labels", 2),
             pooling=settings.choice("pooling", "cls", *POOLINGS),
+            labels=_names_of(settings.section("id2label")),
             own_head=not any(name.endswith(_OTHER_TASKS) for name in architectures),
         )
 
     def to_settings(self) -> dict[str, Any]:
         """Returns what config.json holds."""
-        names = {str(index): f"LABEL_{index}" for index in range(self.classes)}
+        named = self.labels if len(self.labels) == self.classes else _numbered(self.classes)
+        names = {str(index): name for index, name in enumerate(named)}
         return {
             "architectures": [self.architecture],
             "model_type": self.family,
@@ -231,3 +235,15 @@ class EncoderConfig:
             found += linear("classifier/dense", dense, drawn=True)
         out = "classifier.out_proj" if roberta else "classifier"
         return found + linear("classifier/out", out, drawn=True)
+
+
+def _numbered(classes: int) -> tuple[str, ...]:
+    """The names that the transformers library gives to classes without names."""
+    return tuple(f"LABEL_{index}" for index in range(classes))
+
+
+def _names_of(id2label: dict[str, Any]) -> tuple[str, ...]:
+    """Names of classes in the order of their numbers; empty where they are none of their own."""
+    names = tuple(id2label.get(str(index)) for index in range(len(id2label)))
+    texts = tuple(name for name in names if isinstance(name, str))
+    return texts if texts == names and names != _numbered(len(names)) else ()
