@@ -125,7 +125,7 @@ class _Layer(nn.Module):
             name="attention",
         )
         stream, read = hidden
-        attended, _ = attention(read, mask, prefix=each, packed=part("attention"))
+        attended, _ = attention(read, mask, memory=each, packed=part("attention"))
         last = "attention", "out"
         stream, read = self._added(stream, attended, last, "attention_norm", for_norms)
         mlp = Mlp(

@@ -103,12 +103,8 @@ def _encoder(config: EncoderConfig, execution: Execution) -> LanguageModel:
 
 
 def _causal(config: GPT2Config | LlamaConfig, execution: Execution) -> LanguageModel:
-    if isinstance(config, GPT2Config):
-        module: nn.Module = GPT2(config, execution)
-        heads, size = config.heads, config.width // config.heads
-    else:
-        module = Llama(config, execution)
-        heads, size = config.kv_heads, config.head_size
+    module = (GPT2 if isinstance(config, GPT2Config) else Llama)(config, execution)
+    heads, size = config.kv_heads, config.head_size
 
     def apply(params: Params, batch: Batch, key: Key | None) -> Array:
         return _apply(module, params, key, batch["tokens"], batch.get("mask"))[0]

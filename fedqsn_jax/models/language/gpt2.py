@@ -8,9 +8,8 @@ from flax import linen as nn
 
 from fedqsn_jax.core.types import Array
 from fedqsn_jax.models.kernels.dropout import Dropout
-from fedqsn_jax.models.language.attention import Attention, Slots
-from fedqsn_jax.models.language.cache import Cache, positions_of
-from fedqsn_jax.models.language.decoder import next_logits, through_layers
+from fedqsn_jax.models.language.attention import Attention
+from fedqsn_jax.models.language.decoder import CausalLayer, CausalModel
 from fedqsn_jax.models.language.hugging_face import (
     Settings,
     Tensor,
@@ -21,14 +20,7 @@ from fedqsn_jax.models.language.hugging_face import (
     output_copy,
     token_ids,
 )
-from fedqsn_jax.models.language.transformer import (
-    Embed,
-    Execution,
-    Mlp,
-    check_length,
-    real_tokens,
-    stack,
-)
+from fedqsn_jax.models.language.transformer import Embed, Mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +70,16 @@ class GPT2Config:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads a layer."""
+        return self.heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.width // self.heads
 
     @property
     def max_length(self) -> int:
@@ -198,68 +200,15 @@ _OTHER_NAMES = {
 """Names that the transformers library takes for these settings too."""
 
 
-class GPT2(nn.Module):
-    """Tokens to logits of the next token.
+class _Layer(CausalLayer):
+    norm_class = nn.LayerNorm
 
-    Attributes:
-      config: The architecture.
-      execution: How it is computed.
-    """
-
-    config: GPT2Config
-    execution: Execution = Execution()
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        mask: Array | None = None,
-        cache: Cache | None = None,
-        last_only: bool = False,
-        train: bool = False,
-    ) -> tuple[Array, Cache | None]:
-        """Returns float32 logits ``[rows, length, vocab]`` and the cache with these tokens.
-
-        Args:
-          tokens: int32 ``[rows, length]``.
-          mask: bool or integer, the same shape: which tokens are real; None: all are.
-          cache: What was seen before, or None.
-          last_only: Whether to give the logits after each row's last real token only,
-            ``[rows, 1, vocab]``.
-          train: Whether dropout acts.
-
-        Raises:
-          ValueError: The sequences are longer than the model's positions.
-        """
-        config, dtype = self.config, self.execution.dtype
-        check_length(tokens.shape[1], config.max_length)
-        padded, mask = mask is not None, real_tokens(tokens, mask)
-        embed = Embed(config.vocab_size, config.width, dtype, config.stddev, name="token_embed")
-        positions = Embed(
-            config.positions, config.width, dtype, config.stddev, name="position_embed"
-        )
-        hidden = embed(tokens) + positions(positions_of(mask, cache))
-        hidden = Dropout(config.embedding_dropout, train)(hidden)
-        layers = stack(_Layer, config.layers, self.execution)
-        layers = layers(config, self.execution, train, name="layers")
-        hidden, cache = through_layers(layers, config.layers, hidden, mask, cache, padded)
-        hidden = nn.LayerNorm(config.norm_epsilon, dtype, name="final_norm")(hidden)
-        return next_logits(config, self.execution, embed, hidden, mask, last_only), cache
-
-
-class _Layer(nn.Module):
-    config: GPT2Config
-    execution: Execution
-    train: bool
-
-    @nn.compact
-    def __call__(self, carry: Any, layer: Array, shared: Any) -> tuple[Any, None]:
-        config, dtype = self.config, self.execution.dtype
-        (hidden, arrays), (seen, used) = carry, shared
-        attention = Attention(
+    def attention(self) -> Attention:
+        config = self.config
+        return Attention(
             config.heads,
             config.heads,
-            config.width // config.heads,
+            config.head_size,
             self.execution,
             rate=config.attention_dropout,
             train=self.train,
@@ -267,11 +216,27 @@ class _Layer(nn.Module):
             causal=True,
             name="attention",
         )
-        slots = None if arrays is None else Slots(arrays[0], arrays[1], layer, used)
-        normed = nn.LayerNorm(config.norm_epsilon, dtype, name="attention_norm")(hidden)
-        attended, arrays = attention(normed, seen, slots=slots)
-        hidden += Dropout(config.residual_dropout, self.train)(attended)
-        mlp = Mlp(config.inner, config.activation, self.execution, stddev=config.stddev, name="mlp")
-        changed = mlp(nn.LayerNorm(config.norm_epsilon, dtype, name="mlp_norm")(hidden))
-        hidden += Dropout(config.residual_dropout, self.train)(changed)
-        return (hidden, arrays), None
+
+    def mlp(self) -> Mlp:
+        config = self.config
+        return Mlp(
+            config.inner, config.activation, self.execution, stddev=config.stddev, name="mlp"
+        )
+
+
+class GPT2(CausalModel):
+    """A GPT-2; see `CausalModel`."""
+
+    layer = _Layer
+
+    def placed(self, hidden: Array, positions: Array, train: bool) -> tuple[Array, None]:
+        """Adds the positions' embeddings."""
+        config = self.config
+        table = Embed(
+            config.positions,
+            config.width,
+            self.execution.dtype,
+            config.stddev,
+            name="position_embed",
+        )
+        return Dropout(config.embedding_dropout, train)(hidden + table(positions)), None

@@ -236,14 +236,13 @@ class _DecoderLayer(_Layer):
         seen, bias, used, encoded, encoded_mask = shared
         slots = None if arrays is None else Slots(arrays[0], arrays[1], layer, used)
         attended, arrays = self.attention("self_attention", causal=True)(
-            self.norm("self_attention_norm")(hidden), seen, bias=bias, slots=slots
+            self.norm("self_attention_norm")(hidden), seen, bias=bias, memory=slots
         )
         hidden += self.dropped(attended)
         attended, _ = self.attention("cross_attention")(
             self.norm("cross_attention_norm")(hidden),
             encoded_mask,
-            source=encoded,
-            key_value=key_value,
+            source=encoded if key_value is None else key_value,
         )
         hidden += self.dropped(attended)
         hidden += self.dropped(self.mlp()(self.norm("mlp_norm")(hidden)))
