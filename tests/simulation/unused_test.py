@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from fedqsn_jax.simulation.configured import algorithm_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from fedqsn_jax.config.command_line import read_config
 from fedqsn_jax.config.schema import MODELS, Config, ModelConfig, with_fields
 from fedqsn_jax.data.text.formats import FORMATS
 from fedqsn_jax.data.text.loading import TextSettings
+from fedqsn_jax.simulation.from_config import algorithm_of
 from fedqsn_jax.simulation.unused import as_used, ignored_settings, unused_fields, without_effect
 
 
