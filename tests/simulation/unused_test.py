@@ -43,7 +43,7 @@ def test_every_field_of_a_model_belongs_to_one():
 def test_fields_of_texts_are_those_that_texts_read():
     read = {f"data.{field.name}" for field in dataclasses.fields(TextSettings)}
     unused = {name for name in unused_fields(Config()) if name.startswith("data.")}
-    assert unused == read | {"data.shards_per_client"}
+    assert unused == read | {"data.shards_per_client", "data.directory"}
     assert not read & set(unused_fields(with_fields(Config(), {"data.name": "text"})))
 
 
@@ -162,6 +162,14 @@ def test_every_file_runs_with_every_algorithm_without_such_a_warning():
                 "data.template": "{x}",
             },
             "data.template = '{x}' has no effect with data.labels = ('a', 'b')",
+        ),
+        (
+            {"model.name": "cnn", "data.name": "mnist", "data.test_rows": 5},
+            "data.test_rows = 5 has no effect with data.name = 'mnist'",
+        ),
+        (
+            {"data.directory": "there"},
+            "data.directory = 'there' has no effect with data.name = 'digits'",
         ),
         (
             {"pretraining.steps": 0, "pretraining.learning_rate": 0.5},
