@@ -33,6 +33,7 @@ from fedqsn_jax.data.population import HeldOut
 from fedqsn_jax.data.streamed import HostData, place
 from fedqsn_jax.models.functional import linen_apply, linen_init, nnx_split
 from fedqsn_jax.problems.training import hold_back, pretrain
+from fedqsn_jax.reporting.display import Display, silent_display
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.simulation.compose import Simulation, make_simulation
@@ -107,7 +108,8 @@ def federate(
       task: Loss and metrics; by default `tasks.classification` of the integers ``label``.
       params: Parameters to start from, instead of initial or an nnx module's own ones.
       inputs: The name of a module's input among the arrays.
-      on_progress: Called with the number of finished rounds, and what was newly evaluated.
+      on_progress: Called with the number of finished rounds, and what was newly evaluated. Without
+        it, what takes long gives signs of life: a line every few seconds, in a terminal a spinner.
       **settings: Fields of `config.Config`, sections as dictionaries. ``cohort.size`` and
         ``evaluation.attackers`` are by default at most the number of clients. Of ``data`` there
         are ``resident``, ``held_out_share`` and ``held_out_clients`` only.
@@ -154,12 +156,20 @@ def federate(
     rules = (*config.site_rules, *(f"{path}: none" for path in heads))
     config = dataclasses.replace(config, site_rules=rules, client=_with_heads(config.client, heads))
     simulation = make_simulation(config, apply_fn, task, start, data)
-    with answer_out_of_memory(config, simulation.choice.axis.chunk_size):
+    # Whoever is told of the rounds shows them in a way of their own.
+    display = Display() if on_progress is None else silent_display()
+    with (
+        answer_out_of_memory(config, simulation.choice.axis.chunk_size),
+        display.waiting("federate: the server's own training") as waiting,
+    ):
         if private_rows is not None:
             start = pretrain(config, apply_fn, task, start, private_rows)
         state = initial_state(simulation, start)
+        waiting.now("federate: the first evaluation")
         history = [first_entry(simulation, state, held_out)]
+        waiting.now(f"federate: round 0 of {config.rounds}, the first call compiles")
         for finished, after, entries in run_rounds(simulation, state, data, held_out):
+            waiting.now(f"federate: round {finished} of {config.rounds}")
             state = after
             history += entries
             if on_progress is not None:

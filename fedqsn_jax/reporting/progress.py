@@ -124,6 +124,10 @@ class Waiting(Ongoing):
         self._spinner = Spinner("line" if console.options.ascii_only else "dots")
         super().__init__(console, clock)
 
+    def now(self, what: str) -> None:
+        """Tells what is going on from here on; the clock goes on."""
+        self._what = what
+
     def _still(self) -> str:
         return f"{self._what}: {clock_text(self.elapsed)} so far"
 

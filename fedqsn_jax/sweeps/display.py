@@ -72,10 +72,10 @@ class SweepDisplay(Display):
         """
         score, attacker = score_of(settings), rival_view(settings, "attacker")
         seeds = max(setting.seeds for setting in settings)
-        start = settings[0].metrics[f"start/{score}"].mean
+        start = self._estimate(settings[0].metrics[f"start/{score}"], interval=False)
         of_seeds = f"mean of {seeds} seeds with its 95% interval" if seeds > 1 else "one seed"
         self.message(f"\n{score} at the end, {of_seeds}")
-        self.message(f"(global before the first round {start:.3f})")
+        self.message(f"(global before the first round {start})")
         views = ("global", "proxy", attacker)
         front = pareto_front([_pair(setting, attacker, score) for setting in settings])
         stars = [" *" if index in front else "" for index in range(len(settings))]
@@ -100,8 +100,10 @@ class SweepDisplay(Display):
             estimates = [setting.metrics.get(f"{view}/{score}") for setting in settings]
             cells = [self._estimate(each, interval) for each in estimates]
             columns.append(Column(view.replace("_", " "), cells))
-        sent = [setting.metrics["bytes/down_per_client"].mean for setting in settings]
-        return [*columns, Column("KB down", [f"{count / 1000:,.1f}" for count in sent])]
+        nothing = Estimate(math.nan, math.nan)
+        sent = [each.metrics.get("bytes/down_per_client", nothing).mean for each in settings]
+        cells = ["-" if math.isnan(count) else f"{count / 1000:,.1f}" for count in sent]
+        return [*columns, Column("KB down", cells)]
 
     def written(self, paths: Sequence[Path]) -> None:
         """Says where the results are."""

@@ -155,9 +155,10 @@ def over_seeds(records: Sequence[Record], order: Sequence[Mapping[str, Any]]) ->
     for each in order:
         group = groups.pop(identity(each, 0), [])
         if group:
+            # A point may lack what others have.
+            names = dict.fromkeys(name for one in group for name in one["metrics"])
             metrics = {
-                name: estimate([one["metrics"].get(name) for one in group])
-                for name in group[0]["metrics"]
+                name: estimate([one["metrics"].get(name) for one in group]) for name in names
             }
             settings.append(Setting(dict(each), len(group), metrics))
     return settings

@@ -13,6 +13,7 @@ from scipy import stats
 from fedqsn_jax.sweeps import trade_off
 from fedqsn_jax.sweeps.display import PointProgress, SweepDisplay
 from fedqsn_jax.sweeps.estimates import Estimate, Setting, estimate, pareto_front, short_names
+from fedqsn_jax.sweeps.results import over_seeds
 
 
 def test_the_interval_is_students():
@@ -271,3 +272,19 @@ def test_a_picture_explains_itself():
     ]
     legend = trade_off.draw(without, None).axes[0].get_legend()
     assert "95%" not in str([text.get_text() for text in legend.get_texts()])
+
+
+def test_what_a_point_lacks_is_absent_in_its_setting():
+    def record(seed, **more):
+        metrics = {"global/accuracy": 0.5, "start/accuracy": 0.1, **more}
+        return {"settings": {"p1": 0.1}, "seed": seed, "metrics": metrics}
+
+    (setting,) = over_seeds(
+        [record(0), record(1, **{"bytes/down_per_client": 4.0, "train/loss": None})], [{"p1": 0.1}]
+    )
+    assert setting.metrics["global/accuracy"].mean == 0.5
+    assert math.isnan(setting.metrics["bytes/down_per_client"].mean)
+    assert math.isnan(setting.metrics["train/loss"].mean)
+    text = io.StringIO()
+    SweepDisplay(Console(file=text, width=80)).table_of([setting])
+    assert text.getvalue().splitlines()[5].split() == ["0.1", "0.500", "+-0.000", "-", "-", "-"]
