@@ -11,6 +11,7 @@ import optax
 from flax import struct
 
 from fedqsn_jax.core.keys import client_round_key, fold_in_name
+from fedqsn_jax.core.tasks import mean
 from fedqsn_jax.core.trees import Selection, combine, exclude, select
 from fedqsn_jax.core.types import Array, Batch, Columns, Key, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
@@ -214,10 +215,11 @@ def make_federation(
             delta = jax.tree.map(lambda leaf: jnp.where(broken, jnp.nan, leaf), delta)
         part = aggregator.contribute(delta, context.weights[client], proxy.visible)
         accepted = part.weight > 0
+        trained = accepted & (training.steps > 0)
         contribution = {
             "update": part,
-            "loss": jnp.where(accepted, result.loss * result.examples, 0),
-            "examples": jnp.where(accepted, result.examples, 0).astype(jnp.float32),
+            "loss": jnp.where(trained, result.loss * result.examples, 0),
+            "examples": jnp.where(trained, result.examples, 0).astype(jnp.float32),
         }
         # What was rejected never arrived: the client keeps what it had.
         return contribution, jax.tree.map(
@@ -268,7 +270,7 @@ def make_federation(
             for name, attacker in state.attackers.items()
         }
         facts = {
-            "train/loss": total["loss"] / jnp.maximum(total["examples"], 1),
+            "train/loss": mean(total["loss"], total["examples"]),
             "clients/returned": attendance.returns.sum(dtype=jnp.uint32),
             "clients/rejected": total["update"].rejected,
         }

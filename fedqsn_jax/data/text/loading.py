@@ -30,7 +30,7 @@ OWN = "own"
 """The task whose columns are named by the user."""
 
 # Part of every cache key: to be raised when the same files would give other arrays.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _CUT = "rows that were cut"
 
 
@@ -140,16 +140,27 @@ def load(
         if kind.generates:
             every = list(train_source.rows())
             prompts_of_rows = [generation_example(row, kind)[0] for row in every]
-            groups = np.unique(prompts_of_rows, return_inverse=True)[1]
+            # Not an array of text: each row of one takes the memory of the longest.
+            number = {prompt: index for index, prompt in enumerate(sorted(set(prompts_of_rows)))}
+            groups = np.asarray([number[prompt] for prompt in prompts_of_rows])
         held_out, rest = _hold_out(groups, config.test_rows, train_source.name, generator)
         if kind.generates:
             test_rows = [every[index] for index in held_out]
         test, train = take(train, held_out), take(train, rest)
+    notes = []
+    if kind.generates:
+        rows = len(train["tokens"]) + len(test["tokens"])
+        train, test = (_with_targets(each, kind.length) for each in (train, test))
+        dropped = rows - len(train["tokens"]) - len(test["tokens"])
+        if dropped:
+            notes.append(
+                f"{dropped} of {rows} rows are left out: their prompts fill data.length = "
+                f"{kind.length} tokens, so that nothing is left to be predicted"
+            )
     prompts = None
     if test_rows is not None:
         prompts = make_prompts(test_rows, kind, tokenizer, options, new_tokens)
     splits = make_splits(train, test, len(kind.labels), config, generator)
-    notes = []
     if cut:
         notes.append(f"{cut} rows lost tokens beyond data.length = {kind.length}")
     if CLIENT_COLUMN in train and config.partition != "natural":
@@ -193,6 +204,19 @@ def text_format(settings: TextSettings) -> TextFormat:
         labels=settings.labels or kind.labels,
         length=settings.length or kind.length,
     )
+
+
+def _with_targets(rows: Rows, length: int) -> Rows:
+    """The rows of which at least one token is to be predicted."""
+    # Nothing predicts the first token of a decoder's row.
+    mask = rows["loss_mask"][:, 1:] if "loss_mask" in rows else rows["target_mask"]
+    kept = np.flatnonzero(mask.any(axis=1))
+    if not kept.size:
+        raise ConfigError(
+            f"data.length = {length}: the prompts fill it in every row, so that nothing is left to "
+            f"be predicted; allowed is a larger number"
+        )
+    return rows if len(kept) == len(mask) else take(rows, kept)
 
 
 def _hold_out(
