@@ -129,10 +129,11 @@ def load(
         return _arrays(source, settings, kind, options, tokenizer, console)
 
     train, cut = arrays(train_source)
+    count = len(train["tokens"])
     test_rows: Iterable[Row] | None = None
     if test_source is not None:
         test, cut_in_test = arrays(test_source)
-        cut += cut_in_test
+        cut, count = cut + cut_in_test, count + len(test["tokens"])
         if kind.generates:
             test_rows = test_source.rows()
     else:
@@ -162,7 +163,9 @@ def load(
         prompts = make_prompts(test_rows, kind, tokenizer, options, new_tokens)
     splits = make_splits(train, test, len(kind.labels), config, generator)
     if cut:
-        notes.append(f"{cut} rows lost tokens beyond data.length = {kind.length}")
+        notes.append(
+            f"{cut} of the {count} rows of the files lost tokens beyond data.length = {kind.length}"
+        )
     if CLIENT_COLUMN in train and config.partition != "natural":
         notes.append(
             f"the column {CLIENT_COLUMN} of {train_source.name} is not used: data.partition = "

@@ -403,7 +403,7 @@ def test_the_cache_saves_the_work(tmp_path, tokenized):
     second = load(tmp_path, source, length=3)
     assert len(tokenized) == 1
     assert first.notes == second.notes
-    assert first.notes[0] == "20 rows lost tokens beyond data.length = 3"
+    assert first.notes[0] == "20 of the 20 rows of the files lost tokens beyond data.length = 3"
     for name, array in first.splits.clients.examples.items():
         assert np.array_equal(array, second.splits.clients.examples[name])
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
