@@ -148,16 +148,9 @@ def load(
         if kind.generates:
             test_rows = [every[index] for index in held_out]
         test, train = take(train, held_out), take(train, rest)
-    notes = []
+    notes: list[str] = []
     if kind.generates:
-        rows = len(train["tokens"]) + len(test["tokens"])
-        train, test = (_with_targets(each, kind.length) for each in (train, test))
-        dropped = rows - len(train["tokens"]) - len(test["tokens"])
-        if dropped:
-            notes.append(
-                f"{dropped} of {rows} rows are left out: their prompts fill data.length = "
-                f"{kind.length} tokens, so that nothing is left to be predicted"
-            )
+        train, test, notes = _drop_without_targets(train, test, kind.length)
     prompts = None
     if test_rows is not None:
         prompts = make_prompts(test_rows, kind, tokenizer, options, new_tokens)
@@ -207,6 +200,20 @@ def text_format(settings: TextSettings) -> TextFormat:
         labels=settings.labels or kind.labels,
         length=settings.length or kind.length,
     )
+
+
+def _drop_without_targets(train: Rows, test: Rows, length: int) -> tuple[Rows, Rows, list[str]]:
+    """Leaves out rows of which nothing is to be predicted, and tells how many."""
+    rows = len(train["tokens"]) + len(test["tokens"])
+    train, test = _with_targets(train, length), _with_targets(test, length)
+    dropped = rows - len(train["tokens"]) - len(test["tokens"])
+    if not dropped:
+        return train, test, []
+    note = (
+        f"{dropped} of {rows} rows are left out: their prompts fill data.length = {length} tokens, "
+        f"so that nothing is left to be predicted"
+    )
+    return train, test, [note]
 
 
 def _with_targets(rows: Rows, length: int) -> Rows:
