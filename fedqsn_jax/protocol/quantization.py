@@ -209,9 +209,9 @@ def _as_one_column(matrices: Array) -> Array:
 
 
 # Numbers below 2**-126, the smallest normal float32, are zero to the arithmetic of some devices,
-# CPUs among them, and so are the reciprocals by which they divide by numbers above 2**126. So scales
-# are found and rounded as the integers that their bits are, which sort alike; and where a tensor has a
-# block whose scale is extreme, its values are multiplied by a power of two first.
+# CPUs among them, and so are the reciprocals by which they divide by numbers above 2**126. So
+# scales are found and rounded as the integers that their bits are, which sort alike; and the values
+# of a block whose scale is extreme are multiplied by a power of two first.
 _NORMAL = 0x00800000  # 2**-126
 _SMALL, _LARGE = 0x20000000, 0x7E000000  # 2**-63, 2**125
 _SHIFT = 64

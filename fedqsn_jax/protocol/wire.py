@@ -13,9 +13,9 @@ numbers are little-endian::
            have already, and updates of frozen ones, are left out.
 
 So a payload's length is linear in the number of visible columns of each site, and is known once
-the bitmaps are read, before anything is allocated. A proxy or update has one encoding: whatever no
-encoder writes (codes that are no level, unused bits that are set, a negative zero for a scale) is as
-wrong as a damaged payload. Anything wrong with a payload is a ValueError.
+the bitmaps are read, before anything is allocated. A proxy or update has one encoding: what no
+encoder writes (codes that are no level, unused bits that are set, a negative zero for a scale) is
+wrong, as damage is. Anything wrong with a payload is a ValueError.
 """
 
 import dataclasses

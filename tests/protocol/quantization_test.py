@@ -286,7 +286,7 @@ def test_scales_of_every_size_are_rounded_as_numpy_rounds_them(scale_dtype, comp
     generator = np.random.default_rng(5)
     exponents = generator.uniform(-149, 128, 4000)
     largest = [np.float32(x) for x in np.exp2(exponents)] + [np.finfo(np.float32).max]
-    largest += list(np.exp2(np.arange(-149.0, 128))) + [2.0**-25 * 1.5, 65519.0, 65520.0]
+    largest += [*np.exp2(np.arange(-149.0, 128)), 2.0**-25 * 1.5, 65519.0, 65520.0]
     columns = np.asarray(largest, np.float32)
     shares = np.asarray([-1.0, 0.73, -0.31, 0.08, 0.0, 0.52], np.float64)
     matrices = (shares[:, None] * columns).astype(np.float32)[None]
