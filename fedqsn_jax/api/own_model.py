@@ -1,7 +1,6 @@
 """One call for people who bring their own model and their own clients' arrays."""
 
 import dataclasses
-import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +9,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
 
-from fedqsn_jax.api.heads import find_heads
-from fedqsn_jax.api.own_rows import Arrays, check_classes, check_same, read_clients, read_rows
-from fedqsn_jax.config.command_line import one_line
+from fedqsn_jax.api.heads import Head, find_heads
+from fedqsn_jax.api.own_function import (
+    OwnModel,
+    as_function,
+    check_names,
+    check_task,
+    outputs_of,
+    warn_of_idle_dropouts,
+)
+from fedqsn_jax.api.own_params import OwnTree, read_params
+from fedqsn_jax.api.own_rows import (
+    Arrays,
+    Rows,
+    check_classes,
+    check_held,
+    check_same,
+    read_clients,
+    read_rows,
+)
 from fedqsn_jax.config.schema import (
-    ClientConfig,
     Config,
     ConfigError,
     check_sections,
@@ -26,13 +39,13 @@ from fedqsn_jax.config.schema import (
 )
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task, classification
-from fedqsn_jax.core.trees import leaves_by_path
-from fedqsn_jax.core.types import ApplyFn, Array, Batch, Params
+from fedqsn_jax.core.trees import exact_pattern, leaves_by_path, matches_any
+from fedqsn_jax.core.types import ApplyFn, Batch, Params
 from fedqsn_jax.data.held_out import hold_out
-from fedqsn_jax.data.population import HeldOut
+from fedqsn_jax.data.population import ClientData, HeldOut
 from fedqsn_jax.data.streamed import HostData, place
-from fedqsn_jax.models.functional import linen_apply, linen_init, nnx_split
 from fedqsn_jax.problems.training import hold_back, pretrain
+from fedqsn_jax.protocol.sites import parse_rule
 from fedqsn_jax.reporting.display import Display, silent_display
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 from fedqsn_jax.rounds.federation import ServerState
@@ -70,7 +83,7 @@ class Federated(NamedTuple):
 
 
 def federate(
-    model: linen.Module | nnx.Module | tuple[ApplyFn, Params],
+    model: OwnModel,
     clients: Sequence[Arrays] | HostData,
     test: Arrays,
     *,
@@ -97,8 +110,10 @@ def federate(
     Args:
       model: A linen module, an nnx module, or ``(apply_fn, params)``. A module is called with
         ``batch[inputs]``, the function with ``(params, batch, key)``: the whole batch, and a key in
-        training (for dropout), None in evaluation. The task head is found by what it does, and
-        never hidden.
+        training (for dropout), None in evaluation. How a module is told that it trains is said in
+        `functional.linen_apply` and `functional.nnx_split`. The task head is found by what it
+        does, and never hidden. Of parameters floating-point arrays are trained; integers, booleans
+        and random keys are constants.
       clients: Each client's dictionary of arrays ``[rows, ...]``, all with the same names, dtypes
         and shapes of a row; numbers of rows may differ. Or all of them as `HostData`, whose arrays
         may be memory-mapped files.
@@ -119,6 +134,33 @@ def federate(
       ValueError: The arrays are in another format or do not agree, a label is none of the model's
         classes, or the model has running statistics.
     """
+    config, population, rows = _read(clients, test, private, settings)
+    task = task or classification()
+    check_names(model, inputs, task, population.examples)
+    for line in warnings_before_run(config, _chosen(settings)):
+        warnings.warn(line, stacklevel=2)
+    prepared = _prepare(model, config, population, rows, task, params, inputs)
+    state, history = _run(prepared, on_progress)
+    for line in warnings_after_run(prepared.simulation.config, history, state.attackers):
+        warnings.warn(line, stacklevel=2)
+    simulation = prepared.simulation
+    return Federated(
+        prepared.tree.join(jax.jit(simulation.merged)(state.params)),
+        history,
+        tensor_rows(simulation, prepared.start),
+        expected_costs(simulation),
+        state,
+        simulation,
+    )
+
+
+def _read(
+    clients: Sequence[Arrays] | HostData,
+    test: Arrays,
+    private: Arrays | None,
+    settings: Mapping[str, Any],
+) -> tuple[Config, HostData, dict[str, Rows]]:
+    """The settings, the clients' rows, and those of others by whose they are."""
     population = read_clients(clients)
     config = _resolve(settings, population.clients)
     others = {"test": test} if private is None else {"test": test, "private": private}
@@ -127,63 +169,99 @@ def federate(
         check_same(each, population, where)
     # What the settings say of private rows is of a data set of the package.
     own_rows = len(next(iter(rows["private"].values()))) if "private" in rows else 0
-    config = with_fields(config, {"data.private_rows": own_rows})
-    task = task or classification()
-    _check_names(model, inputs, task, population.examples)
-    example = {name: jnp.asarray(array[:1]) for name, array in rows["test"].items()}
-    apply_fn, initial = _as_function(model, config, example, inputs)
-    start_of = initial if params is None else lambda: jax.tree.map(jnp.asarray, params)
-    outputs = _outputs(apply_fn, start_of, example)
+    return with_fields(config, {"data.private_rows": own_rows}), population, rows
+
+
+class _Prepared(NamedTuple):
+    """What is run.
+
+    Attributes:
+      apply_fn: The model, of nested dictionaries of parameters.
+      tree: The form of the user's own parameters.
+      start: The parameters before anybody trains.
+      data: The clients' rows.
+      private: The server's own rows to train on; None: none.
+      held_out: What is evaluated on.
+      simulation: The method, with the settings.
+    """
+
+    apply_fn: ApplyFn
+    tree: OwnTree
+    start: Params
+    data: ClientData
+    private: Batch | None
+    held_out: HeldOut
+    simulation: Simulation
+
+
+def _prepare(
+    model: OwnModel,
+    config: Config,
+    population: HostData,
+    rows: Mapping[str, Rows],
+    task: Task,
+    params: Params | None,
+    inputs: str,
+) -> _Prepared:
+    """Checks the model, and composes what is run; no program of the rounds is compiled."""
+    some = {name: jnp.asarray(array[:_PROBE_ROWS]) for name, array in rows["test"].items()}
+    example = {name: array[:1] for name, array in some.items()}
+    key = root_key(config.seed)
+    own_apply, initial = as_function(model, fold_in_name(key, "model"), example, inputs)
+    start_of = initial if params is None else lambda: params
+    outputs = outputs_of(own_apply, start_of, example)
     if task.label is not None:
         check_classes(task.label, outputs, population, rows)
-    _check_task(task, outputs, example)
-    for line in warnings_before_run(config, _chosen(settings)):
-        warnings.warn(line, stacklevel=2)
+    check_task(task, outputs, example)
+    check_held(population, rows)
+    tree, start = read_params(start_of())
+    apply_fn = tree.adapt(own_apply)
+    warn_of_idle_dropouts(model, tree.join(start), example, inputs)
     trains, client_tests = hold_out(
         population, config.data, np.random.default_rng([config.seed, _STREAM])
     )
     data = place(trains, config.data.resident)
-    on_device: dict[str, Batch] = jax.tree.map(jnp.asarray, rows)
-    private_rows, validation = _private(config, on_device)
-    held_out = HeldOut(on_device["test"], client_tests, validation)
-    start = start_of()
-    heads = find_heads(apply_fn, start, example, fold_in_name(root_key(config.seed), "heads"))
-    if not heads and not config.site_rules:
-        raise ConfigError(
-            "site_rules: no task head was found; name it by a rule such as 'PATH: none', with a "
-            f"path of: {', '.join(leaves_by_path(start))}"
-        )
-    rules = (*config.site_rules, *(f"{path}: none" for path in heads))
-    config = dataclasses.replace(config, site_rules=rules, client=_with_heads(config.client, heads))
-    simulation = make_simulation(config, apply_fn, task, start, data)
+    on_device: dict[str, Batch] = jax.tree.map(jnp.asarray, dict(rows))
+    private, validation = _private(config, on_device)
+    heads = find_heads(apply_fn, start, some, fold_in_name(key, "heads"))
+    config = _with_heads(config, heads, start)
+    return _Prepared(
+        apply_fn=apply_fn,
+        tree=tree,
+        start=start,
+        data=data,
+        private=private,
+        held_out=HeldOut(on_device["test"], client_tests, validation),
+        simulation=make_simulation(config, apply_fn, task, start, data),
+    )
+
+
+def _run(
+    prepared: _Prepared, on_progress: Callable[[int, list[Entry]], None] | None
+) -> tuple[ServerState, list[Entry]]:
+    """Runs all rounds; returns the last state and what was evaluated."""
+    simulation, start = prepared.simulation, prepared.start
+    config = simulation.config
     # Whoever is told of the rounds shows them in a way of their own.
     display = Display() if on_progress is None else silent_display()
     with (
         answer_out_of_memory(config, simulation.choice.axis.chunk_size),
         display.waiting("federate: the server's own training") as waiting,
     ):
-        if private_rows is not None:
-            start = pretrain(config, apply_fn, task, start, private_rows)
+        if prepared.private is not None:
+            start = pretrain(config, prepared.apply_fn, simulation.task, start, prepared.private)
         state = initial_state(simulation, start)
         waiting.now("federate: the first evaluation")
-        history = [first_entry(simulation, state, held_out)]
+        history = [first_entry(simulation, state, prepared.held_out)]
         waiting.now(f"federate: round 0 of {config.rounds}, the first call compiles")
-        for finished, after, entries in run_rounds(simulation, state, data, held_out):
+        calls = run_rounds(simulation, state, prepared.data, prepared.held_out)
+        for finished, after, entries in calls:
             waiting.now(f"federate: round {finished} of {config.rounds}")
             state = after
             history += entries
             if on_progress is not None:
                 on_progress(finished, entries)
-    for line in warnings_after_run(config, history, state.attackers):
-        warnings.warn(line, stacklevel=2)
-    return Federated(
-        jax.jit(simulation.merged)(state.params),
-        history,
-        tensor_rows(simulation, start),
-        expected_costs(simulation),
-        state,
-        simulation,
-    )
+    return state, history
 
 
 def _private(config: Config, rows: Mapping[str, Batch]) -> tuple[Batch | None, Batch | None]:
@@ -198,58 +276,6 @@ def _private(config: Config, rows: Mapping[str, Batch]) -> tuple[Batch | None, B
     return None, None
 
 
-def _check_names(model: Any, inputs: str, task: Task, arrays: Mapping[str, Any]) -> None:
-    """Makes sure that the rows have the arrays that are read by name."""
-    names = ", ".join(sorted(arrays))
-    if inputs not in arrays and not isinstance(model, tuple):
-        raise ValueError(
-            f"inputs = {inputs!r}: the model's input; allowed is one of the rows' {names}"
-        )
-    if task.label is not None and task.label not in arrays:
-        raise ValueError(
-            f"task: its labels are called {task.label!r}; allowed is one of the rows' {names}, by "
-            f"task=classification(NAME)"
-        )
-
-
-def _outputs(
-    apply_fn: ApplyFn, start: Callable[[], Params], example: Batch
-) -> jax.ShapeDtypeStruct:
-    """What the model makes of a batch; nothing is computed or compiled."""
-    try:
-        outputs: Any = jax.eval_shape(lambda batch: apply_fn(start(), batch, None), example)
-    except KeyError as error:
-        raise ValueError(
-            f"model: there is no {error} in its parameters, or in a batch, which has "
-            f"{', '.join(sorted(example))}"
-        ) from error
-    except Exception as error:
-        raise ValueError(
-            f"model: it fails on a batch, which is a dictionary with "
-            f"{', '.join(sorted(example))}, without a key, "
-            f"as in evaluation: {one_line(error)}"
-        ) from error
-    if not isinstance(outputs, jax.ShapeDtypeStruct):
-        raise ValueError(
-            f"model: it returns a value of type {type(outputs).__name__}; allowed is one array"
-        )
-    return outputs
-
-
-def _check_task(task: Task, outputs: jax.ShapeDtypeStruct, example: Batch) -> None:
-    """Makes sure that the task finds in a batch what it reads."""
-
-    def read(outputs: Array, batch: Batch, valid: Array) -> Any:
-        return task.loss(outputs, batch, valid), task.statistics(outputs, batch, valid)
-
-    try:
-        jax.eval_shape(read, outputs, example, jnp.ones(1, bool))
-    except KeyError as error:
-        raise ValueError(
-            f"task: there is no {error} in a batch, which has {', '.join(sorted(example))}"
-        ) from error
-
-
 def _chosen(settings: Mapping[str, Any]) -> set[str]:
     """The dotted names of settings."""
     chosen = set()
@@ -259,14 +285,46 @@ def _chosen(settings: Mapping[str, Any]) -> set[str]:
     return chosen
 
 
-def _with_heads(client: ClientConfig, heads: Sequence[str]) -> ClientConfig:
-    """Replaces the name ``head`` by the model's heads, which need not be named so."""
-    patterns = [f"{path.rpartition('/')[0]}/*".lstrip("/") for path in heads]
-    named = [patterns if name == "head" else [name] for name in client.trained]
-    return dataclasses.replace(client, trained=tuple(itertools.chain(*named)))
+def _with_heads(config: Config, heads: Sequence[Head], params: Params) -> Config:
+    """Settings in which the model's heads are named: they are never hidden, whatever rules say.
+
+    Raises:
+      ConfigError: No head is known, though columns are hidden or quantized.
+    """
+    kernels = [head.kernel for head in heads]
+    if not heads and not config.site_rules and config.algorithm != "fedavg":
+        raise ConfigError(
+            "site_rules: no task head was found; name it by a rule such as '=PATH: none', with a "
+            f"path of: {', '.join(leaves_by_path(params))}"
+        )
+    try:
+        rules = [(rule, *parse_rule(rule)) for rule in config.site_rules]
+    except ValueError as error:
+        raise ConfigError(f"site_rules: {error}") from error
+    own = []
+    for kernel in kernels:
+        fitting = [roles for _, pattern, roles in rules if matches_any(kernel, (pattern,))]
+        # A head that a rule quantizes and never hides travels so.
+        if not fitting or fitting[0][0] not in ("none", "whole"):
+            own.append(f"{exact_pattern(kernel)}: none")
+    for rule, pattern, roles in rules:
+        fits = [path for path in leaves_by_path(params) if matches_any(path, (pattern,))]
+        if fits and set(fits) <= set(kernels) and roles[0] not in ("none", "whole"):
+            warnings.warn(
+                f"site_rules: {rule!r} has no effect: {', '.join(fits)} is the task head, which "
+                f"is never hidden",
+                stacklevel=4,
+            )
+    tensors = [path for head in heads for path in head if path is not None]
+    patterns = [exact_pattern(path) for path in tensors] or ["head"]
+    named = [patterns if name == "head" else [name] for name in config.client.trained]
+    trained = tuple(itertools.chain(*named))
+    client = dataclasses.replace(config.client, trained=trained)
+    return dataclasses.replace(config, site_rules=(*own, *config.site_rules), client=client)
 
 
 _DATA_FIELDS = {"resident", "held_out_share", "held_out_clients"}
+_PROBE_ROWS = 64
 _STREAM = 0x68656C64
 """Keeps the draws of held-out rows apart from others with the same seed."""
 
@@ -291,50 +349,3 @@ def _resolve(settings: Mapping[str, Any], population: int) -> Config:
             "data": {"clients": population, **data},
         }
     )
-
-
-def _as_function(
-    model: linen.Module | nnx.Module | tuple[ApplyFn, Params],
-    config: Config,
-    example: Arrays,
-    inputs: str,
-) -> tuple[ApplyFn, Callable[[], Params]]:
-    """Returns the model as a function, and what makes its parameters.
-
-    Raises:
-      ValueError: It is none of the kinds of model, or its function has other arguments.
-    """
-    if isinstance(model, linen.Module):
-        module, key = model, fold_in_name(root_key(config.seed), "model")
-        return (
-            linen_apply(module, inputs),
-            lambda: linen_init(module, key, dict(example), inputs),
-        )
-    if isinstance(model, nnx.Module):
-        own, apply_fn = nnx_split(model, inputs)
-        return apply_fn, lambda: own
-    if not isinstance(model, tuple) or len(model) != 2 or not callable(model[0]):
-        kind = "the class" if isinstance(model, type) else "of type"
-        name = (model if isinstance(model, type) else type(model)).__name__
-        raise ValueError(
-            f"model: {kind} {name}; allowed are an instance of a flax.linen or flax.nnx module, "
-            f"and (apply_fn, params)"
-        )
-    apply_fn, own = model
-    _check_signature(apply_fn)
-    return apply_fn, lambda: own
-
-
-def _check_signature(apply_fn: Callable[..., Any]) -> None:
-    """Makes sure that a function can be called as the rounds will."""
-    try:
-        signature = inspect.signature(apply_fn)
-    except (TypeError, ValueError):
-        return  # Some callables do not tell; they are taken as they are.
-    try:
-        signature.bind(None, None, None)
-    except TypeError as error:
-        raise ValueError(
-            f"model: apply_fn takes {signature}; allowed is (params, batch, key), where the batch "
-            f"is a dictionary of arrays and the key None in evaluation"
-        ) from error

@@ -114,14 +114,14 @@ def linen_apply(module: linen.Module, inputs: str = "image") -> ApplyFn:
     return apply
 
 
-def _modes(training: bool) -> dict[str, bool]:
+def _modes(training: bool) -> dict[str, Any]:
     return {
         **dict.fromkeys(TRAINING_NAMES, training),
         **dict.fromkeys(EVALUATION_NAMES, not training),
     }
 
 
-def _told(module: linen.Module, training: bool) -> tuple[linen.Module, dict[str, bool]]:
+def _told(module: linen.Module, training: bool) -> tuple[linen.Module, dict[str, Any]]:
     """A module that knows whether it trains, by its fields, and the arguments that tell the rest.
 
     What a field says is not said again by an argument: Flax refuses to be told twice.
@@ -294,8 +294,8 @@ class _NnxFunction:
 
     def _variables(self, merged: nnx.Module) -> list[tuple[Any, Any]]:
         """Everything but parameters and random streams, by path."""
-        rest: Any = nnx.split(merged, nnx.Param, nnx.RngState, ...)[3]
-        return list(nnx.to_flat_state(rest))
+        split: Any = nnx.split(merged, nnx.Param, nnx.RngState, ...)
+        return list(nnx.to_flat_state(split[3]))
 
 
 def _fresh(state: Any) -> list[tuple[Any, Any]]:

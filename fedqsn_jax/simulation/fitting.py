@@ -72,7 +72,7 @@ def fit(config: Config, algorithm: Algorithm, plain: Model, batch: Batch) -> Fit
     Raises:
       ConfigError: The settings do not fit the model.
     """
-    sites = _sites(config, plain.params)
+    sites = _sites(config, algorithm, plain.params)
     lora, merged, model = configured_adapters(config, plain.params), None, plain
     adapters_only = algorithm.adapters_only
     public = adapters_only or config.lora.public_base
@@ -107,10 +107,11 @@ def fit(config: Config, algorithm: Algorithm, plain: Model, batch: Batch) -> Fit
     )
 
 
-def _sites(config: Config, params: Params) -> Sites:
+def _sites(config: Config, algorithm: Algorithm, params: Params) -> Sites:
+    needed = algorithm.quantizer is not None or algorithm.p1 > 0 or algorithm.p2 > 0
     try:
         embeddings = embedding_rules(params) if config.quantize_embeddings else ()
         rules = (*config.site_rules, *embeddings)
-        return find_sites(params, rules, config.sites)  # type: ignore[arg-type]
+        return find_sites(params, rules, config.sites, needed=needed)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(f"site_rules: {error}") from error

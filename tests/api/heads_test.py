@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from fedqsn_jax.api.heads import find_heads
+from fedqsn_jax.api.heads import Head, find_heads
 from fedqsn_jax.models.functional import linen_apply, linen_init
 
 
@@ -35,7 +35,7 @@ def test_it_is_the_last_layer_and_no_other_of_its_width(outputs):
     params = linen_init(module, jax.random.key(0), batch)
     for seed in range(5):
         found = find_heads(linen_apply(module), params, batch, jax.random.key(seed))
-        assert found == ("whatever/kernel",)
+        assert found == (Head("whatever/kernel", "whatever/bias"),)
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -43,4 +43,4 @@ def test_it_is_found_behind_many_convolutions():
     module, batch = Deep(), {"image": jnp.ones((3, 8))}
     params = linen_init(module, jax.random.key(0), batch)
     found = find_heads(linen_apply(module), params, batch, jax.random.key(1))
-    assert found == ("Dense_0/kernel",)
+    assert found == (Head("Dense_0/kernel", "Dense_0/bias"),)
