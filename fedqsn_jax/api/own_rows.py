@@ -3,13 +3,14 @@
 A mistake is a `ValueError` of one line: whose rows, what is wrong, what is allowed.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from fedqsn_jax.core.arrays import check_values, read_array
+from fedqsn_jax.core.arrays import check_values, count_not_finite, read_array
 from fedqsn_jax.data.labels import check_labels, wrong_labels
 from fedqsn_jax.data.population import join_clients
 from fedqsn_jax.data.streamed import HostData
@@ -127,6 +128,9 @@ def check_same(rows: Rows, clients: HostData, where: str) -> None:
 def check_held(clients: HostData, others: Mapping[str, Rows]) -> None:
     """Makes sure that a device can hold all values; see `arrays.check_values`.
 
+    Values of others that are not finite are told in a `UserWarning`. Of the clients' it is told at
+    the end whose updates were not.
+
     Args:
       clients: The clients' rows.
       others: Others' rows, by whose they are.
@@ -137,6 +141,11 @@ def check_held(clients: HostData, others: Mapping[str, Rows]) -> None:
     for where, arrays in {"clients": clients.examples, **others}.items():
         for name, array in arrays.items():
             check_values(array, f"{where}: {name!r}")
+            count = 0 if where == "clients" else count_not_finite(array)
+            if count:
+                warnings.warn(
+                    f"{where}: {name!r} has {count} values that are not finite", stacklevel=4
+                )
 
 
 def check_classes(
