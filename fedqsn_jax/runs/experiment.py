@@ -33,6 +33,8 @@ from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.runs.written_texts import passes, write_texts
 from fedqsn_jax.simulation.compose import Simulation, make_simulation
 from fedqsn_jax.simulation.costs import expected_costs, tensor_rows
+from fedqsn_jax.simulation.fitting import Model
+from fedqsn_jax.simulation.limits import check_evaluation, check_pretraining
 from fedqsn_jax.simulation.memory import answer_out_of_memory
 from fedqsn_jax.simulation.running import (
     Entry,
@@ -96,7 +98,9 @@ def dry_run(
     if directory is not None:
         distributed.by_leader(lambda: WorkDirectory(directory).check_fit(config))
     with display.waiting("loading the data and making the model"):
-        experiment = distributed.together(lambda: prepare(config))
+        experiment = distributed.together(
+            lambda: prepare(config, load_problem(problem_settings(config), shapes=True))
+        )
     _show(experiment, display, chosen)
 
 
@@ -227,6 +231,7 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
         problem.params,
         problem.splits.clients,
         problem.client_apply,
+        size=problem.size,
     )
     splits = problem.splits
     private, validation = hold_back(config, splits.private)
@@ -234,17 +239,32 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
         simulation, (splits.clients, splits.test, splits.client_tests, validation)
     )
     splits = splits._replace(clients=clients, test=test, client_tests=client_tests, private=private)
+    _check_memory(config, problem, simulation)
     return Experiment(config, problem._replace(splits=splits), simulation, validation)
 
 
-def load_problem(settings: ProblemSettings) -> Problem:
+def _check_memory(config: Config, problem: Problem, simulation: Simulation) -> None:
+    """Refuses what comes before and between the rounds where it does not fit, as they were."""
+    shapes = jax.eval_shape(lambda tree: tree, problem.params)
+    model = Model(
+        problem.apply_fn, problem.pretraining_apply, problem.task, shapes, size=problem.size
+    )
+    check_pretraining(config, model, problem.splits.private)
+    check_evaluation(config, model, problem.splits.test, simulation.held_bytes)
+
+
+def load_problem(settings: ProblemSettings, shapes: bool = False) -> Problem:
     """Loads the data and initializes the model, or reads its pre-trained weights.
+
+    Args:
+      settings: Which.
+      shapes: Whether shapes do for parameters that would be initialized.
 
     Raises:
       ConfigError: One of them is absent or damaged, or they do not fit each other.
     """
     if settings.model.name != LANGUAGE:
-        return load_image_problem(settings)
+        return load_image_problem(settings, shapes)
     # Only here: images do without what texts need, which takes a second to import.
     from fedqsn_jax.problems.language import load_language_problem
 

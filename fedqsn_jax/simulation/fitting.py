@@ -12,6 +12,7 @@ from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.tasks import Task
 from fedqsn_jax.core.trees import TensorRoles, select_trained
 from fedqsn_jax.core.types import ApplyFn, Batch, Params
+from fedqsn_jax.problems.limits import MODEL
 from fedqsn_jax.prompting.prompted_model import full_encoder, parts_of
 from fedqsn_jax.protocol.algorithms import Algorithm
 from fedqsn_jax.protocol.lora import Lora
@@ -28,12 +29,14 @@ class Model(NamedTuple):
       client_apply: The model as clients train it.
       task: What it is for.
       params: Its parameters' shapes.
+      size: The setting that decides on their size, or `limits.MODEL`.
     """
 
     apply_fn: ApplyFn
     client_apply: ApplyFn
     task: Task
     params: Params
+    size: str = MODEL
 
 
 class Fitted(NamedTuple):
