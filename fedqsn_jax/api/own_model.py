@@ -4,11 +4,13 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen
 
 from fedqsn_jax.api.heads import Head, find_heads
 from fedqsn_jax.api.own_function import (
@@ -40,16 +42,20 @@ from fedqsn_jax.config.schema import (
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task, classification
 from fedqsn_jax.core.trees import exact_pattern, leaves_by_path, matches_any
-from fedqsn_jax.core.types import ApplyFn, Batch, Params
+from fedqsn_jax.core.types import Batch, Params
 from fedqsn_jax.data.held_out import hold_out
-from fedqsn_jax.data.population import ClientData, HeldOut
+from fedqsn_jax.data.population import Splits
 from fedqsn_jax.data.streamed import HostData, place
-from fedqsn_jax.problems.training import hold_back, pretrain
+from fedqsn_jax.problems.limits import MODEL, check_initial
+from fedqsn_jax.problems.problem import Problem
+from fedqsn_jax.problems.training import pretrain
 from fedqsn_jax.protocol.sites import parse_rule
 from fedqsn_jax.reporting.display import Display, silent_display
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 from fedqsn_jax.rounds.federation import ServerState
-from fedqsn_jax.simulation.compose import Simulation, make_simulation
+from fedqsn_jax.runs.experiment import Experiment, OnEntries, prepare, run_in
+from fedqsn_jax.runs.working_directory import WorkDirectory
+from fedqsn_jax.simulation.compose import Simulation
 from fedqsn_jax.simulation.costs import expected_costs, tensor_rows
 from fedqsn_jax.simulation.memory import answer_out_of_memory
 from fedqsn_jax.simulation.running import (
@@ -91,7 +97,8 @@ def federate(
     task: Task | None = None,
     params: Params | None = None,
     inputs: str = "image",
-    on_progress: Callable[[int, list[Entry]], None] | None = None,
+    on_progress: OnEntries | None = None,
+    workdir: Path | str | None = None,
     **settings: Any,
 ) -> Federated:
     """Federates a model of your own.
@@ -103,17 +110,15 @@ def federate(
       )
       result.history[-1]["global/accuracy"] - result.history[-1]["attacker_10/accuracy"]
 
-    The arrays are checked before anything is compiled. Settings that have no effect, promises that
-    an algorithm does not keep, updates that were rejected because they were not finite, and
-    training that diverged are told in a `UserWarning`.
+    The arrays are checked before anything is compiled. What the user should know of (settings
+    without effect, promises that are not kept, rejected updates, divergence) is a `UserWarning`.
 
     Args:
       model: A linen module, an nnx module, or ``(apply_fn, params)``. A module is called with
-        ``batch[inputs]``, the function with ``(params, batch, key)``: the whole batch, and a key in
-        training (for dropout), None in evaluation. How a module is told that it trains is said in
-        `functional.linen_apply` and `functional.nnx_split`. The task head is found by what it
-        does, and never hidden. Of parameters floating-point arrays are trained; integers, booleans
-        and random keys are constants.
+        ``batch[inputs]`` (see `functional.linen_apply`, `functional.nnx_split`), the function with
+        ``(params, batch, key)``: the whole batch, and a key in training, None in evaluation. The
+        task head is found by what it does, and never hidden. Integers, booleans and random keys
+        among the parameters are constants.
       clients: Each client's dictionary of arrays ``[rows, ...]``, all with the same names, dtypes
         and shapes of a row; numbers of rows may differ. Or all of them as `HostData`, whose arrays
         may be memory-mapped files.
@@ -121,33 +126,42 @@ def federate(
       private: The server's own rows, on which it trains before the first round
         (``pretraining`` in the settings); None: no such training.
       task: Loss and metrics; by default `tasks.classification` of the integers ``label``.
-      params: Parameters to start from, instead of initial or an nnx module's own ones.
+      params: Parameters to start from, instead of initial or an nnx module's own ones; also those
+        that `load` gives.
       inputs: The name of a module's input among the arrays.
       on_progress: Called with the number of finished rounds, and what was newly evaluated. Without
         it, what takes long gives signs of life: a line every few seconds, in a terminal a spinner.
+      workdir: A directory for checkpoints, metrics and pictures, as the main job has it: the same
+        call resumes there, one with more ``rounds`` extends, `load` reads. None: nothing is kept.
       **settings: Fields of `config.Config`, sections as dictionaries. ``cohort.size`` and
         ``evaluation.attackers`` are by default at most the number of clients. Of ``data`` there
-        are ``resident``, ``held_out_share`` and ``held_out_clients`` only.
+        are ``resident``, ``held_out_share`` and ``held_out_clients`` only; ``checkpoint`` is for
+        a ``workdir``.
 
     Raises:
-      ConfigError: A setting is unknown, out of range, or does not fit the model.
+      ConfigError: A setting is unknown, out of range, or does not fit the model, or the directory
+        belongs to another configuration, other rows or another model.
       ValueError: The arrays are in another format or do not agree, a label is none of the model's
         classes, or the model has running statistics.
     """
-    config, population, rows = _read(clients, test, private, settings)
+    config, population, rows = _read(clients, test, private, settings, workdir)
     task = task or classification()
     check_names(model, inputs, task, population.examples)
     for line in warnings_before_run(config, _chosen(settings)):
         warnings.warn(line, stacklevel=2)
-    prepared = _prepare(model, config, population, rows, task, params, inputs)
-    state, history = _run(prepared, on_progress)
-    for line in warnings_after_run(prepared.simulation.config, history, state.attackers):
+    own = _Own(model, task, params, inputs)
+    tree, experiment = _prepare(own, config, population, rows)
+    if workdir is None:
+        state, history = _run(experiment, on_progress)
+    else:
+        state, history = _run_in(Path(workdir), experiment, on_progress)
+    for line in warnings_after_run(experiment.config, history, state.attackers):
         warnings.warn(line, stacklevel=2)
-    simulation = prepared.simulation
+    simulation = experiment.simulation
     return Federated(
-        prepared.tree.join(jax.jit(simulation.merged)(state.params)),
+        tree.join(jax.jit(simulation.merged)(state.params)),
         history,
-        tensor_rows(simulation, prepared.start),
+        tensor_rows(simulation, experiment.problem.params),
         expected_costs(simulation),
         state,
         simulation,
@@ -159,10 +173,11 @@ def _read(
     test: Arrays,
     private: Arrays | None,
     settings: Mapping[str, Any],
+    workdir: Path | str | None,
 ) -> tuple[Config, HostData, dict[str, Rows]]:
     """The settings, the clients' rows, and those of others by whose they are."""
     population = read_clients(clients)
-    config = _resolve(settings, population.clients)
+    config = _resolve(settings, population.clients, workdir is not None)
     others = {"test": test} if private is None else {"test": test, "private": private}
     rows = {where: read_rows(each, where) for where, each in others.items()}
     for where, each in rows.items():
@@ -172,89 +187,108 @@ def _read(
     return with_fields(config, {"data.private_rows": own_rows}), population, rows
 
 
-class _Prepared(NamedTuple):
-    """What is run.
+class _Own(NamedTuple):
+    """What a user calls the model, and how it is used.
 
     Attributes:
-      apply_fn: The model, of nested dictionaries of parameters.
-      tree: The form of the user's own parameters.
-      start: The parameters before anybody trains.
-      data: The clients' rows.
-      private: The server's own rows to train on; None: none.
-      held_out: What is evaluated on.
-      simulation: The method, with the settings.
+      model: The model.
+      task: What it is for.
+      params: What it starts from; None: what it has, or its initial ones.
+      inputs: The name of a module's input.
     """
 
-    apply_fn: ApplyFn
-    tree: OwnTree
-    start: Params
-    data: ClientData
-    private: Batch | None
-    held_out: HeldOut
-    simulation: Simulation
+    model: OwnModel
+    task: Task
+    params: Params | None
+    inputs: str
 
 
 def _prepare(
-    model: OwnModel,
-    config: Config,
-    population: HostData,
-    rows: Mapping[str, Rows],
-    task: Task,
-    params: Params | None,
-    inputs: str,
-) -> _Prepared:
+    own: _Own, config: Config, population: HostData, rows: Mapping[str, Rows]
+) -> tuple[OwnTree, Experiment]:
     """Checks the model, and composes what is run; no program of the rounds is compiled."""
     some = {name: jnp.asarray(array[:_PROBE_ROWS]) for name, array in rows["test"].items()}
     example = {name: array[:1] for name, array in some.items()}
     key = root_key(config.seed)
-    own_apply, initial = as_function(model, fold_in_name(key, "model"), example, inputs)
-    start_of = initial if params is None else lambda: params
+    own_apply, initial = as_function(own.model, fold_in_name(key, "model"), example, own.inputs)
+    given = None if own.params is None else _as_the_model_has(own, initial)
+    start_of = initial if given is None else lambda: given
     outputs = outputs_of(own_apply, start_of, example)
-    if task.label is not None:
-        check_classes(task.label, outputs, population, rows)
-    check_task(task, outputs, example)
+    if own.task.label is not None:
+        check_classes(own.task.label, outputs, population, rows)
+    check_task(own.task, outputs, example)
     check_held(population, rows)
+    if isinstance(own.model, linen.Module) and own.params is None:
+        check_initial(config, MODEL, jax.eval_shape(initial))
     tree, start = read_params(start_of())
     apply_fn = tree.adapt(own_apply)
-    warn_of_idle_dropouts(model, tree.join(start), example, inputs)
+    warn_of_idle_dropouts(own.model, tree.join(start), example, own.inputs)
     trains, client_tests = hold_out(
         population, config.data, np.random.default_rng([config.seed, _STREAM])
     )
-    data = place(trains, config.data.resident)
     on_device: dict[str, Batch] = jax.tree.map(jnp.asarray, dict(rows))
-    private, validation = _private(config, on_device)
     heads = find_heads(apply_fn, start, some, fold_in_name(key, "heads"))
-    config = _with_heads(config, heads, start)
-    return _Prepared(
+    problem = Problem(
+        splits=Splits(
+            clients=place(trains, config.data.resident),
+            private=_private(config, on_device),
+            test=on_device["test"],
+            num_classes=outputs.shape[-1] if outputs.shape else 0,
+            client_tests=client_tests,
+        ),
+        params=start,
         apply_fn=apply_fn,
-        tree=tree,
-        start=start,
-        data=data,
-        private=private,
-        held_out=HeldOut(on_device["test"], client_tests, validation),
-        simulation=make_simulation(config, apply_fn, task, start, data),
+        pretraining_apply=apply_fn,
+        client_apply=None,
+        task=own.task,
+        name="rows of your own",
     )
+    return tree, prepare(_with_heads(config, heads, start), problem)
 
 
-def _run(
-    prepared: _Prepared, on_progress: Callable[[int, list[Entry]], None] | None
+def _as_the_model_has(own: _Own, initial: Callable[[], Params]) -> Params:
+    """Parameters to start from, in the form of the model's own: `load` gives dictionaries."""
+    if not isinstance(own.model, tuple):
+        return own.params
+    first = initial()
+    given, wanted = (str(jax.tree.structure(each)) for each in (own.params, first))
+    if given == wanted:
+        return own.params
+    tree, plain = read_params(first)
+    if given != str(jax.tree.structure(plain)):
+        raise ValueError(f"params: {given}; allowed is the model's own structure, {wanted}")
+    return tree.join(own.params)
+
+
+def _run_in(
+    directory: Path, experiment: Experiment, on_progress: OnEntries | None
 ) -> tuple[ServerState, list[Entry]]:
+    """Runs, resumes or extends in a directory, as the main job does."""
+    tensors = leaves_by_path(experiment.problem.params)
+    described = (f"{path} {leaf.dtype}{list(leaf.shape)}" for path, leaf in tensors.items())
+    work = WorkDirectory(directory, tuple(described))
+    work.check(experiment.config)
+    if on_progress is None:
+        return run_in(work, experiment, Display())
+    return run_in(work, experiment, silent_display(), on_entries=on_progress)
+
+
+def _run(experiment: Experiment, on_progress: OnEntries | None) -> tuple[ServerState, list[Entry]]:
     """Runs all rounds; returns the last state and what was evaluated."""
-    simulation, start = prepared.simulation, prepared.start
-    config = simulation.config
+    config, problem, simulation = experiment.config, experiment.problem, experiment.simulation
     # Whoever is told of the rounds shows them in a way of their own.
     display = Display() if on_progress is None else silent_display()
     with (
         answer_out_of_memory(config, simulation.choice.axis.chunk_size),
         display.waiting("federate: the server's own training") as waiting,
     ):
-        if prepared.private is not None:
-            start = pretrain(config, prepared.apply_fn, simulation.task, start, prepared.private)
+        start, private = problem.params, problem.splits.private
+        start = pretrain(config, problem.apply_fn, problem.task, start, private)
         state = initial_state(simulation, start)
         waiting.now("federate: the first evaluation")
-        history = [first_entry(simulation, state, prepared.held_out)]
+        history = [first_entry(simulation, state, experiment.held_out)]
         waiting.now(f"federate: round 0 of {config.rounds}, the first call compiles")
-        calls = run_rounds(simulation, state, prepared.data, prepared.held_out)
+        calls = run_rounds(simulation, state, problem.splits.clients, experiment.held_out)
         for finished, after, entries in calls:
             waiting.now(f"federate: round {finished} of {config.rounds}")
             state = after
@@ -264,25 +298,16 @@ def _run(
     return state, history
 
 
-def _private(config: Config, rows: Mapping[str, Batch]) -> tuple[Batch | None, Batch | None]:
-    """The server's rows to train on, and those on which settings are chosen; None: no rows."""
+def _private(config: Config, rows: Mapping[str, Batch]) -> Batch:
+    """The server's own rows; of none, arrays without rows."""
     if "private" in rows:
-        return hold_back(config, rows["private"])
+        return rows["private"]
     if chooses_scale(config):
         raise ConfigError(
             "server.scale = 0: it is chosen on the server's own rows, and there are none; allowed "
             "are private=ROWS, or server.scale above 0"
         )
-    return None, None
-
-
-def _chosen(settings: Mapping[str, Any]) -> set[str]:
-    """The dotted names of settings."""
-    chosen = set()
-    for name, value in settings.items():
-        fields = value if isinstance(value, Mapping) else {"": None}
-        chosen |= {f"{name}.{field}".rstrip(".") for field in fields}
-    return chosen
+    return {name: array[:0] for name, array in rows["test"].items()}
 
 
 def _with_heads(config: Config, heads: Sequence[Head], params: Params) -> Config:
@@ -329,7 +354,16 @@ _STREAM = 0x68656C64
 """Keeps the draws of held-out rows apart from others with the same seed."""
 
 
-def _resolve(settings: Mapping[str, Any], population: int) -> Config:
+def _chosen(settings: Mapping[str, Any]) -> set[str]:
+    """The dotted names of settings."""
+    chosen = set()
+    for name, value in settings.items():
+        fields = value if isinstance(value, Mapping) else {"": None}
+        chosen |= {f"{name}.{field}".rstrip(".") for field in fields}
+    return chosen
+
+
+def _resolve(settings: Mapping[str, Any], population: int, keeps: bool) -> Config:
     check_sections(settings)
     data = dict(settings.get("data", {}))
     held_out = data.get("held_out_clients", 0)
@@ -337,7 +371,14 @@ def _resolve(settings: Mapping[str, Any], population: int) -> Config:
         population -= held_out
     for section in ("data", "model", "checkpoint"):
         if section in settings and (section != "data" or set(data) - _DATA_FIELDS):
-            raise ConfigError(f"{section}: of no use here, the model and the arrays are your own")
+            if section == "checkpoint" and keeps:
+                continue
+            why = (
+                "without workdir=DIRECTORY"
+                if section == "checkpoint"
+                else ("here, the model and the arrays are your own")
+            )
+            raise ConfigError(f"{section}: of no use {why}")
     cohort = {"size": min(Config().cohort.size, population), **settings.get("cohort", {})}
     attackers = tuple(sorted({min(n, population) for n in Config().evaluation.attackers}))
     evaluation = {"attackers": attackers, **settings.get("evaluation", {})}

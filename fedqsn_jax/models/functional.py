@@ -17,6 +17,11 @@ _NO_STATISTICS = (
     "clients' data, which no mask covers; use GroupNorm or LayerNorm"
 )
 
+_NO_VARIABLES = (
+    "only parameters can be federated here, and nothing else is kept between calls; constants may "
+    "be arrays that are no variables"
+)
+
 TRAINING_NAMES = ("train", "training", "is_training", "is_train", "train_mode")
 """Names by which modules are told that they train: of arguments of ``__call__``, or of fields."""
 
@@ -50,7 +55,8 @@ def linen_init(module: linen.Module, key: Key, batch: Batch, inputs: str = "imag
         variables = _compiled_variables(module, key, batch[inputs])
     others = sorted(set(variables) - {"params"})
     if others:
-        raise ValueError(f"{type(module).__name__} has collection {others[0]!r}: {_NO_STATISTICS}")
+        why = _NO_STATISTICS if others[0] == "batch_stats" else _NO_VARIABLES
+        raise ValueError(f"{type(module).__name__} has collection {others[0]!r}: {why}")
     if "params" not in variables:
         raise ValueError(f"{type(module).__name__} has no parameters: there is nothing to train")
     return linen.unbox(variables["params"])
@@ -287,8 +293,7 @@ class _NnxFunction:
         for path, value in before:
             if after.get(path) is not value:
                 raise ValueError(
-                    f"{_text(path)} is changed by a call of the model: only parameters "
-                    f"can be federated here, and nothing else is kept between calls"
+                    f"{_text(path)} is changed by a call of the model: {_NO_VARIABLES}"
                 )
         return outputs
 

@@ -95,6 +95,7 @@ class Problem(NamedTuple):
       notes: What the user should know about how these came to be, a line each.
       files: What lay beside a pre-trained model's weights; a run keeps copies for its export.
       size: The setting that decides on the model's size; see `limits`.
+      name: What the data are called; empty: as the configuration calls them.
     """
 
     splits: Splits
@@ -108,3 +109,4 @@ class Problem(NamedTuple):
     notes: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     size: str = MODEL
+    name: str = ""

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import signal
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -44,6 +44,9 @@ from fedqsn_jax.simulation.running import (
     run_rounds,
 )
 from fedqsn_jax.simulation.warnings import warnings_after_run, warnings_before_run
+
+OnEntries = Callable[[int, list[Entry]], None]
+"""Called with the number of finished rounds, and what was newly evaluated."""
 
 
 class Experiment(NamedTuple):
@@ -125,17 +128,48 @@ def run(config: Config, directory: Path, display: Display, chosen: Collection[st
     distributed.by_leader(lambda: work.check(config))
     with display.waiting("loading the data and making the model"):
         experiment = distributed.together(lambda: prepare(config))
+    run_in(work, experiment, display, chosen)
+
+
+def run_in(
+    work: WorkDirectory,
+    experiment: Experiment,
+    display: Display,
+    chosen: Collection[str] = (),
+    on_entries: OnEntries = lambda finished, entries: None,
+) -> tuple[ServerState, list[Entry]]:
+    """Runs, resumes or extends in a directory what is prepared.
+
+    Args:
+      work: The directory, which was checked.
+      experiment: What `prepare` gave.
+      display: Where progress is shown.
+      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
+      on_entries: Called with the number of finished rounds, and what was newly evaluated.
+
+    Returns:
+      The last state, and everything that was evaluated, by earlier parts of the run too.
+
+    Raises:
+      ConfigError, OutOfMemoryError, CheckpointError: As `run` does.
+    """
+    config = experiment.config
     # It was chosen by the memory that each found on its own devices.
     at_once = experiment.simulation.choice.axis.chunk_size
     distributed.require_same("cohort.chunk_size = 0, so that each chose its own", str(at_once))
     with contextlib.ExitStack() as claim:
         distributed.by_leader(lambda: claim.enter_context(work.claim(config)))
-        _run(experiment, work, display, chosen)
+        return _run(experiment, work, display, chosen, on_entries)
+    raise AssertionError("a claim suppresses nothing")
 
 
 def _run(
-    experiment: Experiment, work: WorkDirectory, display: Display, chosen: Collection[str]
-) -> None:
+    experiment: Experiment,
+    work: WorkDirectory,
+    display: Display,
+    chosen: Collection[str],
+    on_entries: OnEntries,
+) -> tuple[ServerState, list[Entry]]:
     """The run in a directory that is ours alone."""
     config, settings = experiment.config, experiment.config.checkpoint
     stopped = threading.Event()
@@ -153,7 +187,7 @@ def _run(
                 f"finished at round {config.rounds}; a larger --config.rounds would extend the run"
             )
             distributed.by_leader(lambda: _finish(experiment, work, *restored, display))
-            return
+            return restored
         _show(experiment, display, chosen)
         chunk = experiment.simulation.choice.axis.chunk_size
         with answer_out_of_memory(config, chunk, lambda: _what_stands(checkpoints)):
@@ -186,12 +220,15 @@ def _run(
                     history = [first_entry(experiment.simulation, state, experiment.held_out)]
             # Before the rounds Ctrl-C does not wait: there is nothing of this run to be saved.
             with _stops_at(signal.SIGINT, stopped):
-                state = _train(experiment, state, history, work, checkpoints, display, stopped)
+                state = _train(
+                    experiment, state, history, work, checkpoints, display, stopped, on_entries
+                )
     finished = int(state.round)
     if finished == config.rounds:
         distributed.by_leader(lambda: _finish(experiment, work, state, history, display))
     else:
         display.message(f"stopped after round {finished}; the same command resumes there")
+    return state, history
 
 
 def _first_steps(config: Config) -> Iterator[str]:
@@ -302,6 +339,7 @@ def _train(
     checkpoints: Checkpoints,
     display: Display,
     stopped: threading.Event,
+    on_entries: OnEntries,
 ) -> ServerState:
     """Runs the rounds that are left, adding to ``history``; returns the state after the last."""
     config, simulation = experiment.config, experiment.simulation
@@ -340,6 +378,7 @@ def _train(
         for after, state, entries in calls:
             history += entries
             progress.update(after, entries)
+            on_entries(after, entries)
             # All stop at the same boundary, whichever of them was asked to.
             stop = distributed.any_of(stopped.is_set())
             every = config.checkpoint.every
@@ -407,7 +446,7 @@ def _finish(
     display.final_table(summary)
     for line in warnings_after_run(config, history, state.attackers):
         display.warning(line)
-    title = f"{config.algorithm} on {_data_name(config)}, seed {config.seed}"
+    title = f"{config.algorithm} on {_data_name(experiment)}, seed {config.seed}"
 
     def draw() -> None:
         from fedqsn_jax.reporting import plots  # Slow to import, and only needed at the end.
@@ -422,7 +461,7 @@ def _show(experiment: Experiment, display: Display, chosen: Collection[str]) -> 
     simulation, config = experiment.simulation, experiment.config
     clients = experiment.problem.splits.clients.clients
     display.message(
-        f"{config.algorithm} on {_data_name(config)}: {clients} clients, "
+        f"{config.algorithm} on {_data_name(experiment)}: {clients} clients, "
         f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
         f"{simulation.choice.reason}"
     )
@@ -433,8 +472,10 @@ def _show(experiment: Experiment, display: Display, chosen: Collection[str]) -> 
     display.overview(tensor_rows(simulation, experiment.problem.params), _costs(experiment))
 
 
-def _data_name(config: Config) -> str:
-    return config.data.task if config.data.name == "text" else config.data.name
+def _data_name(experiment: Experiment) -> str:
+    data = experiment.config.data
+    own = data.task if data.name == "text" else data.name
+    return experiment.problem.name or own
 
 
 def _costs(experiment: Experiment) -> Costs:

@@ -45,6 +45,12 @@ class Normalized(linen.Module):
         return linen.BatchNorm(use_running_average=True)(linen.Dense(6)(x))
 
 
+class Remembering(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(6)(x) + self.variable("memory", "last", jnp.zeros, (1, 6)).value
+
+
 class Empty(linen.Module):
     @linen.compact
     def __call__(self, x):
@@ -218,6 +224,10 @@ def test_sown_values_are_no_obstacle():
     ("split", "message"),
     [
         (lambda: linen_init(Normalized(), jax.random.key(0), BATCH), "batch_stats.*GroupNorm"),
+        (
+            lambda: linen_init(Remembering(), jax.random.key(0), BATCH),
+            "'memory': only .* constants",
+        ),
         (lambda: linen_init(Empty(), jax.random.key(0), BATCH), "no parameters"),
         (lambda: nnx_split(NnxNormalized(nnx.Rngs(0))), "norm/.* BatchStat.*GroupNorm"),
     ],
@@ -366,7 +376,7 @@ class Counting(nnx.Module):
 
 def test_an_nnx_variable_that_a_call_changes_is_refused():
     params, apply_fn = nnx_split(Counting(nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"^calls is changed by a call of the model: only param"):
+    with pytest.raises(ValueError, match=r"^calls is changed by a call: only param"):
         jax.eval_shape(lambda: apply_fn(params, BATCH, None))
 
 
