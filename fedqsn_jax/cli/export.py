@@ -98,6 +98,7 @@ def export(workdir: Path, out: Path, round: int | None = None) -> Exported:
       ConfigError: The directories are not what they should be.
       CheckpointError: The checkpoint cannot be read.
     """
+    from fedqsn_jax.config.paths import user_path
     from fedqsn_jax.config.schema import ConfigError
     from fedqsn_jax.core.trees import leaves_by_path
     from fedqsn_jax.host.checkpoints import Checkpoints
@@ -110,7 +111,7 @@ def export(workdir: Path, out: Path, round: int | None = None) -> Exported:
     from fedqsn_jax.runs.working_directory import WorkDirectory
     from fedqsn_jax.simulation.configured import merge_configured
 
-    work = WorkDirectory(workdir)
+    work, out = WorkDirectory(workdir), user_path(out)
     source, run = _read_run(work)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out}: it is not empty; name a new or empty directory")

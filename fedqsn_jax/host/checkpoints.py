@@ -21,8 +21,8 @@ writes, and Orbax lets none go on before the others are ready. Each reads by its
 
 import contextlib
 import json
-import logging
 import math
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -42,8 +42,8 @@ from fedqsn_jax.host.checkpoint_contents import (
     named_leaves,
     type_of,
 )
-from fedqsn_jax.host.failed_reads import failures_told_once
 from fedqsn_jax.host.history import ChunkedHistory, History, HistoryError
+from fedqsn_jax.host.orbax_silence import OrbaxSilence, failures_told_once
 
 State = TypeVar("State")
 """A pytree of arrays: jax arrays of plain dtypes and typed pseudo-random keys."""
@@ -53,6 +53,7 @@ _TENSORS = "tensors"
 _HISTORY = "history"
 _SCORE = "score"
 _METRICS = "metrics"
+_CLOSING_SECONDS = 3.0
 
 
 class CheckpointError(ValueError):
@@ -95,7 +96,8 @@ class Checkpoints:
         self._writer: ocp.training.Checkpointer | None = None
         # The round of the save that may still be in flight, and Orbax's handle on it.
         self._pending: tuple[int, Any] | None = None
-        self._silence = _OrbaxSilence()
+        self._unheard = contextlib.ExitStack()
+        self._silence = OrbaxSilence()
         absl_logging.get_absl_logger().addFilter(self._silence)
 
     def __enter__(self) -> Self:
@@ -167,6 +169,8 @@ class Checkpoints:
             host = jax.device_get(plain)
             tensors[DIGEST] = digest_of(tensors, host, rest)
             items = {_STATE: host, _TENSORS: tensors, _HISTORY: rest}
+            self._unheard = contextlib.ExitStack()
+            self._unheard.enter_context(failures_told_once(self._directory))
             response = self._open_writer().save_checkpointables_async(
                 round, items, metrics={_SCORE: float(score)}, force=True
             )
@@ -292,22 +296,40 @@ class Checkpoints:
         round = rounds[-1] if round is None else round
         return self._directory / self._names.build_name(round), round, rounds
 
-    def wait(self) -> None:
+    def wait(self, timeout: float | None = None) -> None:
         """Waits until the save in flight is on disk.
 
+        Args:
+          timeout: For so many seconds at most.
+
         Raises:
+          TimeoutError: It is not over by then.
           CheckpointError: It failed. It is reported once, and later saves start afresh.
         """
         if self._pending is None:
             return
         round, response = self._pending
         try:
-            response.result()
+            response.result(timeout)
+        except TimeoutError:
+            raise
         except Exception as error:
             self._pending = None
             self._close_writer()
             raise self._unwritten(round, error) from error
         self._pending = None
+        # After a failure what follows stays unheard: it may come at any time.
+        self._unheard.close()
+
+    def raise_failure(self) -> None:
+        """Raises at once what has become of the save in flight, if it has failed by now.
+
+        Raises:
+          CheckpointError: It failed; as `wait`.
+        """
+        if self._pending is not None:
+            with contextlib.suppress(TimeoutError):
+                self.wait(timeout=0)
 
     def close(self) -> None:
         """Waits, and ends Orbax's threads.
@@ -351,11 +373,20 @@ class Checkpoints:
 
     def _close_writer(self) -> None:
         writer, self._writer = self._writer, None
-        if writer is not None:
+        if writer is None:
+            return
+
+        def close() -> None:
             # What failed has been reported; Orbax would raise it again when it closes.
             with contextlib.suppress(Exception):
                 writer.wait()
-            writer.close()
+            with contextlib.suppress(Exception):
+                writer.close()
+
+        # Where a directory could not be made, Orbax's threads wait five minutes for it.
+        closing = threading.Thread(target=close, daemon=True)
+        closing.start()
+        closing.join(_CLOSING_SECONDS)
 
     def _unwritten(self, round: int, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -371,18 +402,6 @@ def _load(path: Path, *items: str) -> dict[str, Any]:
     context = ocp.Context(multiprocessing_options=alone if jax.process_count() > 1 else None)
     with failures_told_once(path), context:
         return ocp.load_checkpointables(path, dict.fromkeys(items))
-
-
-class _OrbaxSilence(logging.Filter):
-    """Drops Orbax's records, unless absl's verbosity is debug.
-
-    Orbax tells every save's story at the level of absl's default verbosity, and every failure
-    several times with tracebacks; failures reach the caller as exceptions.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        from_orbax = "/orbax/checkpoint/" in record.pathname.replace("\\", "/")
-        return not from_orbax or absl_logging.level_debug()
 
 
 def _unreadable(path: Path, round: int, rounds: list[int], error: Exception) -> CheckpointError:
