@@ -34,13 +34,16 @@ from orbax.checkpoint import v1 as ocp
 
 from fedqsn_jax.host.checkpoint_contents import (
     DIGEST,
+    CheckpointError,
     digest_of,
+    facts_of,
     first_difference,
     first_reason,
     host_array,
     is_key,
     named_leaves,
     type_of,
+    unreadable,
 )
 from fedqsn_jax.host.history import ChunkedHistory, History, HistoryError
 from fedqsn_jax.host.orbax_silence import OrbaxSilence, failures_told_once
@@ -54,10 +57,6 @@ _HISTORY = "history"
 _SCORE = "score"
 _METRICS = "metrics"
 _CLOSING_SECONDS = 3.0
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, read or used; the message is one line."""
 
 
 class Checkpoints:
@@ -150,12 +149,8 @@ class Checkpoints:
         if round in self.rounds():
             return
         keys = {name: leaf for name, leaf in leaves.items() if is_key(leaf)}
-        tensors: dict[str, Any] = {
-            "types": {name: type_of(leaf) for name, leaf in leaves.items()},
-            "keys": {name: str(jax.random.key_impl(key)) for name, key in keys.items()},
-            # As text: JSON has no NaN.
-            _SCORE: repr(float(score)),
-        }
+        # The score as text: JSON has no NaN.
+        tensors = {**facts_of(leaves), _SCORE: repr(float(score))}
         plain = leaves | {name: jax.random.key_data(key) for name, key in keys.items()}
         # Orbax refuses empty arrays; their type says all about them.
         plain = {name: leaf for name, leaf in plain.items() if leaf.size}
@@ -199,7 +194,7 @@ class Checkpoints:
             tensors = _load(path, _TENSORS)[_TENSORS]
             stored, implementations = dict(tensors["types"]), dict(tensors["keys"])
         except Exception as error:
-            raise _unreadable(path, round, rounds, error) from error
+            raise unreadable(path, round, rounds, error) from error
         difference = first_difference(stored, expected)
         if difference:
             raise CheckpointError(f"{path}: {difference}")
@@ -212,7 +207,7 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:
-            raise _unreadable(path, round, rounds, error) from error
+            raise unreadable(path, round, rounds, error) from error
         arrays = jax.device_put(host)
         for name, implementation in implementations.items():
             arrays[name] = jax.random.wrap_key_data(arrays[name], impl=implementation)
@@ -240,7 +235,7 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:
-            raise _unreadable(path, round, rounds, error) from error
+            raise unreadable(path, round, rounds, error) from error
         prefix = f"{prefix}/"
         found = {name: array for name, array in state.items() if name.startswith(prefix)}
         arrays = {name.removeprefix(prefix): np.asarray(array) for name, array in found.items()}
@@ -311,9 +306,9 @@ class Checkpoints:
         round, response = self._pending
         try:
             response.result(timeout)
-        except TimeoutError:
-            raise
         except Exception as error:
+            if timeout is not None and isinstance(error, TimeoutError):
+                raise
             self._pending = None
             self._close_writer()
             raise self._unwritten(round, error) from error
@@ -402,15 +397,6 @@ def _load(path: Path, *items: str) -> dict[str, Any]:
     context = ocp.Context(multiprocessing_options=alone if jax.process_count() > 1 else None)
     with failures_told_once(path), context:
         return ocp.load_checkpointables(path, dict.fromkeys(items))
-
-
-def _unreadable(path: Path, round: int, rounds: list[int], error: Exception) -> CheckpointError:
-    earlier = [other for other in rounds if other < round]
-    goal = f"resume from round {earlier[-1]}" if earlier else "start from the beginning"
-    return CheckpointError(
-        f"{path}: this checkpoint cannot be read ({first_reason(error)}); "
-        f"if it is damaged, move or remove that directory to {goal}"
-    )
 
 
 def _sortable_score(metrics: dict[str, float]) -> float:

@@ -139,16 +139,23 @@ def stopping_at(kind: signal.Signals, stopped: threading.Event) -> Iterator[None
         signal.signal(kind, previous)
 
 
+def end_at_signals() -> None:
+    """Lets Ctrl-C and SIGTERM end this process in a line from here on.
+
+    Not where Ctrl-C is ignored, as in a shell's background jobs, or a debugger has its own.
+    """
+    for kind, usual in _USUAL.items():
+        if signal.getsignal(kind) == usual:
+            signal.signal(kind, _end)
+
+
 def run_as_process(main: Callable[[], int]) -> NoReturn:
     """Runs a command as what this process is for, and ends the process.
 
     Args:
       main: The command; it takes its arguments from the process and returns the exit code.
     """
-    # Not where Ctrl-C is ignored, as in a shell's background jobs, or a debugger has its own.
-    for kind, usual in _USUAL.items():
-        if signal.getsignal(kind) == usual:
-            signal.signal(kind, _end)
+    end_at_signals()
     output = EnduringStream(sys.stdout)
     with contextlib.redirect_stdout(output):
         code = main()

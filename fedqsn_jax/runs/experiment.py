@@ -20,7 +20,7 @@ from fedqsn_jax.host.checkpoints import CheckpointError, Checkpoints
 from fedqsn_jax.host.signals import stopping_at
 from fedqsn_jax.problems.images import load_image_problem
 from fedqsn_jax.problems.problem import Problem, ProblemSettings, problem_settings
-from fedqsn_jax.problems.training import pretrain
+from fedqsn_jax.problems.training import first_steps, pretrain
 from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.summary import Costs, summarize
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
@@ -129,10 +129,7 @@ def _run(
     """The run in a directory that is ours alone."""
     config, settings = experiment.config, experiment.config.checkpoint
     stopped = threading.Event()
-    with (
-        stopping_at(signal.SIGTERM, stopped),
-        Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints,
-    ):
+    with Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints:
         restored = _restore(experiment, checkpoints)
         if restored is not None:
             rows = fingerprint(experiment.problem.splits)
@@ -158,7 +155,7 @@ def _run(
                         f"round 1"
                     )
                 problem = experiment.problem
-                for line in _first_steps(config):
+                for line in first_steps(config):
                     display.message(line)
                 params = pretrain(
                     config,
@@ -172,26 +169,14 @@ def _run(
                 state = initial_state(experiment.simulation, distributed.from_leader(params))
                 display.message("every view is evaluated before the first round")
                 history = [first_entry(experiment.simulation, state, experiment.held_out)]
-            # Before the rounds Ctrl-C does not wait: there is nothing of this run to be saved.
-            with stopping_at(signal.SIGINT, stopped):
+            # Before and after the rounds neither waits: there is nothing more to be saved.
+            with stopping_at(signal.SIGINT, stopped), stopping_at(signal.SIGTERM, stopped):
                 state = _train(experiment, state, history, work, checkpoints, display, stopped)
     finished = int(state.round)
     if finished == config.rounds:
         distributed.by_leader(lambda: _finish(experiment, work, state, history, display))
     else:
         display.message(f"stopped after round {finished}; the same command resumes there")
-
-
-def _first_steps(config: Config) -> Iterator[str]:
-    """What the server does before the first round, which may take a while, a line each."""
-    if config.pretraining.steps:
-        yield f"the server trains on its own rows first, {config.pretraining.steps} steps"
-    distillation = config.fedsp.distillation_steps
-    if config.algorithm == "fedsp" and distillation:
-        yield (
-            f"the server distils on its own rows the small model that clients get, "
-            f"{distillation} steps"
-        )
 
 
 def _is_finished(

@@ -1,12 +1,9 @@
-"""Whether the checkpoints of a run will find room where they are to be written."""
+"""Whether a run may write where it is to, and whether its checkpoints will find room there."""
 
 import os
 import shutil
 from pathlib import Path
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from fedqsn_jax.config.schema import CheckpointConfig, ConfigError
 
@@ -35,6 +32,8 @@ def check_room(
     Raises:
       ConfigError: There is no room even for one checkpoint while the next one is written.
     """
+    import jax  # Only here: mistakes in a command are answered without waiting for JAX.
+
     nearest = directory.absolute()
     while not nearest.exists():
         nearest = nearest.parent
@@ -63,7 +62,25 @@ def check_room(
     return None
 
 
+def check_writable(path: Path) -> None:
+    """Makes sure that a directory can be made or written, without doing so.
+
+    Raises:
+      ConfigError: It cannot.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--workdir={path}: it exists and is not a directory")
+    nearest = path
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--workdir={path}: {nearest} cannot be written")
+
+
 def _bytes(leaf: Any) -> int:
+    import jax
+    import jax.numpy as jnp
+
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return int(leaf.size) * leaf.dtype.itemsize

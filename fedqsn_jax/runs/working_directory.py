@@ -17,6 +17,7 @@ from fedqsn_jax.config.schema import Config, ConfigError, flatten, resolve, to_d
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.host.signals import cleaning_up
+from fedqsn_jax.runs.room import check_writable
 
 try:
     import fcntl
@@ -265,21 +266,6 @@ class WorkDirectory:
                 f"rounds = {config.rounds}: the run in {self.path} has {theirs['rounds']}; "
                 f"allowed are as many or more"
             )
-
-
-def check_writable(path: Path) -> None:
-    """Makes sure that a directory can be made or written, without doing so.
-
-    Raises:
-      ConfigError: It cannot.
-    """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--workdir={path}: it exists and is not a directory")
-    nearest = path
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"--workdir={path}: {nearest} cannot be written")
 
 
 def check_free(path: Path) -> None:

@@ -151,6 +151,32 @@ def test_a_process_ends_with_its_commands_code():
         signals.run_as_process(lambda: answered(interrupted_command()))
 
 
+@pytest.mark.usefixtures("end_of_process")
+@pytest.mark.parametrize("command", ["main", "sweep", "benchmark", "export"])
+def test_ctrl_c_during_the_first_imports_is_a_line(monkeypatch, capfd, command):
+    class Importing:
+        def __getattr__(self, name):
+            if name == "main":
+                os.kill(os.getpid(), signal.SIGINT)
+            raise AttributeError(name)
+
+    monkeypatch.setitem(sys.modules, f"fedqsn_jax.cli.{command}", Importing())
+    monkeypatch.delitem(sys.modules, f"fedqsn_jax.{command}", raising=False)
+    with pytest.raises(Ended, match="130"):
+        runpy.run_module(f"fedqsn_jax.{command}", run_name="__main__")
+    assert capfd.readouterr() == ("", "fedqsn_jax: interrupted\n")
+
+
+def test_output_to_a_full_disk_costs_no_more_than_the_output(capfd):
+    with open("/dev/full", "w") as full:
+        output = signals.EnduringStream(full)
+        for _ in range(3):
+            print("a line", file=output, flush=True)
+        assert output.lost
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("fedqsn_jax: standard output: No space left on device")
+
+
 def debug(number, frame):
     """Stands for a debugger's handler."""
 

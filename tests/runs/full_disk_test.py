@@ -6,8 +6,9 @@ import os
 import subprocess
 from contextlib import contextmanager
 
+import jax
 import pytest
-from main_test import SMALL
+from locations import ROOT
 
 from fedqsn_jax import load
 from fedqsn_jax.cli.main import main
@@ -16,6 +17,14 @@ from fedqsn_jax.host.checkpoints import Checkpoints
 from fedqsn_jax.reporting import plots, writers
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard
 from fedqsn_jax.runs import room
+
+SMALL = [
+    f"--config={ROOT / 'configs' / 'digits.py'}",
+    *("--config.rounds=4", "--config.rounds_per_call=2", "--config.evaluation.every=2"),
+    *("--config.evaluation.proxy_samples=2", "--config.checkpoint.every=2"),
+    *("--config.pretraining.steps=5", "--config.client.steps=1", "--config.cohort.size=3"),
+    "--config.model.hidden=(16,)",
+]
 
 FULL = os.strerror(errno.ENOSPC)
 
@@ -78,7 +87,7 @@ def test_tensorboard_is_only_a_display(tmp_path, monkeypatch):
 
 
 def test_room_is_looked_at_before_the_start(tmp_path, monkeypatch):
-    state = {"x": room.jax.ShapeDtypeStruct((1_000_000,), "float32")}
+    state = {"x": jax.ShapeDtypeStruct((1_000_000,), "float32")}
     settings = CheckpointConfig(keep_latest=2, keep_best=1)
     usage = type("Usage", (), {})()
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage)
