@@ -95,6 +95,21 @@ def models() -> dict[str, Callable[[], Any]]:
                 },
             )
         ),
+        # Windows shorter than the rows: in all layers, and in all but the first.
+        "mistral": lambda: t.MistralForCausalLM(
+            t.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)
+        ),
+        "qwen3": lambda: t.Qwen3ForCausalLM(
+            t.Qwen3Config(
+                **SIZES,
+                num_key_value_heads=2,
+                head_dim=6,
+                use_sliding_window=True,
+                sliding_window=3,
+                max_window_layers=1,
+                attention_bias=True,
+            )
+        ),
         "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**t5)),
         "t5_v1_1": lambda: t.T5ForConditionalGeneration(
             t.T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
