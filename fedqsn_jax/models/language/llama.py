@@ -22,7 +22,8 @@ from fedqsn_jax.models.language.hugging_face import (
     output_copy,
     token_ids,
 )
-from fedqsn_jax.models.language.rotary_positions import RopeScaling, rope_frequencies, rotation_of
+from fedqsn_jax.models.language.rotary_positions import Scaling, rope_frequencies, rotation_of
+from fedqsn_jax.models.language.rotary_settings import read_rope, rope_settings
 from fedqsn_jax.models.language.transformer import Mlp
 
 
@@ -43,7 +44,7 @@ class LlamaConfig:
       positions: The longest sequence.
       norm_epsilon: Of the root-mean-square norms.
       rope_base: Base of the rotary frequencies.
-      rope_scaling: LLaMA 3's stretching of them, or None.
+      rope_scaling: How they are changed for longer sequences, or None.
       biases: Whether query, key and value have biases.
       out_bias: Whether the attention's output has one.
       mlp_biases: Whether the MLP's matrices have.
@@ -70,7 +71,7 @@ class LlamaConfig:
     positions: int = 2048
     norm_epsilon: float = 1e-6
     rope_base: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Scaling | None = None
     biases: bool = False
     out_bias: bool = False
     mlp_biases: bool = False
@@ -128,7 +129,8 @@ class LlamaConfig:
         """Reads a config.json."""
         defaults = _DEFAULTS[family]
         width, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
-        rope_base, rope_scaling = _read_rope(settings)
+        positions = settings.integer("max_position_embeddings", defaults.positions)
+        rope_base, rope_scaling = read_rope(settings, positions)
         layers = settings.integer("num_hidden_layers")
         window, windowed = _read_window(family, settings, layers)
         # Of Qwen2 and Mistral the library reads none of these settings.
@@ -144,7 +146,7 @@ class LlamaConfig:
             head_size=head_size or width // heads,
             inner=settings.integer("intermediate_size"),
             activation=settings.activation("hidden_act", "silu"),
-            positions=settings.integer("max_position_embeddings", defaults.positions),
+            positions=positions,
             norm_epsilon=settings.number("rms_norm_eps", 1e-6),
             rope_base=rope_base,
             rope_scaling=rope_scaling,
@@ -164,13 +166,6 @@ class LlamaConfig:
 
     def to_settings(self) -> dict[str, Any]:
         """Returns what config.json holds."""
-        scaling = self.rope_scaling and {
-            "rope_type": "llama3",
-            "factor": self.rope_scaling.factor,
-            "low_freq_factor": self.rope_scaling.low_frequency_factor,
-            "high_freq_factor": self.rope_scaling.high_frequency_factor,
-            "original_max_position_embeddings": self.rope_scaling.original_length,
-        }
         own: dict[str, Any] = {}
         if self.family in ("llama", "qwen3"):
             own["attention_bias"] = self.biases
@@ -196,7 +191,7 @@ class LlamaConfig:
             "max_position_embeddings": self.positions,
             "rms_norm_eps": self.norm_epsilon,
             "rope_theta": self.rope_base,
-            "rope_scaling": scaling,
+            "rope_scaling": rope_settings(self.rope_scaling),
             "attention_dropout": self.attention_dropout,
             "initializer_range": self.stddev,
             "tie_word_embeddings": self.tied,
@@ -273,27 +268,6 @@ def _read_window(
     return (window, windowed) if any(windowed) else (None, ())
 
 
-def _read_rope(settings: Settings) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, which stand in one section or, in older files, apart."""
-    sections = {name: settings.section(name) for name in ("rope_scaling", "rope_parameters")}
-    # The transformers library lets the older name win, too.
-    name = "rope_scaling" if sections["rope_scaling"] else "rope_parameters"
-    rope = settings.within(name, sections[name]).in_current_names({"type": "rope_type"})
-    base = rope.number("rope_theta", settings.number("rope_theta", 10000.0))
-    settings.agree("rope_theta", base)
-    settings.within("rope_parameters", sections["rope_parameters"]).agree("rope_theta", base)
-    for either in (settings, rope):
-        either.require("partial_rotary_factor", 1, None)
-    if rope.choice("rope_type", "default", "default", "llama3") == "default":
-        return base, None
-    return base, RopeScaling(
-        rope.number("factor"),
-        rope.number("low_freq_factor"),
-        rope.number("high_freq_factor"),
-        rope.integer("original_max_position_embeddings"),
-    )
-
-
 class _Layer(CausalLayer):
     norm_class = nn.RMSNorm
 
@@ -336,4 +310,4 @@ class Llama(CausalModel):
         """Leaves the embeddings as they are, and turns queries and keys in the layers."""
         config = self.config
         frequencies = rope_frequencies(config.head_size, config.rope_base, config.rope_scaling)
-        return hidden, rotation_of(positions, frequencies)
+        return hidden, rotation_of(positions, frequencies, config.rope_scaling)

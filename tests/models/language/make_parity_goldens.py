@@ -95,6 +95,17 @@ def models() -> dict[str, Callable[[], Any]]:
                 },
             )
         ),
+        **{
+            f"llama_{kind}": lambda kind=kind: t.LlamaForCausalLM(
+                t.LlamaConfig(
+                    **SIZES | {"num_hidden_layers": 1},
+                    head_dim=8,
+                    rope_parameters={"rope_type": kind, "rope_theta": 100.0, "factor": 4.0}
+                    | ({"original_max_position_embeddings": 8} if kind == "yarn" else {}),
+                )
+            )
+            for kind in ("linear", "dynamic", "yarn")
+        },
         # Windows shorter than the rows: in all layers, and in all but the first.
         "mistral": lambda: t.MistralForCausalLM(
             t.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)

@@ -220,8 +220,8 @@ def test_tensors_of_other_widths_become_float32(copy, dtype):
         ("llama", {"head_dim": 5}, "head_size = 5: rotary positions need an even one"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "yarn"}},
-            "config.json: rope_parameters: rope_type = 'yarn': allowed: default, llama3",
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "config.json: rope_parameters: rope_type = 'longrope': allowed: default, linear, dyn",
         ),
         (
             "llama",
