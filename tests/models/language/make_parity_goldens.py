@@ -71,6 +71,11 @@ def models() -> dict[str, Callable[[], Any]]:
         "roberta": lambda: t.RobertaForSequenceClassification(
             t.RobertaConfig(**SIZES, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=2)
         ),
+        "xlm_roberta": lambda: t.XLMRobertaForSequenceClassification(
+            t.XLMRobertaConfig(
+                **SIZES | {"num_hidden_layers": 1}, type_vocab_size=1, num_labels=3
+            )
+        ),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**gpt2)),
         "gpt2_untied": lambda: t.GPT2LMHeadModel(
             t.GPT2Config(**gpt2, n_inner=20, tie_word_embeddings=False)
@@ -150,7 +155,7 @@ def outputs_of(model: Any) -> dict[str, np.ndarray]:
     target = torch.tensor(rng.integers(2, VOCAB, (3, 6)))
     right, left = torch.tensor(RIGHT), torch.tensor(LEFT)
     kind = model.config.model_type
-    if kind in ("bert", "roberta"):
+    if kind in ("bert", "roberta", "xlm-roberta"):
         pad = model.config.pad_token_id
         tokens = torch.where(right == 1, tokens, pad)
         types = torch.tensor(rng.integers(0, model.config.type_vocab_size, (3, LENGTH)))
