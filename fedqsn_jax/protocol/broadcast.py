@@ -95,6 +95,15 @@ class Broadcast:
             return combine(state.latest, params)
         return self._shared(state, params)
 
+    def start_of_step(self, state: BroadcastState, params: Params) -> Params:
+        """Returns the model that the server's step starts from: in one-way rounds the first one.
+
+        Args:
+          state: The broadcast's.
+          params: The hidden model.
+        """
+        return self.sent(state, params) if self.is_one_way else params
+
     def after_round(self, state: BroadcastState, params: Params, finished: Array) -> BroadcastState:
         """Returns the state after a round.
 

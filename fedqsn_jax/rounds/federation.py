@@ -211,7 +211,7 @@ class _Composed:
         total, kept = train_cohort(method, cohort, attendance.steps, client_axis)
         receives, broadcast = method.broadcast.receivers(state.broadcast, ids)
         params, optimizer_state = method.aggregator.finish(
-            self._start_of_step(state),
+            method.broadcast.start_of_step(state.broadcast, state.params),
             state.optimizer_state,
             total["update"],
             server_visible=prepared.visible,
@@ -237,19 +237,13 @@ class _Composed:
             facts |= _facts_of_payloads(receives, visible)
         return state, facts
 
-    def _start_of_step(self, state: ServerState) -> Params:
-        """What the server's step starts from: a running mean always from the first model."""
-        broadcast = self.method.broadcast
-        if broadcast.is_one_way:
-            return broadcast.sent(state.broadcast, state.params)
-        return state.params
-
     def choose_scale(self, state: ServerState, rows: HeldOut) -> ServerState:
         if rows.validation is None:
             raise ValueError("there are no validation rows to choose the scale on")
         validation = rows.validation
         evaluation, aggregator = self.evaluation, self.method.aggregator
-        start, server_visible = self._start_of_step(state), self.prepare(state).visible
+        start = self.method.broadcast.start_of_step(state.broadcast, state.params)
+        server_visible = self.prepare(state).visible
         scales = jnp.asarray(evaluation.scales, jnp.float32)
 
         def rescaled(scale: Array) -> tuple[Params, optax.OptState]:
