@@ -68,8 +68,8 @@ class Federation(NamedTuple):
         `with_client_axis` for others. Facts are float32 ``train/loss``, and uint32 counts:
         ``clients/returned`` and ``clients/rejected``; for each site that has masks
         ``visible/PATH``, visible columns summed over the cohort, and ``returned/PATH``, summed over
-        the clients that returned an update. In one-way rounds ``clients/sent`` is how many were
-        sent a payload, and ``visible/PATH`` sums over them.
+        the clients that returned an update. In one-way rounds ``visible/PATH`` is over all payloads
+        that were sent so far; see `Broadcast.send`.
       prepare: ``state -> Proxy``: the proxy before client masks, dequantized.
       cohort: ``state -> ids``, int32 ``[cohort]``: who takes part in the state's next round.
       proxy_keys: ``state -> keys`` of the client masks that the proxy view averages over; where
@@ -157,10 +157,17 @@ class _Composed:
         secret_key, public_key = fold_in_name(key, "secret"), fold_in_name(key, "public")
         attacker_key = fold_in_name(public_key, "attackers")
         sent = self._sent(params)
+        transform_state = method.transform.init(secret_key, whole_proxy(sent, method.sites))
+
+        def any_proxy() -> Proxy:
+            prepared = method.transform.prepare(transform_state, whole_proxy(sent, method.sites))
+            return method.transform.apply(secret_key, transform_state, prepared)
+
+        masked = jax.eval_shape(any_proxy).visible
         return ServerState(
             params=params,
             optimizer_state=method.aggregator.init(params),
-            transform_state=method.transform.init(secret_key, whole_proxy(sent, method.sites)),
+            transform_state=transform_state,
             attackers={
                 f"attacker_{count}": make_attacker(
                     attacker_key, self.population, count, sent, method.sites
@@ -171,7 +178,7 @@ class _Composed:
             round=jnp.int32(0),
             secret_key=secret_key,
             public_key=public_key,
-            broadcast=method.broadcast.init(params, method.roles.returned, self.population),
+            broadcast=method.broadcast.init(params, method.roles.returned, self.population, masked),
         )
 
     def prepare(self, state: ServerState) -> Proxy:
@@ -209,7 +216,7 @@ class _Composed:
             training_key=training_key,
         )
         total, kept = train_cohort(method, cohort, attendance.steps, client_axis)
-        receives, broadcast = method.broadcast.receivers(state.broadcast, ids)
+        broadcast, facts = method.broadcast.send(state.broadcast, ids, visible)
         params, optimizer_state = method.aggregator.finish(
             method.broadcast.start_of_step(state.broadcast, state.params),
             state.optimizer_state,
@@ -232,10 +239,7 @@ class _Composed:
             round=state.round + 1,
             broadcast=method.broadcast.after_round(broadcast, params, state.round + 1),
         )
-        facts = _facts(total, attendance, visible)
-        if method.broadcast.is_one_way:
-            facts |= _facts_of_payloads(receives, visible)
-        return state, facts
+        return state, {**_facts(total, attendance, visible), **facts}
 
     def choose_scale(self, state: ServerState, rows: HeldOut) -> ServerState:
         if rows.validation is None:
@@ -323,14 +327,6 @@ def _facts(total: dict[str, Any], attendance: Attendance, visible: Columns) -> d
         facts[f"visible/{path}"] = seen.sum(dtype=jnp.uint32)
         returned = seen & attendance.returns[:, None, None]
         facts[f"returned/{path}"] = returned.sum(dtype=jnp.uint32)
-    return facts
-
-
-def _facts_of_payloads(receives: Array, visible: Columns) -> dict[str, Array]:
-    """Who of the cohort was sent a payload, and the visible columns of these payloads."""
-    facts = {"clients/sent": receives.sum(dtype=jnp.uint32)}
-    for path, seen in visible.items():
-        facts[f"visible/{path}"] = (seen & receives[:, None, None]).sum(dtype=jnp.uint32)
     return facts
 
 

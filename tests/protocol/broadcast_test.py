@@ -64,11 +64,21 @@ def test_a_plain_broadcast_keeps_nothing():
 @pytest.mark.parametrize("renewed", [False, True, jnp.asarray(False), jnp.asarray(True)])
 def test_a_payload_that_stays_the_same_is_sent_once(renewed):
     broadcast = Broadcast(every=0, renewed=renewed)
-    state, received = broadcast.init(model(1.0), RETURNED, 6), set()
+    state, received = broadcast.init(model(1.0), RETURNED, 6, ["w"]), set()
+    send, payloads, columns = fast(broadcast.send), 0, 0
+    # As if many had been sent before: counts go on beyond 32 bits.
+    before = 2**32 - 3
+    state = state.replace(columns={"w": jnp.asarray([0, before], jnp.uint32)})
     for cohort in ([0, 3], [3, 5], [0, 5], [1, 3]):
-        due, state = fast(broadcast.receivers)(state, jnp.asarray(cohort))
-        assert due.tolist() == [bool(renewed) or one not in received for one in cohort]
+        visible = np.arange(14).reshape(2, 1, 7) % 3 > 0
+        due = [bool(renewed) or one not in received for one in cohort]
+        state, facts = send(state, jnp.asarray(cohort), {"w": visible})
+        payloads, columns = payloads + sum(due), columns + int(visible[due].sum())
         received |= set(cohort)
+        assert int(facts["clients/sent"]) == sum(due)
+        assert facts["payloads"].tolist() == [0, payloads]
+        high, low = map(int, facts["visible/w"])
+        assert 2**32 * high + low == before + columns
         assert set(np.flatnonzero(state.received)) == received
 
 

@@ -7,7 +7,7 @@ import pytest
 from rounds_cases import FEDQSN, KEY, POPULATION, cohort_of, double, fast, federate, octets
 
 from fedqsn_jax.config.schema import Config, resolve, to_dict, with_fields
-from fedqsn_jax.core.keys import sticky_client_key
+from fedqsn_jax.core.keys import federation_key, sticky_client_key
 from fedqsn_jax.core.tasks import classification
 from fedqsn_jax.data.population import HeldOut, from_clients
 from fedqsn_jax.host.checkpoints import Checkpoints
@@ -237,6 +237,22 @@ def test_the_scale_is_the_best_on_the_validation_rows(model, data):
     assert float(metrics["global/scale"]) == best
 
 
+def lengths_of_payloads(simulation, params, cohorts):
+    """Bytes of all payloads of a run that has just begun, one after the other, encoded."""
+    method, transform = simulation.method, simulation.method.transform
+    state = fast(simulation.federation.init)(federation_key(simulation.config.seed), params)
+    whole = whole_proxy(params, method.sites)
+    prepared = fast(transform.prepare)(state.transform_state, whole)
+    apply, lengths, received = fast(transform.apply), [], set()
+    for t, cohort in enumerate(cohorts):
+        for client in sorted(cohort.tolist()):
+            if method.mask_per == "round" or client not in received:
+                key = method.mask_key(state.secret_key, t, client)
+                lengths.append(len(encode_proxy(apply(key, state.transform_state, prepared))))
+            received.add(client)
+    return lengths
+
+
 @pytest.mark.usefixtures("quick_compilation")
 def test_bytes_are_of_what_is_really_sent(model, data):
     """A mask that stays is sent once to each client, one of each round in every round."""
@@ -244,7 +260,7 @@ def test_bytes_are_of_what_is_really_sent(model, data):
     found = {}
     for mask_per in ("client", "round"):
         simulation = simulation_of(model, data, mask_per=mask_per, participation__dropout=0.4)
-        state, received, entries = initial_state(simulation, model.params), set(), []
+        state, entries = initial_state(simulation, model.params), []
         cohorts = [
             np.asarray(simulation.federation.cohort(state.replace(round=jnp.int32(t))))
             for t in range(5)
@@ -252,14 +268,18 @@ def test_bytes_are_of_what_is_really_sent(model, data):
         for _, after, some in run_rounds(simulation, state, data, held_out):
             entries += some
             end = after
-        for entry, cohort in zip(entries, cohorts, strict=True):
-            new = set(cohort.tolist()) - received
-            expected = len(new) if mask_per == "client" else len(cohort)
-            assert entry["clients/sent"] == expected
-            assert (entry["bytes/down_per_client"] > 0) == (expected > 0)
-            received |= set(cohort.tolist())
-        found[mask_per] = sum(entry["bytes/down_per_client"] for entry in entries)
-        assert set(np.flatnonzero(end.broadcast.received)) == received
+        assert [entry["clients/sent"] for entry in entries] == [
+            len(set(cohort) - set(np.concatenate([[-1], *cohorts[:t]])))
+            if mask_per == "client"
+            else len(cohort)
+            for t, cohort in enumerate(cohorts)
+        ]
+        lengths = lengths_of_payloads(simulation, model.params, cohorts)
+        for t, entry in enumerate(entries):
+            sent = sum(lengths[: sum(one["clients/sent"] for one in entries[: t + 1])])
+            assert entry["bytes/down_per_client"] == pytest.approx(sent / (3 * (t + 1)), rel=1e-12)
+        assert set(np.flatnonzero(end.broadcast.received)) == set(np.concatenate(cohorts))
+        found[mask_per] = entries[-1]["bytes/down_per_client"]
     assert found["client"] < found["round"]
 
 
@@ -304,6 +324,6 @@ def test_payloads_that_are_not_counted_are_not_told_of(model, data):
     state = initial_state(simulation, model.params)
     rows = {name: each[:4] for name, each in data.examples.items()}
     state, result = simulation.run(state, data, rows, jnp.int32(1), jnp.int32(5))
-    entry = entry_of(simulation, jax.device_get(result), 0)
+    entry = entry_of(simulation, jax.device_get(result), 0, 0)
     assert "clients/sent" not in entry
     assert entry["bytes/down_per_client"] > 0
