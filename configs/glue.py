@@ -18,16 +18,16 @@ time of a whole run was measured.
 """
 
 from fedqsn_jax.config import as_released, default_config
-from fedqsn_jax.config.variants import Variant, read_variant
+from fedqsn_jax.config.file_argument import FileArgument, read_file_argument
 
 TASKS = ("rte", "sst2", "mrpc", "qqp", "qnli", "mnli")
 HUB_NAMES = {"roberta-base": "FacebookAI/roberta-base", "roberta-large": "FacebookAI/roberta-large"}
 
 
-def get_config(variant: str = "sst2"):
-    """Returns the configuration of a variant; see `variants.read_variant`."""
-    default = Variant("sst2", HUB_NAMES["roberta-base"])
-    chosen = read_variant(variant, default, TASKS, HUB_NAMES)
+def get_config(argument: str = "sst2"):
+    """Returns the configuration that the words after the file's name ask for."""
+    default = FileArgument("sst2", HUB_NAMES["roberta-base"])
+    chosen = read_file_argument(argument, default, TASKS, HUB_NAMES)
     config = default_config()
     config.algorithm = chosen.algorithm
     config.data.name = "text"

@@ -24,7 +24,7 @@ measured.
 """
 
 from fedqsn_jax.config import as_released, default_config
-from fedqsn_jax.config.variants import Variant, read_variant
+from fedqsn_jax.config.file_argument import FileArgument, read_file_argument
 
 SOURCES = {"e2e": "tfds:e2e_cleaned", "dart": "tfds:dart", "viggo": "", "dialogsum": ""}
 HUB_NAMES = {
@@ -34,10 +34,10 @@ HUB_NAMES = {
 }
 
 
-def get_config(variant: str = "e2e"):
-    """Returns the configuration of a variant; see `variants.read_variant`."""
-    default = Variant("e2e", HUB_NAMES["gpt2-medium"])
-    chosen = read_variant(variant, default, SOURCES, HUB_NAMES)
+def get_config(argument: str = "e2e"):
+    """Returns the configuration that the words after the file's name ask for."""
+    default = FileArgument("e2e", HUB_NAMES["gpt2-medium"])
+    chosen = read_file_argument(argument, default, SOURCES, HUB_NAMES)
     config = default_config()
     config.algorithm = chosen.algorithm
     config.data.name = "text"

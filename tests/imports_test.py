@@ -23,7 +23,7 @@ FOLDERS = (
     ("problems",),
     ("simulation",),
     ("runs",),
-    ("api", "sweeps", "benchmarks"),
+    ("api", "sweeps", "benchmarks", "deploy"),
     ("cli", "tools"),
 )
 LEVEL = {name: level for level, names in enumerate(FOLDERS) for name in names}
@@ -35,7 +35,13 @@ PURE = ("core", "protocol", "rounds", "prompting", "models.kernels")
 OUTER = ("config", "host", "reporting")
 
 # What a client's process runs: it must work without anything that knows the server's state.
-CLIENT_SIDE = ("rounds.client", "protocol.layout", "protocol.wire")
+CLIENT_SIDE = (
+    "rounds.client",
+    "protocol.layout",
+    "protocol.wire",
+    "deploy.client",
+    "deploy.client_app",
+)
 SERVER_SIDE = (
     "host.checkpoints",
     "protocol.algorithms",
@@ -45,6 +51,9 @@ SERVER_SIDE = (
     "generation.text_views",
     "simulation",
     "runs",
+    "deploy.server",
+    "deploy.server_app",
+    "deploy.session",
 )
 
 

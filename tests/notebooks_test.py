@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from rich.console import Console
 
 from fedqsn_jax.config.command_line import read_config
-from fedqsn_jax.reporting.sweep_display import SweepDisplay
+from fedqsn_jax.sweeps.display import SweepDisplay
 from fedqsn_jax.sweeps.grid import make_plan, read_grids
 from fedqsn_jax.sweeps.results import SweepDirectory, record_of
 from fedqsn_jax.sweeps.run import run

@@ -15,7 +15,15 @@ from flax import linen, nnx
 from fedqsn_jax.api.heads import find_heads
 from fedqsn_jax.api.own_rows import Arrays, check_classes, check_same, read_clients, read_rows
 from fedqsn_jax.config.command_line import one_line
-from fedqsn_jax.config.schema import ClientConfig, Config, ConfigError, chooses_scale, resolve
+from fedqsn_jax.config.schema import (
+    ClientConfig,
+    Config,
+    ConfigError,
+    check_sections,
+    chooses_scale,
+    resolve,
+    with_fields,
+)
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task, classification
 from fedqsn_jax.core.trees import leaves_by_path
@@ -25,6 +33,7 @@ from fedqsn_jax.data.population import HeldOut
 from fedqsn_jax.data.streamed import HostData, place
 from fedqsn_jax.models.functional import linen_apply, linen_init, nnx_split
 from fedqsn_jax.problems.training import hold_back, pretrain
+from fedqsn_jax.reporting.display import Display, silent_display
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.simulation.compose import Simulation, make_simulation
@@ -99,7 +108,8 @@ def federate(
       task: Loss and metrics; by default `tasks.classification` of the integers ``label``.
       params: Parameters to start from, instead of initial or an nnx module's own ones.
       inputs: The name of a module's input among the arrays.
-      on_progress: Called with the number of finished rounds, and what was newly evaluated.
+      on_progress: Called with the number of finished rounds, and what was newly evaluated. Without
+        it, what takes long gives signs of life: a line every few seconds, in a terminal a spinner.
       **settings: Fields of `config.Config`, sections as dictionaries. ``cohort.size`` and
         ``evaluation.attackers`` are by default at most the number of clients. Of ``data`` there
         are ``resident``, ``held_out_share`` and ``held_out_clients`` only.
@@ -115,6 +125,9 @@ def federate(
     rows = {where: read_rows(each, where) for where, each in others.items()}
     for where, each in rows.items():
         check_same(each, population, where)
+    # What the settings say of private rows is of a data set of the package.
+    own_rows = len(next(iter(rows["private"].values()))) if "private" in rows else 0
+    config = with_fields(config, {"data.private_rows": own_rows})
     task = task or classification()
     _check_names(model, inputs, task, population.examples)
     example = {name: jnp.asarray(array[:1]) for name, array in rows["test"].items()}
@@ -143,12 +156,20 @@ def federate(
     rules = (*config.site_rules, *(f"{path}: none" for path in heads))
     config = dataclasses.replace(config, site_rules=rules, client=_with_heads(config.client, heads))
     simulation = make_simulation(config, apply_fn, task, start, data)
-    with answer_out_of_memory(config, simulation.choice.axis.chunk_size):
+    # Whoever is told of the rounds shows them in a way of their own.
+    display = Display() if on_progress is None else silent_display()
+    with (
+        answer_out_of_memory(config, simulation.choice.axis.chunk_size),
+        display.waiting("federate: the server's own training") as waiting,
+    ):
         if private_rows is not None:
             start = pretrain(config, apply_fn, task, start, private_rows)
         state = initial_state(simulation, start)
+        waiting.now("federate: the first evaluation")
         history = [first_entry(simulation, state, held_out)]
+        waiting.now(f"federate: round 0 of {config.rounds}, the first call compiles")
         for finished, after, entries in run_rounds(simulation, state, data, held_out):
+            waiting.now(f"federate: round {finished} of {config.rounds}")
             state = after
             history += entries
             if on_progress is not None:
@@ -251,6 +272,7 @@ _STREAM = 0x68656C64
 
 
 def _resolve(settings: Mapping[str, Any], population: int) -> Config:
+    check_sections(settings)
     data = dict(settings.get("data", {}))
     held_out = data.get("held_out_clients", 0)
     if isinstance(held_out, int) and held_out < population:

@@ -23,14 +23,14 @@ slows the host.
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedqsn_jax.host import signals
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from fedqsn_jax.reporting.display import Display
 
 _TIMES = ("ms a round", "quartiles", "best")
 
@@ -54,6 +54,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     from fedqsn_jax.benchmarks import measuring
     from fedqsn_jax.benchmarks.workloads import MODELS, make_population
     from fedqsn_jax.core.errors import UserError
+    from fedqsn_jax.reporting.display import Display
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,26 +80,33 @@ def _main(arguments: Sequence[str] | None) -> int:
         "workloads": {},
     }
     calls, per_call, profile = options.calls, options.rounds_per_call, options.profile
+    display = Display()
     try:
         if options.clients:
-            facts["cohorts"] = measuring.measure_cohorts(options.clients, calls, profile)
+            with display.waiting("measuring rounds of many clients"):
+                facts["cohorts"] = measuring.measure_cohorts(options.clients, calls, profile)
         if options.population:
-            facts["population"] = measuring.measure_population(
-                options.population, options.rounds, per_call, profile
-            )
-        if not (options.clients or options.population):
-            data = make_population()
-            for workload in options.workload or MODELS:
-                result = measuring.measure(
-                    workload, data, calls, per_call, options.chunk_size, profile
+            with display.waiting("measuring rounds out of a large population"):
+                facts["population"] = measuring.measure_population(
+                    options.population, options.rounds, per_call, profile
                 )
-                result["parts"] = measuring.measure_parts(workload, data, calls)
+        if not (options.clients or options.population):
+            with display.waiting("making the population"):
+                data = make_population()
+            for workload in options.workload or MODELS:
+                with display.waiting(f"measuring {workload}"):
+                    result = measuring.measure(
+                        workload, data, calls, per_call, options.chunk_size, profile
+                    )
+                with display.waiting(f"measuring the parts of {workload}"):
+                    result["parts"] = measuring.measure_parts(workload, data, calls)
                 facts["workloads"][workload] = result
     except UserError as error:
         return signals.refuse(error)
-    _show(facts)
+    # Results first: what is shown may go nowhere.
     if options.out:
         options.out.write_text(json.dumps(facts, indent=2) + "\n")
+    _show(facts, display)
     return 0
 
 
@@ -109,62 +117,63 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _show(facts: dict[str, Any]) -> None:
-    from fedqsn_jax.host.console import EnduringConsole
-
-    console, title = EnduringConsole(), f"JAX {facts['jax']}, {facts['device']}"
-    measured = [*facts.get("cohorts", {}).values(), facts.get("population", {})]
-    for workload in facts["workloads"].values():
-        measured += workload["algorithms"].values()
-    busy = any("device_share" in times for times in measured)
-    columns = (*_TIMES, "device busy") if busy else _TIMES
-    if facts["workloads"]:
-        table = _table("workload", "algorithm", *columns, "over FedAvg", title=title)
-        parts = _table("workload", "part", *_TIMES, title="FedQSN's parts, apart")
-        for workload, result in facts["workloads"].items():
-            for name, times in result["algorithms"].items():
-                ratio = f"{result['fedqsn_over_fedavg']:.3f}" if name == "fedqsn" else ""
-                table.add_row(workload, name, *_cells(times), ratio)
-            for name, times in result["parts"].items():
-                parts.add_row(workload, name, *_cells(times))
-        console.print(table)
-        console.print(parts)
-    if "cohorts" in facts:
-        table = _table("clients a round", *columns, "peak memory, MB", title=title)
-        for size, result in facts["cohorts"].items():
-            peak = result.get("peak_bytes_in_use")
-            table.add_row(size, *_cells(result), f"{peak / 1e6:.0f}" if peak else "")
-        console.print(table)
-        for size, result in facts["cohorts"].items():
-            console.print(f"{size}: {result['clients']}")
+def _show(facts: dict[str, Any], display: "Display") -> None:
+    display.message(f"JAX {facts['jax']}, {facts['device']}")
+    results = {
+        (workload, name): times | {"over FedAvg": ""}
+        for workload, result in facts["workloads"].items()
+        for name, times in result["algorithms"].items()
+    }
+    for workload, result in facts["workloads"].items():
+        ratio = f"{result['fedqsn_over_fedavg']:.3f}"
+        results[workload, "fedqsn"]["over FedAvg"] = ratio
+    _table(display, "workload, algorithm", results, ["over FedAvg"])
+    parts = {
+        (workload, name): times
+        for workload, result in facts["workloads"].items()
+        for name, times in result["parts"].items()
+    }
+    _table(display, "FedQSN's parts, apart", parts)
+    cohorts = {}
+    for size, result in facts.get("cohorts", {}).items():
+        peak = result.get("peak_bytes_in_use")
+        memory = f"{peak / 1e6:.0f}" if peak else "-"
+        cohorts[(size,)] = result | {"peak memory, MB": memory}
+    _table(display, "clients a round", cohorts, ["peak memory, MB"])
+    for (size,), result in cohorts.items():
+        display.message(f"{size}: {result['clients']}")
     if "population" in facts:
         result = facts["population"]
-        table = _table("rounds", *columns, "in calls", "programs", title=title)
-        table.add_row(
-            str(result["rounds"]),
-            *_cells(result),
-            f"{result['in_calls']:.1%}",
-            str(result["programs"]),
-        )
-        console.print(table)
-        console.print(result["clients"])
+        more = {"in calls": f"{result['in_calls']:.1%}", "programs": str(result["programs"])}
+        _table(display, "rounds", {(str(result["rounds"]),): result | more}, list(more))
+        display.message(result["clients"])
 
 
-def _table(*columns: str, title: str) -> "Table":
-    from rich.table import Table
+def _table(
+    display: "Display",
+    title: str,
+    results: Mapping[Any, dict[str, Any]],
+    more: Sequence[str] = (),
+) -> None:
+    """Prints the times of what was measured, by its name, and columns that are texts already."""
+    from fedqsn_jax.reporting.tables import Column
 
-    table = Table(title=title)
-    for name in columns:
-        table.add_column(name, justify="right")
-    return table
+    if not results:
+        return
+    busy = any("device_share" in times for times in results.values())
+    heads = [*_TIMES, *["device busy"] * busy]
+    rows = [_cells(times) for times in results.values()]
+    columns = [Column(head, [row[index] for row in rows]) for index, head in enumerate(heads)]
+    columns += [Column(head, [times[head] for times in results.values()]) for head in more]
+    display.message("")
+    display.table(title, Column("", [", ".join(name) for name in results], right=False), columns)
 
 
 def _cells(times: dict[str, Any]) -> tuple[str, ...]:
     low, high = times["quartiles"]
-    share = (f"{times['device_share']:.1%}",) if "device_share" in times else ()
     return (
         f"{1000 * times['median']:.2f}",
         f"{1000 * low:.2f}-{1000 * high:.2f}",
         f"{1000 * times['best']:.2f}",
-        *share,
+        f"{times['device_share']:.1%}" if "device_share" in times else "-",
     )

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     # Imports stand here so that a Ctrl-C during them, seconds long, is no traceback.
     from fedqsn_jax.config.command_line import Parser, chosen_fields, read_config
-    from fedqsn_jax.config.schema import Config, ConfigError, flatten
+    from fedqsn_jax.config.fields import describe
+    from fedqsn_jax.config.schema import Config, ConfigError
     from fedqsn_jax.core.errors import UserError
     from fedqsn_jax.host import distributed
     from fedqsn_jax.runs.working_directory import WorkDirectory
@@ -39,7 +40,10 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser(
         "Federated learning in which the model is the secret.",
         "fields, as --config.FIELD=VALUE, with their defaults:\n"
-        + "\n".join(f"  {name} = {value!r}" for name, value in flatten(Config()).items()),
+        + "\n".join(
+            f"  {name} = {field.default!r}\n      {field.told()}"
+            for name, field in describe(Config).items()
+        ),
     )
     parser.add_argument("--config", help="a file under configs/, as FILE or FILE:ALGORITHM")
     parser.add_argument("--workdir", help="the directory of the run; it is made private")

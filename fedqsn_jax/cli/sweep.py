@@ -68,9 +68,9 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _run(plan: "Plan", options: argparse.Namespace) -> None:
-    from fedqsn_jax.reporting.sweep_display import SweepDisplay
     from fedqsn_jax.runs.experiment import keep_compiled_programs
     from fedqsn_jax.sweeps import run
+    from fedqsn_jax.sweeps.display import SweepDisplay
     from fedqsn_jax.sweeps.results import SweepDirectory
 
     if options.compilation_cache:

@@ -11,7 +11,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,6 +98,13 @@ class Description(NamedTuple):
             return "True, False"
         return self.allowed.described()
 
+    def told(self) -> str:
+        """Says in a line what the field is, what is allowed, and when it is used."""
+        allowed, used = self.allowed_words(), self.used
+        parts = [self.help, f"allowed: {allowed}" if allowed else ""]
+        parts.append(f"used when {used.words.replace('`', '')}" if used else "")
+        return "; ".join(part for part in parts if part)
+
     def unmet(self, config: Any) -> str | None:
         """Returns the setting of a configuration that leaves the field without effect, if any."""
         if self.used is None:
@@ -130,9 +137,15 @@ def field(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(kind: Any, used: Condition | None = None) -> Any:
-    """Declares a section; all of its fields are used only when the condition holds, if any."""
-    return dataclasses.field(default_factory=kind, metadata={"used": used})
+def section(kind: Any, used: Condition | None = None, but: tuple[str, ...] = ()) -> Any:
+    """Declares a section.
+
+    Args:
+      kind: Its dataclass.
+      used: When its fields are used; None: as they say themselves.
+      but: Fields of which that is not so.
+    """
+    return dataclasses.field(default_factory=kind, metadata={"used": used, "but": but})
 
 
 def when(name: str, *values: Any) -> Condition:
@@ -143,7 +156,7 @@ def when(name: str, *values: Any) -> Condition:
       values: The values.
     """
     return Condition(
-        f"`{name.removeprefix('.')}` is {' or '.join(map(_plain, values))}",
+        f"`{name.removeprefix('.')}` is {_any_of(values)}",
         lambda config, section: _unless(config, section, name, lambda value: value in values),
     )
 
@@ -151,7 +164,7 @@ def when(name: str, *values: Any) -> Condition:
 def unless(name: str, *values: Any) -> Condition:
     """Used when another field has none of some values; see `when`."""
     return Condition(
-        f"`{name.removeprefix('.')}` is not {' or '.join(map(_plain, values))}",
+        f"`{name.removeprefix('.')}` is not {_any_of(values)}",
         lambda config, section: _unless(config, section, name, lambda value: value not in values),
     )
 
@@ -177,9 +190,14 @@ def _unless(config: Any, section: str, name: str, holds: Callable[[Any], bool]) 
     return None if holds(value) else f"{full} = {shown(value)}"
 
 
+def _any_of(values: Sequence[Any]) -> str:
+    *first, last = map(_plain, values)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _plain(value: Any) -> str:
-    if isinstance(value, str):
-        return value or "empty"
+    if isinstance(value, str | tuple):
+        return str(value or "empty")
     return "2^32" if value == 2**32 else f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
@@ -197,8 +215,9 @@ def describe(section: Any, prefix: str = "") -> Mapping[str, Description]:
         name, kind = prefix + each.name, hints[each.name]
         is_section = dataclasses.is_dataclass(kind)
         if is_section:
-            used = each.metadata["used"]
             for inner in describe(kind, f"{name}.").values():
+                last = inner.name.rpartition(".")[2]
+                used = None if last in each.metadata["but"] else each.metadata["used"]
                 found[inner.name] = inner._replace(used=_joined(used, inner.used))
         else:
             found[name] = Description(name, kind, each.default, **each.metadata)

@@ -27,6 +27,7 @@ _DIRICHLET, _SHARDS = when(".partition", "dirichlet"), when(".partition", "shard
 _SGD, _ADAMW = when(".optimizer", "sgd"), when(".optimizer", "adamw")
 _LINEAR = unless(".schedule", "constant")
 _TEXTS = when("data.name", TEXT)
+_PREPARED, _WHOLE = unless("data.name", "digits"), when("data.name", "digits", TEXT)
 _WRITTEN = both(_TEXTS, unless("data.task", *CLASSIFICATION), when("data.labels", ()))
 _LANGUAGE = when("model.name", LANGUAGE)
 _MLP, _CNN, _RESNET = (when("model.name", name) for name in IMAGE_MODELS)
@@ -37,7 +38,7 @@ class DataConfig:
     """Which data, and how it is divided among server and clients."""
 
     name: str = field("digits", one_of(*DATA_SETS), "data set")
-    directory: str = field("", None, "where TFDS data sets lie; empty: TFDS's default")
+    directory: str = field("", None, "where TFDS data sets lie; empty: TFDS's default", _PREPARED)
     clients: int = field(20, between(1), "number of clients", unless(".partition", "natural"))
     partition: str = field("dirichlet", one_of(*PARTITIONS), "how rows are dealt to clients")
     alpha: float = field(
@@ -46,7 +47,9 @@ class DataConfig:
     shards_per_client: int = field(2, between(1), "label-sorted shards a client", _SHARDS)
     private_rows: int = field(200, between(0), "rows that the server keeps to pre-train on")
     train_rows: int = field(0, between(0), "rows for server and clients together; 0: all")
-    test_rows: int = field(360, between(1), "rows held out for testing, where the set has no split")
+    test_rows: int = field(
+        360, between(1), "rows held out for testing, where there is no split", _WHOLE
+    )
     held_out_share: float = field(
         0.0,
         between(0, below=1),

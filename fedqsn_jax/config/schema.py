@@ -82,6 +82,7 @@ __all__ = [
     "TrainingConfig",
     "UploadConfig",
     "as_released",
+    "check_sections",
     "chooses_scale",
     "default_config",
     "flatten",
@@ -111,6 +112,24 @@ def as_released(config: ml_collections.ConfigDict) -> None:
     config.server.rule = "from_sent"
     if config.model.name == LANGUAGE:
         config.sites = "residual"
+
+
+def check_sections(values: Mapping[str, Any]) -> None:
+    """Checks that sections are given as such, before anything is looked up in them.
+
+    Raises:
+      ConfigError: A section is no dictionary.
+    """
+    for each in dataclasses.fields(Config):
+        if each.default is dataclasses.MISSING and each.name in values:
+            _check_section(each.name, values[each.name])
+
+
+def _check_section(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(
+            f"{name} = {shown(value)}: it is a section; allowed is a dictionary of its fields"
+        )
 
 
 def resolve(values: Mapping[str, Any]) -> Config:
@@ -143,12 +162,11 @@ def _resolve_section(section: type, values: Mapping[str, Any], prefix: str) -> A
     resolved = {}
     for name, value in values.items():
         full = f"{prefix}{name}"
-        if name not in hints:
+        if not isinstance(name, str) or name not in hints:
             raise unknown_field(full)
         if full in described:
             resolved[name] = check_value(described[full], value)
-        elif isinstance(value, Mapping | ml_collections.ConfigDict):
-            resolved[name] = _resolve_section(hints[name], value, f"{full}.")
         else:
-            raise ConfigError(f"{full} = {shown(value)}: it is a section of fields")
+            _check_section(full, value)
+            resolved[name] = _resolve_section(hints[name], value, f"{full}.")
     return section(**resolved)

@@ -329,7 +329,9 @@ class Config:
     )
     data: DataConfig = section(DataConfig)
     model: ModelConfig = section(ModelConfig)
-    pretraining: PretrainingConfig = section(PretrainingConfig)
+    pretraining: PretrainingConfig = section(
+        PretrainingConfig, unless("pretraining.steps", 0), ("steps", "batch_size", "dropout")
+    )
     lora: LoraConfig = section(LoraConfig)
     fedsp: FedSPConfig = section(FedSPConfig, when("algorithm", FEDSP))
     client: ClientConfig = section(ClientConfig)
@@ -339,7 +341,9 @@ class Config:
     server: ServerConfig = section(ServerConfig)
     broadcast: BroadcastConfig = section(BroadcastConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
-    generation: GenerationConfig = section(GenerationConfig)
+    generation: GenerationConfig = section(
+        GenerationConfig, unless("generation.prompts", 0), ("prompts", "new_tokens")
+    )
     checkpoint: CheckpointConfig = section(CheckpointConfig)
 
 

@@ -138,7 +138,7 @@ def plain_id(value: Any) -> int | str | None:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "surrogateescape")
+        value = value.decode("utf-8", "backslashreplace")
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:

@@ -1,7 +1,8 @@
 """Tasks: the loss that is trained, and the statistics that are reported.
 
 A batch is padded to a static size; ``valid`` says which rows count. Statistics are sums over rows,
-so that they add up over batches, and over clients, whatever the padding.
+so that they add up over batches, and over clients, whatever the padding. A metric of no rows is
+NaN, which says that it is absent.
 """
 
 from collections.abc import Callable
@@ -33,6 +34,14 @@ class Task(NamedTuple):
     label: str | None = None
 
 
+_MEANS = {"accuracy": "correct", "loss": "loss"}
+
+
+def mean(total: Array, count: Array) -> Array:
+    """Returns ``total / count``; NaN where nothing was counted: there is no mean."""
+    return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), jnp.nan)
+
+
 def classification(label: str = "label") -> Task:
     """Classification by softmax cross-entropy.
 
@@ -60,7 +69,6 @@ def classification(label: str = "label") -> Task:
         }
 
     def summarize(sums: dict[str, Array]) -> dict[str, Array]:
-        count = jnp.maximum(sums["count"], 1)
-        return {"accuracy": sums["correct"] / count, "loss": sums["loss"] / count}
+        return {name: mean(sums[each], sums["count"]) for name, each in _MEANS.items()}
 
     return Task(loss, statistics, summarize, score="accuracy", label=label)

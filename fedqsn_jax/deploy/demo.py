@@ -19,7 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from fedqsn_jax.config.schema import IMAGE_SETS, Config, ConfigError, to_dict, with_fields
+from fedqsn_jax.config.choices import IMAGE_SETS
+from fedqsn_jax.config.schema import Config, ConfigError, to_dict, with_fields
+from fedqsn_jax.data import registry
+from fedqsn_jax.data.streamed import HostData
 from fedqsn_jax.deploy.bundle import write_bundle
 from fedqsn_jax.reporting.display import Display
 
@@ -111,20 +114,21 @@ def _lay_out(
     config: Config, clients: int, directory: Path, place: Path
 ) -> tuple[Path, Sequence[Path]]:
     """Deals the rows: a directory for the server's and one for each client's."""
-    from fedqsn_jax.data import registry
-
     splits = registry.load(with_fields(config.data, {"resident": "host"}), config.seed)
     server = place / "server"
     server.mkdir(mode=0o700)
     _write_rows(server / "private.npz", splits.private)
     _write_rows(server / "test.npz", splits.test)
-    offsets = np.asarray(splits.clients.offsets)
+    population = splits.clients
+    if not isinstance(population, HostData):
+        raise TypeError(f"rows on the host are expected, not {type(population).__name__}")
+    offsets = np.asarray(population.offsets)
     files = []
     for number in range(clients):
         own = place / f"client_{number}"
         own.mkdir(mode=0o700)
         start, stop = int(offsets[number]), int(offsets[number + 1])
-        examples = {name: rows[start:stop] for name, rows in splits.clients.examples.items()}
+        examples = {name: rows[start:stop] for name, rows in population.examples.items()}
         _write_rows(own / "rows.npz", examples)
         file = own / "client.toml"
         file.write_text(f'rows = "npz:{own / "rows.npz"}"\ncache = "{place / "programs"}"\n')
@@ -147,7 +151,8 @@ def _lay_out(
 
 
 def _write_rows(file: Path, rows: Mapping[str, Any]) -> None:
-    np.savez(file, **{name: np.asarray(array) for name, array in rows.items()})
+    arrays: dict[str, Any] = {name: np.asarray(array) for name, array in rows.items()}
+    np.savez(file, **arrays)
 
 
 def _run_app(

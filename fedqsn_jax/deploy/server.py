@@ -7,7 +7,6 @@ number of clients in a round.
 
 import dataclasses
 import secrets
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,18 +35,6 @@ def system_key() -> Key:
     """
     words = np.frombuffer(secrets.token_bytes(8), np.uint32)
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
-
-
-def with_system_keys(state: ServerState, init: Callable[[Key], ServerState]) -> ServerState:
-    """Returns the first state of a deployed run: secret and public keys are drawn apart.
-
-    Args:
-      state: Says what the public key looks like.
-      init: ``key -> state``: draws what stays secret.
-    """
-    del state
-    secret, public = init(system_key()), system_key()
-    return dataclasses.replace(secret, public_key=public)
 
 
 @dataclasses.dataclass
@@ -143,7 +130,7 @@ class Round:
         """
         ids = sorted(self.sent)
         visible = {
-            path: np.stack([self.sent[client][1][path] for client in ids])
+            path: jnp.asarray(np.stack([self.sent[client][1][path] for client in ids]))
             for path in (self.sent[ids[0]][1] if ids else {})
         }
         total = self.total

@@ -243,7 +243,7 @@ def run_server(
                     entry = {"round": number, **_floats(values), **facts, "seconds": seconds}
                     history.append(entry)
                     metrics.append([entry])
-                    progress.update(number, entry)
+                    progress.update(number, [entry])
                 # After every round: what clients have answered is not asked for again.
                 checkpoints.save(number, state, history, history[-1].get(score, float("nan")))
         checkpoints.wait()

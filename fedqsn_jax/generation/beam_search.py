@@ -111,8 +111,15 @@ def make_generator(
             if prompt_ngrams and settings.no_repeat_ngram
             else jnp.zeros((rows, 0), jnp.int32)
         )
-        search = _greedy if settings.beams == 1 else _beam_search
-        return search(decoder, params, settings, logits, cache, before, jnp.asarray(ends, int), pad)
+        search = _Search(
+            decoder=decoder,
+            params=params,
+            settings=settings,
+            before=before,
+            ends=jnp.asarray(ends, int),
+            pad=pad,
+        )
+        return (_greedy if settings.beams == 1 else _beam_search)(search, logits, cache)
 
     return generate
 
@@ -169,16 +176,32 @@ def _is_end(tokens: Array, ends: Array) -> Array:
     return (tokens[:, None] == ends[None]).any(axis=1)
 
 
-def _greedy(
-    decoder: Decoder,
-    params: Params,
-    settings: GenerationSettings,
-    logits: Array,
-    cache: Cache,
-    before: Array,
-    ends: Array,
-    pad: int,
-) -> Generated:
+class _Search(NamedTuple):
+    """What a search goes by.
+
+    Attributes:
+      decoder: The model.
+      params: Its parameters.
+      settings: How to search.
+      before: int32 ``[rows, length]``: tokens of the prompts whose n-grams count, at the right end.
+      ends: int ``[any]``: tokens that end a text.
+      pad: Fills up texts that have ended.
+    """
+
+    decoder: Decoder
+    params: Params
+    settings: GenerationSettings
+    before: Array
+    ends: Array
+    pad: int
+
+    def score(self, total: Array, length: Array | int) -> Array:
+        """Returns the scores of log-probabilities of texts of a length."""
+        return total / jnp.asarray(length, jnp.float32) ** self.settings.length_penalty
+
+
+def _greedy(search: _Search, logits: Array, cache: Cache) -> Generated:
+    settings, before, ends, pad = search.settings, search.before, search.ends, search.pad
     rows = logits.shape[0]
 
     def choose(
@@ -196,7 +219,7 @@ def _greedy(
 
     def body(carry: tuple) -> tuple:
         count, chosen, tokens, score, ended, cache = carry
-        logits, cache = decoder.step(params, chosen, cache)
+        logits, cache = search.decoder.step(search.params, chosen, cache)
         return (count + 1, *choose(count, logits, tokens, score, ended), cache)
 
     start = (
@@ -227,16 +250,7 @@ class _Beams(NamedTuple):
     parents: Array
 
 
-def _beam_search(
-    decoder: Decoder,
-    params: Params,
-    settings: GenerationSettings,
-    logits: Array,
-    cache: Cache,
-    before: Array,
-    ends: Array,
-    pad: int,
-) -> Generated:
+def _beam_search(search: _Search, logits: Array, cache: Cache) -> Generated:
     """Keeps the best hypotheses alive, and of those that have ended the best one.
 
     Of all continuations of a row's hypotheses, ordered by log-probability, the first ``beams`` that
@@ -244,77 +258,94 @@ def _beam_search(
     (as in transformers). The search is over once no live hypothesis can beat the result: a
     log-probability never rises, and no text is longer than ``new_tokens``.
     """
+    settings = search.settings
     rows, size = logits.shape[0], settings.beams
-    before = jnp.repeat(before, size, axis=0)
+    search = search._replace(before=jnp.repeat(search.before, size, axis=0))
     row_of_beam = jnp.arange(rows)[:, None] * size
-
-    def choose(count: Array, logits: Array, beams: _Beams) -> _Beams:
-        """Chooses the token at position ``count`` of every hypothesis."""
-        history = _history(before, beams.tokens.reshape(rows * size, -1), count)
-        log_odds = _log_probabilities(logits, history, settings)
-        totals = beams.totals[:, :, None] + log_odds.reshape(rows, size, -1)
-        ended = totals[:, :, ends]
-        totals = totals.at[:, :, ends].set(-jnp.inf)
-        # In two stages: sorting all continuations of a row at once costs many times more.
-        width = min(size, totals.shape[-1])
-        totals, tokens = jax.lax.top_k(totals, width)
-        totals, place = jax.lax.top_k(totals.reshape(rows, -1), size)
-        tokens = jnp.take_along_axis(tokens.reshape(rows, -1), place, axis=1).astype(jnp.int32)
-        parents = (place // width).astype(jnp.int32)
-        live = jnp.take_along_axis(beams.tokens, parents[:, :, None], axis=1)
-        live = live.at[:, :, count].set(tokens)
-        best = _better(count, ended, totals, beams)
-        return _Beams(live, totals, *best, parents)
-
-    def _better(count: Array, ended: Array, totals: Array, beams: _Beams) -> tuple[Array, Array]:
-        """The best texts that have ended, those included that end at position ``count``."""
-        if not len(ends):
-            return beams.best_tokens, beams.best_scores
-        flat = ended.reshape(rows, -1)
-        earlier = (flat[:, None, :] > flat[:, :, None]).sum(axis=-1)
-        earlier += (totals[:, None, :] > flat[:, :, None]).sum(axis=-1)
-        flat = jnp.where(earlier < size, flat, -jnp.inf)
-        place = flat.argmax(axis=-1)
-        score = _score(flat.max(axis=-1), count + 1)
-        parent = (place // len(ends))[:, None, None]
-        tokens = jnp.take_along_axis(beams.tokens, parent, axis=1)[:, 0]
-        tokens = tokens.at[:, count].set(ends[place % len(ends)].astype(jnp.int32))
-        wins = score > beams.best_scores
-        return (
-            jnp.where(wins[:, None], tokens, beams.best_tokens),
-            jnp.where(wins, score, beams.best_scores),
-        )
-
-    def _score(total: Array, length: Array | int) -> Array:
-        return total / jnp.asarray(length, jnp.float32) ** settings.length_penalty
 
     def running(carry: tuple[Array, _Beams, Cache]) -> Array:
         count, beams, _ = carry
         longest = settings.new_tokens if settings.length_penalty > 0 else count + 1
-        attainable = _score(beams.totals[:, 0], longest)
+        attainable = search.score(beams.totals[:, 0], longest)
         return (count < settings.new_tokens) & (attainable > beams.best_scores).any()
 
     def body(carry: tuple[Array, _Beams, Cache]) -> tuple[Array, _Beams, Cache]:
         count, beams, cache = carry
-        cache = decoder.take_rows(cache, (row_of_beam + beams.parents).reshape(-1))
-        logits, cache = decoder.step(params, beams.tokens[:, :, count - 1].reshape(-1), cache)
-        return count + 1, choose(count, logits, beams), cache
+        cache = search.decoder.take_rows(cache, (row_of_beam + beams.parents).reshape(-1))
+        chosen = beams.tokens[:, :, count - 1].reshape(-1)
+        logits, cache = search.decoder.step(search.params, chosen, cache)
+        return count + 1, _longer(search, count, logits, beams), cache
 
     start = _Beams(
-        tokens=jnp.full((rows, size, settings.new_tokens), pad, jnp.int32),
+        tokens=jnp.full((rows, size, settings.new_tokens), search.pad, jnp.int32),
         # All beams of a row are the same at first: only one of them may count.
         totals=jnp.full((rows, size), -jnp.inf).at[:, 0].set(0),
-        best_tokens=jnp.full((rows, settings.new_tokens), pad, jnp.int32),
+        best_tokens=jnp.full((rows, settings.new_tokens), search.pad, jnp.int32),
         best_scores=jnp.full(rows, -jnp.inf),
         parents=jnp.zeros((rows, size), jnp.int32),
     )
-    first = choose(jnp.int32(0), jnp.repeat(logits, size, axis=0), start)
-    cache = decoder.take_rows(cache, jnp.repeat(jnp.arange(rows), size))
+    first = _longer(search, jnp.int32(0), jnp.repeat(logits, size, axis=0), start)
+    cache = search.decoder.take_rows(cache, jnp.repeat(jnp.arange(rows), size))
     count, beams, _ = jax.lax.while_loop(running, body, (jnp.int32(1), first, cache))
     # Hypotheses that have reached the largest length count as they are.
-    unfinished = _score(beams.totals[:, 0], settings.new_tokens)
+    unfinished = search.score(beams.totals[:, 0], settings.new_tokens)
     wins = (count == settings.new_tokens) & (unfinished > beams.best_scores)
     return Generated(
         jnp.where(wins[:, None], beams.tokens[:, 0], beams.best_tokens),
         jnp.where(wins, unfinished, beams.best_scores),
+    )
+
+
+def _longer(search: _Search, count: Array, logits: Array, beams: _Beams) -> _Beams:
+    """Chooses the token at position ``count`` of every hypothesis."""
+    rows, size = beams.totals.shape
+    history = _history(search.before, beams.tokens.reshape(rows * size, -1), count)
+    log_odds = _log_probabilities(logits, history, search.settings)
+    totals = beams.totals[:, :, None] + log_odds.reshape(rows, size, -1)
+    ended = totals[:, :, search.ends]
+    totals = totals.at[:, :, search.ends].set(-jnp.inf)
+    # In two stages: sorting all continuations of a row at once costs many times more.
+    width = min(size, totals.shape[-1])
+    totals, tokens = jax.lax.top_k(totals, width)
+    totals, place = jax.lax.top_k(totals.reshape(rows, -1), size)
+    tokens = jnp.take_along_axis(tokens.reshape(rows, -1), place, axis=1).astype(jnp.int32)
+    parents = (place // width).astype(jnp.int32)
+    live = jnp.take_along_axis(beams.tokens, parents[:, :, None], axis=1)
+    live = live.at[:, :, count].set(tokens)
+    beams = beams._replace(totals=totals)
+    best_tokens, best_scores = _better(search, count, ended, beams)
+    return _Beams(
+        tokens=live,
+        totals=totals,
+        best_tokens=best_tokens,
+        best_scores=best_scores,
+        parents=parents,
+    )
+
+
+def _better(search: _Search, count: Array, ended: Array, beams: _Beams) -> tuple[Array, Array]:
+    """The best texts that have ended, those included that end at position ``count``.
+
+    Args:
+      search: What the search goes by.
+      count: The position, int32 scalar.
+      ended: ``[rows, beams, ends]``: the log-probabilities of those that end there.
+      beams: The hypotheses before, with the log-probabilities of those that go on.
+    """
+    ends, (rows, size) = search.ends, beams.totals.shape
+    if not len(ends):
+        return beams.best_tokens, beams.best_scores
+    flat = ended.reshape(rows, -1)
+    earlier = (flat[:, None, :] > flat[:, :, None]).sum(axis=-1)
+    earlier += (beams.totals[:, None, :] > flat[:, :, None]).sum(axis=-1)
+    flat = jnp.where(earlier < size, flat, -jnp.inf)
+    place = flat.argmax(axis=-1)
+    score = search.score(flat.max(axis=-1), count + 1)
+    parent = (place // len(ends))[:, None, None]
+    tokens = jnp.take_along_axis(beams.tokens, parent, axis=1)[:, 0]
+    tokens = tokens.at[:, count].set(ends[place % len(ends)].astype(jnp.int32))
+    wins = score > beams.best_scores
+    return (
+        jnp.where(wins[:, None], tokens, beams.best_tokens),
+        jnp.where(wins, score, beams.best_scores),
     )

@@ -6,7 +6,7 @@ Batches are named as `data.packing` packs them.
 import jax
 import jax.numpy as jnp
 
-from fedqsn_jax.core.tasks import Task, classification
+from fedqsn_jax.core.tasks import Task, classification, mean
 from fedqsn_jax.core.types import Array, Batch
 
 
@@ -37,7 +37,8 @@ def sequence_classification(f1: bool = False, label: str = "label") -> Task:
     def summarize(sums: dict[str, Array]) -> dict[str, Array]:
         twice = 2 * sums["true_positives"]
         errors = sums["false_positives"] + sums["false_negatives"]
-        return plain.summarize(sums) | {"f1": twice / jnp.maximum(twice + errors, 1)}
+        f1 = twice / jnp.maximum(twice + errors, 1)
+        return plain.summarize(sums) | {"f1": jnp.where(sums["count"] > 0, f1, jnp.nan)}
 
     return plain._replace(statistics=statistics, summarize=summarize)
 
@@ -96,10 +97,9 @@ def conditional_generation(label_smoothing: float = 0.0, encoder_decoder: bool =
         }
 
     def summarize(sums: dict[str, Array]) -> dict[str, Array]:
-        tokens = jnp.maximum(sums["tokens"], 1)
-        nats = sums["loss"] / tokens
+        nats = mean(sums["loss"], sums["tokens"])
         return {
-            "token_accuracy": sums["correct"] / tokens,
+            "token_accuracy": mean(sums["correct"], sums["tokens"]),
             "loss": nats,
             "perplexity": jnp.exp(nats),
         }

@@ -8,8 +8,11 @@ of the same round. It holds four items:
 - ``tensors``: what those are, ``{"types": {"params/kernel": "float32[64,10]"}, "keys": {...}}``, so
   that a state that does not fit is refused in one line before anything large is read; and a digest
   of all that, so that no changed bit goes unnoticed.
-- ``history``: a JSON list.
-- ``metrics``: the score, by which Orbax keeps the best.
+- ``history``: the metrics' history since the last full chunk, and which chunks come before; see
+  `history`, which keeps them in ``history/``. Checkpoints of earlier versions hold all of it, a
+  JSON list.
+- ``metrics``: the score, by which Orbax keeps the best. It stands in ``tensors`` too, so that the
+  digest covers it.
 
 Orbax gets host arrays only: a checkpoint does not depend on the devices that wrote it. Where
 several processes run, all of them save together, in a directory that all of them see: process 0
@@ -17,7 +20,6 @@ writes, and Orbax lets none go on before the others are ready. Each reads by its
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -26,24 +28,31 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
+from fedqsn_jax.host.checkpoint_contents import (
+    DIGEST,
+    digest_of,
+    first_difference,
+    first_reason,
+    host_array,
+    is_key,
+    named_leaves,
+    type_of,
+)
 from fedqsn_jax.host.failed_reads import failures_told_once
+from fedqsn_jax.host.history import ChunkedHistory, History, HistoryError
 
 State = TypeVar("State")
 """A pytree of arrays: jax arrays of plain dtypes and typed pseudo-random keys."""
-
-History = list[dict[str, Any]]
-"""JSON objects, one for each evaluated round."""
 
 _STATE = "state"
 _TENSORS = "tensors"
 _HISTORY = "history"
 _SCORE = "score"
-_DIGEST = "digest"
+_METRICS = "metrics"
 
 
 class CheckpointError(ValueError):
@@ -82,6 +91,7 @@ class Checkpoints:
         self._keep_latest = keep_latest
         self._keep_best = keep_best
         self._names = ocp.path.step.standard_name_format()
+        self._chunks = ChunkedHistory(self._directory / _HISTORY)
         self._writer: ocp.training.Checkpointer | None = None
         # The round of the save that may still be in flight, and Orbax's handle on it.
         self._pending: tuple[int, Any] | None = None
@@ -125,7 +135,8 @@ class Checkpoints:
         Args:
           round: The number of finished rounds.
           state: A pytree of arrays.
-          history: JSON objects.
+          history: JSON objects: those of the last save, or of what was restored, and more. What
+            was saved once is not looked at again, so that a save costs the same at any round.
           score: The higher, the better; NaN is the worst.
 
         Raises:
@@ -133,15 +144,15 @@ class Checkpoints:
           TypeError: A leaf of the state is no array, or the history is no JSON.
           ValueError: The state has no tensors, or two of one name.
         """
-        leaves = _named_leaves(state)
-        # Orbax serializes JSON later, in its thread, when the caller may have appended to it.
-        history = json.loads(json.dumps(history))
+        leaves = named_leaves(state)
         if round in self.rounds():
             return
-        keys = {name: leaf for name, leaf in leaves.items() if _is_key(leaf)}
+        keys = {name: leaf for name, leaf in leaves.items() if is_key(leaf)}
         tensors: dict[str, Any] = {
-            "types": {name: _type(leaf) for name, leaf in leaves.items()},
+            "types": {name: type_of(leaf) for name, leaf in leaves.items()},
             "keys": {name: str(jax.random.key_impl(key)) for name, key in keys.items()},
+            # As text: JSON has no NaN.
+            _SCORE: repr(float(score)),
         }
         plain = leaves | {name: jax.random.key_data(key) for name, key in keys.items()}
         # Orbax refuses empty arrays; their type says all about them.
@@ -150,14 +161,17 @@ class Checkpoints:
             # Orbax would refuse it too, but only after it has started threads, which then hang.
             raise ValueError("the state has no tensors to save")
         try:
+            rest = self._chunks.store(history, write=jax.process_index() == 0)
             # On a CPU device_get gives views of the devices' own memory. Orbax copies them before
             # it returns: deepcopy_host_arrays, in the context of the writer.
             host = jax.device_get(plain)
-            tensors[_DIGEST] = _digest(tensors, host, history)
-            items = {_STATE: host, _TENSORS: tensors, _HISTORY: history}
+            tensors[DIGEST] = digest_of(tensors, host, rest)
+            items = {_STATE: host, _TENSORS: tensors, _HISTORY: rest}
             response = self._open_writer().save_checkpointables_async(
                 round, items, metrics={_SCORE: float(score)}, force=True
             )
+        except TypeError:
+            raise
         except Exception as error:
             self._close_writer()
             raise self._unwritten(round, error) from error
@@ -175,21 +189,24 @@ class Checkpoints:
           CheckpointError: There is no such checkpoint, it cannot be read, or it holds a state of
             another structure, shape or dtype.
         """
-        expected = {name: _type(leaf) for name, leaf in _named_leaves(like).items()}
+        expected = {name: type_of(leaf) for name, leaf in named_leaves(like).items()}
         path, round, rounds = self._find(round)
         try:
             tensors = _load(path, _TENSORS)[_TENSORS]
             stored, implementations = dict(tensors["types"]), dict(tensors["keys"])
         except Exception as error:
             raise _unreadable(path, round, rounds, error) from error
-        difference = _first_difference(stored, expected)
+        difference = first_difference(stored, expected)
         if difference:
             raise CheckpointError(f"{path}: {difference}")
         try:
-            state, history = _load_checked(path, tensors)
+            self._check_scores(rounds)
+            state, history = self._load_checked(path, tensors)
             host = {
-                name: _host_array(name, state, leaf) for name, leaf in _named_leaves(like).items()
+                name: host_array(name, state, leaf) for name, leaf in named_leaves(like).items()
             }
+        except CheckpointError:
+            raise
         except Exception as error:
             raise _unreadable(path, round, rounds, error) from error
         arrays = jax.device_put(host)
@@ -215,13 +232,55 @@ class Checkpoints:
         """
         path, round, rounds = self._find(round)
         try:
-            state, history = _load_checked(path, _load(path, _TENSORS)[_TENSORS])
+            state, history = self._load_checked(path, _load(path, _TENSORS)[_TENSORS])
+        except CheckpointError:
+            raise
         except Exception as error:
             raise _unreadable(path, round, rounds, error) from error
         prefix = f"{prefix}/"
         found = {name: array for name, array in state.items() if name.startswith(prefix)}
         arrays = {name.removeprefix(prefix): np.asarray(array) for name, array in found.items()}
         return arrays, history, round
+
+    def _load_checked(self, path: Path, tensors: dict[str, Any]) -> tuple[dict[str, Any], History]:
+        """Loads state and history; ValueError unless they are what was saved, to the last bit."""
+        loaded = _load(path, _STATE, _HISTORY)
+        state, history = loaded[_STATE], loaded[_HISTORY]
+        if digest_of(tensors, state, history) != tensors[DIGEST]:
+            raise ValueError("its digest is not that of its contents")
+        if isinstance(history, list):
+            return state, history
+        try:
+            return state, self._chunks.load(history)
+        except HistoryError as error:
+            raise CheckpointError(
+                f"{error}; it is a part of the metrics' history that every checkpoint after it "
+                f"needs: put it back from a copy, or start from the beginning in another directory"
+            ) from error
+
+    def _check_scores(self, rounds: list[int]) -> None:
+        """Makes sure that the next save, for which Orbax reads all scores, can read them.
+
+        Raises:
+          CheckpointError: One is damaged.
+        """
+        for round in rounds:
+            path = self._directory / self._names.build_name(round)
+            if not (path / _METRICS).exists():
+                # As a deletion that was interrupted leaves it; Orbax forgets such a checkpoint.
+                continue
+            try:
+                # Orbax keeps this item to itself, and has no call that reads it alone.
+                score = float(json.loads((path / _METRICS / _METRICS).read_bytes())[_SCORE])
+                # Those of earlier versions hold no other.
+                saved = _load(path, _TENSORS)[_TENSORS].get(_SCORE, repr(score))
+                if repr(score) != saved:
+                    raise ValueError(f"it is {score!r}, but {saved} was saved")
+            except Exception as error:
+                raise CheckpointError(
+                    f"{path}: its score cannot be read ({first_reason(error)}); if it is damaged, "
+                    f"move or remove that directory, and the run goes on without that checkpoint"
+                ) from error
 
     def _find(self, round: int | None) -> tuple[Path, int, list[int]]:
         """The path and round of a checkpoint, by default the latest, and all rounds."""
@@ -301,7 +360,7 @@ class Checkpoints:
     def _unwritten(self, round: int, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"{self._directory}: the checkpoint of round {round} could not be written "
-            f"({_one_line(error)})"
+            f"({first_reason(error)})"
         )
 
 
@@ -326,87 +385,13 @@ class _OrbaxSilence(logging.Filter):
         return not from_orbax or absl_logging.level_debug()
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    named: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in named:
-            raise ValueError(f"two tensors of the state have the name {name}")
-        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            raise TypeError(f"{name} is of type {type(leaf).__name__}; allowed are jax arrays")
-        named[name] = leaf
-    return named
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _type(leaf: Any) -> str:
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def _load_checked(path: Path, tensors: dict[str, Any]) -> tuple[dict[str, Any], History]:
-    """Loads state and history; ValueError unless they are what was saved, to the last bit."""
-    loaded = _load(path, _STATE, _HISTORY)
-    if _digest(tensors, loaded[_STATE], loaded[_HISTORY]) != tensors[_DIGEST]:
-        raise ValueError("its digest is not that of its contents")
-    return loaded[_STATE], loaded[_HISTORY]
-
-
-def _digest(tensors: dict[str, Any], state: dict[str, Any], history: History) -> str:
-    """BLAKE2b of what a checkpoint holds, but for the digest itself and the score."""
-    facts = {name: fact for name, fact in tensors.items() if name != _DIGEST}
-    digest = hashlib.blake2b(json.dumps([facts, history], sort_keys=True).encode(), digest_size=32)
-    for name in sorted(state):
-        # As bytes: NumPy gives no buffer of dtypes that are not its own, such as bfloat16.
-        digest.update(np.ascontiguousarray(state[name]).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _first_difference(stored: dict[str, str], expected: dict[str, str]) -> str | None:
-    for name, type_ in expected.items():
-        if name not in stored:
-            return f"{name} is not stored, but {type_} is expected"
-        if stored[name] != type_:
-            return f"{name} is stored as {stored[name]}, but {type_} is expected"
-    for name, type_ in stored.items():
-        if name not in expected:
-            return f"{name} is stored as {type_}, but not expected"
-    return None
-
-
-def _host_array(name: str, loaded: dict[str, Any], like: Any) -> np.ndarray:
-    """Returns the array that was loaded, having made sure that it is what the checkpoint said."""
-    plain = jax.eval_shape(jax.random.key_data, like) if _is_key(like) else like
-    array = loaded[name] if plain.size else np.zeros(plain.shape, plain.dtype)
-    if _type(array) != _type(plain):
-        raise ValueError(f"{name} is {_type(array)}")
-    return array
-
-
 def _unreadable(path: Path, round: int, rounds: list[int], error: Exception) -> CheckpointError:
     earlier = [other for other in rounds if other < round]
     goal = f"resume from round {earlier[-1]}" if earlier else "start from the beginning"
     return CheckpointError(
-        f"{path}: this checkpoint cannot be read ({_one_line(error)}); "
+        f"{path}: this checkpoint cannot be read ({first_reason(error)}); "
         f"if it is damaged, move or remove that directory to {goal}"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    """Returns what went wrong first: what Orbax wraps around it tells of its own handlers."""
-    chain: list[BaseException] = []
-    inner: BaseException | None = error
-    # An exception that is raised again can come to stand in its own chain.
-    while inner is not None and inner not in chain:
-        chain.append(inner)
-        inner = inner.__cause__ or (None if inner.__suppress_context__ else inner.__context__)
-    error = chain[-1]
-    text = " ".join(str(error).split()).partition(" [tensorstore_spec=")[0]
-    # TensorStore tells the place first and the reason last.
-    text = text if len(text) <= 300 else f"{text[:80]} ... {text[-200:]}"
-    return f"{type(error).__name__}: {text}"
 
 
 def _sortable_score(metrics: dict[str, float]) -> float:

@@ -5,6 +5,7 @@ from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import classification
 from fedqsn_jax.data import registry
 from fedqsn_jax.models.functional import linen_apply, linen_init
+from fedqsn_jax.models.kernels import gpu_blocks
 from fedqsn_jax.models.registry import make_model
 from fedqsn_jax.problems.problem import Problem, ProblemSettings
 
@@ -34,4 +35,5 @@ def load_image_problem(settings: ProblemSettings) -> Problem:
         linen_apply(pretraining),
         None,
         classification(),
+        notes=gpu_blocks.missing_note(),
     )

@@ -19,7 +19,8 @@ from fedqsn_jax.data.text.tokenization import TextTokenizer, load_tokenizer
 from fedqsn_jax.generation.beam_search import GenerationSettings, make_generator
 from fedqsn_jax.generation.language_tasks import conditional_generation, sequence_classification
 from fedqsn_jax.generation.text_evaluation import make_text_evaluator
-from fedqsn_jax.models.language.encoder import EncoderConfig
+from fedqsn_jax.models.kernels import gpu_blocks
+from fedqsn_jax.models.language.encoder_config import EncoderConfig
 from fedqsn_jax.models.language.families import LanguageConfig, LanguageModel, make_language_model
 from fedqsn_jax.models.language.pretrained import (
     description_files,
@@ -27,7 +28,7 @@ from fedqsn_jax.models.language.pretrained import (
     load_pretrained,
     read_config,
 )
-from fedqsn_jax.models.language.t5 import T5Config
+from fedqsn_jax.models.language.t5_config import T5Config
 from fedqsn_jax.models.language.transformer import Execution
 from fedqsn_jax.problems.problem import Problem, ProblemSettings, Texts
 from fedqsn_jax.problems.prompted import prompted_problem
@@ -74,9 +75,10 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
     clients = make_language_model(pretrained.config, execution, settings.client_dropout)
     server = make_language_model(pretrained.config, execution, settings.server_dropout)
     task = _task(settings, data.kind, pretrained.config)
-    notes = [*([tokenizer.note] if tokenizer.note else []), *data.notes]
+    notes = [*([tokenizer.note] if tokenizer.note else []), *data.notes, *gpu_blocks.missing_note()]
     if pretrained.fresh:
         notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
+    notes += _label_notes(pretrained.config, pretrained.fresh, data.kind)
     params, files = jax.tree.map(jnp.asarray, pretrained.params), description_files(directory)
     if isinstance(pretrained.config, EncoderConfig) and settings.prompted is not None:
         problem = prompted_problem(
@@ -144,6 +146,17 @@ def _check_fit(settings: ProblemSettings, model: LanguageConfig, kind: TextForma
             f"generation.prompts = {settings.generation.prompts}: data.task = {task!r} is "
             f"classification, no text is written; allowed is 0"
         )
+
+
+def _label_notes(model: LanguageConfig, fresh: tuple[str, ...], kind: TextFormat) -> list[str]:
+    """A line where a head that is read names its classes otherwise than the task does."""
+    named = model.labels if isinstance(model, EncoderConfig) and not fresh else ()
+    if not named or named == kind.labels:
+        return []
+    return [
+        f"the model's head is of {', '.join(named)}, and the task's labels are "
+        f"{', '.join(kind.labels)}: they are matched by their order"
+    ]
 
 
 def _task(settings: ProblemSettings, kind: TextFormat, model: LanguageConfig) -> Task:

@@ -7,7 +7,7 @@ from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task
 from fedqsn_jax.core.types import ApplyFn, Batch, Key, Params
 from fedqsn_jax.data.population import Splits
-from fedqsn_jax.models.language.encoder import EncoderConfig
+from fedqsn_jax.models.language.encoder_config import EncoderConfig
 from fedqsn_jax.models.language.transformer import Execution
 from fedqsn_jax.problems.problem import Problem, ProblemSettings
 from fedqsn_jax.problems.training import Preparation

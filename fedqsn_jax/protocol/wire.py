@@ -13,7 +13,9 @@ numbers are little-endian::
            have already, and updates of frozen ones, are left out.
 
 So a payload's length is linear in the number of visible columns of each site, and is known once
-the bitmaps are read, before anything is allocated. Anything wrong with a payload is a ValueError.
+the bitmaps are read, before anything is allocated. A proxy or update has one encoding: what no
+encoder writes (codes that are no level, unused bits that are set, a negative zero for a scale) is
+wrong, as damage is. Anything wrong with a payload is a ValueError.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ from fedqsn_jax.protocol.layout import (
     update_cost,
 )
 from fedqsn_jax.protocol.proxy import Proxy, is_quantized
-from fedqsn_jax.protocol.quantization import Quantized, pack, packed_size, unpack
+from fedqsn_jax.protocol.quantization import Quantized, Quantizer, pack, packed_size, unpack
 from fedqsn_jax.protocol.sites import Sites
 
 MAGIC = b"FQSN"
@@ -151,6 +153,7 @@ def _encode_tensor(tensor: TensorLayout, leaf: Any, visible: Mapping[str, np.nda
         codes, scales = _columns(np.asarray(leaf.codes), seen), np.asarray(leaf.scales)
         scales = scales if tensor.shared_scales else _columns(scales, seen)
         _require_scales(f"a scale of {tensor.path!r}", scales)
+        _require_codes(f"a code of {tensor.path!r}", codes, tensor.quantizer)
         packed = [pack(codes[rows], tensor.quantizer.code_bits) for rows in _slices(codes.shape)]
         return b"".join(part.tobytes() for part in [*packed, scales])
     values: Any = np.asarray(leaf).astype(jnp.dtype(tensor.dtype))
@@ -214,6 +217,12 @@ def _decode_tensor(tensor: TensorLayout, reader: _Reader) -> Any:
         codes = np.zeros((count, site.fan_in), np.uint8)
         for rows in _slices(codes.shape):
             codes[rows] = unpack(packed[rows], quantizer.code_bits, site.fan_in)
+        _require_codes(f"payload: a code of {tensor.path!r}", codes, quantizer)
+        unused = -site.fan_in * quantizer.code_bits % 8
+        if unused and (packed[:, -1:] >> (8 - unused)).any():
+            raise ValueError(
+                f"payload: codes of {tensor.path!r} damaged, expected unused bits to be zero"
+            )
         if not tensor.shared_scales:
             scales = _matrices(scales, seen)
         return Quantized(_matrices(codes, seen), scales, quantizer)
@@ -222,10 +231,17 @@ def _decode_tensor(tensor: TensorLayout, reader: _Reader) -> Any:
     return site.from_matrices(_matrices(read(site.fan_in, dtype), seen))
 
 
+def _require_codes(what: str, codes: np.ndarray, quantizer: Quantizer) -> None:
+    levels = len(quantizer.levels)
+    if codes.size and codes.max() >= levels:
+        raise ValueError(f"{what} is {codes.max()}, expected one of the {levels} levels, from 0")
+
+
 # A forged scale may be a signalling NaN, of which NumPy warns: an exception under -W error.
 @np.errstate(invalid="ignore")
 def _require_scales(what: str, values: np.ndarray) -> None:
-    if not (np.isfinite(values).all() and (values >= 0).all()):
+    # Zero has one encoding: the other, of a negative zero, nobody writes.
+    if not np.isfinite(values).all() or np.signbit(values).any():
         raise ValueError(f"{what} is negative or not finite, expected a finite number of 0 or more")
 
 

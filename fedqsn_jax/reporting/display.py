@@ -1,30 +1,22 @@
 """What a user sees in the terminal: the model and its costs, progress, the final table.
 
 In a terminal there are colours and lines; in a pipe (a log file, a batch job, a notebook) there is
-plain ASCII without control codes. Everything fits into 80 columns.
+plain ASCII without control codes. Everything fits into 80 columns; where there are fewer, tables
+are split rather than cut.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from fedqsn_jax.host.console import standard_console
-from fedqsn_jax.reporting.progress import Progress, make_progress
-from fedqsn_jax.reporting.summary import Costs, TensorRow
+from fedqsn_jax.reporting.progress import RoundProgress, Steps, Waiting
+from fedqsn_jax.reporting.summary import Costs, TensorRow, number
+from fedqsn_jax.reporting.tables import Column, make_tables
 
-_ASCII_RULES = box.Box(
-    # Like box.SIMPLE, which has no equivalent in ASCII that leaves out the vertical lines.
-    "    \n    \n -- \n    \n    \n -- \n    \n    \n",
-    ascii=True,
-)
-_SHORTEST_PATH = 12
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -36,7 +28,7 @@ class Display:
       display = Display()
       display.overview(rows, costs)
       with display.progress(total=60) as progress:
-          progress.update(5, metrics)
+          progress.update(5, [metrics])
       display.final_table(summarize(history, costs, seconds))
     """
 
@@ -73,65 +65,66 @@ class Display:
             self.message(f"  {purpose:<{width}}  {bytes_text(count):>10}")
         self.message("")
 
-    def progress(self, total: int, start: int = 0, score: str = "accuracy") -> Progress:
-        """Shows progress inside a ``with`` block; tell it of rounds by ``update(round, metrics)``.
+    def progress(self, total: int, start: int = 0, score: str = "accuracy") -> RoundProgress:
+        """Shows the progress of rounds inside a ``with`` block; tell it of them by ``update``.
 
         Args:
           total: Number of rounds in all.
           start: Number of rounds that are done already.
           score: The metric that is shown for the views: global, server, proxy, largest attacker.
         """
-        return make_progress(self._console, total, start, score)
+        return RoundProgress(self._console, total, start, score)
 
-    @contextmanager
-    def steps(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows the progress of something that is counted, in a terminal by a bar.
+    def steps(self, what: str, total: int) -> Steps:
+        """Shows the progress of something that is counted, inside a ``with`` block.
 
         Args:
           what: What is going on.
-          total: The count at its end.
-
-        Yields:
-          A function that is told how many more are done.
+          total: The count at its end; tell by ``add`` how many more are done.
         """
-        if self._plain:
-            self.message(f"{what}: {total} in all")
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        with bars.Progress(
-            *columns,
-            bars.TimeRemainingColumn(),
-            console=self._console,
-            disable=self._plain,
-            transient=True,
-        ) as progress:
-            task = progress.add_task(what, total=total)
-            yield lambda count: progress.advance(task, count)
+        return Steps(self._console, what, total)
 
-    def final_table(self, summary: Mapping[str, Any]) -> None:
-        """Prints what a run came to.
+    def waiting(self, what: str) -> Waiting:
+        """Shows that something is going on inside a ``with`` block, and for how long.
+
+        Example::
+
+          with display.waiting("loading the data"):
+              rows = load()
 
         Args:
-          summary: What `summary.summarize` returned.
+          what: What is going on.
+        """
+        return Waiting(self._console, what)
+
+    def table(self, title: str, names: Column, columns: Sequence[Column]) -> None:
+        """Prints a table of rows with names, or several where one would be too wide.
+
+        Args:
+          title: What stands above the names.
+          names: The rows' names.
+          columns: The other columns.
+        """
+        for part in make_tables(title, names, columns, self._console.width, self._plain):
+            if isinstance(part, str):
+                self.message(part)
+            elif not self._plain:
+                self._console.print(part, highlight=False)
+            else:
+                with self._console.capture() as capture:
+                    self._console.print(part, highlight=False)
+                for line in capture.get().splitlines():
+                    self.message(line.rstrip())
+
+    def final_table(self, summary: Mapping[str, Any]) -> None:
+        """Prints what a run came to, and the verdict on it.
+
+        Args:
+          summary: What `summary.summarize` returned, with the ``verdict`` of `verdict.verdict`, if
+            there is one, and ``texts``, the scores of what the views wrote.
         """
         self.message("")
-        score = summary["score"]
-        table = self._table()
-        table.add_column("view")
-        for head in (
-            *(f"{score}\nstart", "\nbest", "\nround", "\nend"),
-            *("loss\nstart", "\nat best", "\nend"),
-        ):
-            table.add_column(head, justify="right", no_wrap=True)
-        for view, facts in summary["views"].items():
-            times = [facts["start"], facts["best"], facts["end"]]
-            start, best, end = (_decimal(each.get(score)) for each in times)
-            losses = [_decimal(each.get("loss")) for each in times]
-            table.add_row(Text(view, "bold"), start, best, str(times[1]["round"]), end, *losses)
-            if f"{score}_std" in facts["end"]:
-                start, best, end = (_decimal(each.get(f"{score}_std")) for each in times)
-                table.add_row(Text("  +- std" if self._plain else "  ± std"), start, best, "", end)
-        self._print_table(table)
-        self.message("")
+        self._print_views(summary["views"], summary["score"])
         self._print_clients(summary)
         self._print_gaps(summary)
         self._print_texts(summary.get("texts", {}))
@@ -146,6 +139,33 @@ class Display:
         total, each = summary["seconds"]["total"], summary["seconds"]["per_round"]
         pace = "" if each is None else f", {each:.3g} a round"
         self.message(f"seconds: {total:.1f} in the rounds and their evaluations{pace}")
+        if "verdict" in summary:
+            self.message("")
+            for line in textwrap.wrap(summary["verdict"]["text"], self._console.width):
+                self.message(line)
+
+    def _print_views(self, views: Mapping[str, Any], score: str) -> None:
+        """What each view had at the start, at its best, and at the end; its spread below it."""
+        names: list[Text] = []
+        rows: list[list[str]] = []
+        for view, facts in views.items():
+            times = [facts["start"], facts["best"], facts["end"]]
+            start, best, end = (_decimal(each.get(score)) for each in times)
+            losses = [_decimal(each.get("loss")) for each in times]
+            names.append(Text(view, "bold"))
+            rows.append([start, best, str(times[1]["round"]), end, *losses])
+            if f"{score}_std" in facts["end"]:
+                start, best, end = (_decimal(each.get(f"{score}_std")) for each in times)
+                names.append(Text("  +- std" if self._plain else "  ± std"))
+                rows.append([start, best, "", end, "", "", ""])
+        heads = [(score, head) for head in ("start", "best", "round", "end")]
+        heads += [("loss", head) for head in ("start", "at best", "end")]
+        columns = [
+            Column(head, [row[index] for row in rows], group)
+            for index, (group, head) in enumerate(heads)
+        ]
+        self.table("view", Column("", names, right=False), columns)
+        self.message("")
 
     def _print_texts(self, metrics: Mapping[str, float]) -> None:
         """The scores of what the views wrote."""
@@ -153,28 +173,23 @@ class Display:
             return
         views = dict.fromkeys(name.partition("/")[0] for name in metrics)
         scores = dict.fromkeys(name.partition("/")[2] for name in metrics)
-        shown = [score for score in scores if not score.endswith("_std")]
-        table = self._table()
-        table.add_column("texts after the last round")
-        for score in shown:
-            table.add_column(score, justify="right", no_wrap=True)
-        for view in views:
-            values = (metrics.get(f"{view}/{score}") for score in shown)
-            table.add_row(Text(view, "bold"), *("-" if v is None else f"{v:.2f}" for v in values))
-        self._print_table(table)
+        columns = []
+        for score in scores:
+            if not score.endswith("_std"):
+                values = [number(metrics.get(f"{view}/{score}")) for view in views]
+                columns.append(Column(score, ["-" if v is None else f"{v:.2f}" for v in values]))
+        self.table("texts after the last round", _bold(views), columns)
         self.message("")
 
     def _print_clients(self, summary: Mapping[str, Any]) -> None:
         titles = {"own": "clients' own held-out rows", "new": "clients that never took part"}
+        heads = {"mean": "mean at end", "worst_decile": "worst tenth", "spread": "spread"}
         for group, views in summary["clients"].items():
-            table = self._table()
-            table.add_column(f"{titles[group]}, {summary['score']}")
-            for head in ("mean at end", "worst tenth", "spread"):
-                table.add_column(head, justify="right", no_wrap=True)
-            for view, facts in views.items():
-                values = (_decimal(facts[name]) for name in ("mean", "worst_decile", "spread"))
-                table.add_row(Text(view, "bold"), *values)
-            self._print_table(table)
+            columns = [
+                Column(head, [_decimal(facts[name]) for facts in views.values()])
+                for name, head in heads.items()
+            ]
+            self.table(f"{titles[group]}, {summary['score']}", _bold(views), columns)
             self.message("")
 
     def _print_gaps(self, summary: Mapping[str, Any]) -> None:
@@ -186,7 +201,7 @@ class Display:
         )
         lines = [(f"global - {view}", gap, attack) for view, gap in gaps["attack"].items()]
         lines.append(("global - proxy", gaps["forgetting"], forgetting))
-        lines = [line for line in lines if line[1] is not None]
+        lines = [line for line in lines if number(line[1]) is not None]
         if lines:
             self.message(f"gaps in {summary['score']} at the end:")
         width = max((len(name) for name, _, _ in lines), default=0)
@@ -196,88 +211,76 @@ class Display:
             self.message("")
 
     def _print_tensors(self, rows: Sequence[TensorRow]) -> None:
-        width = self._console.width
-        paths = [row.path for row in rows]
-        table = self._tensor_table(rows, paths, None)
+        total = sum(row.parameters for row in rows)
+        hidden = sum(row.parameters * (row.hidden or 0) for row in rows)
+        paths = [Text(row.path, "bold" if row.columns is not None else "") for row in rows]
+        names = Column("", paths, right=False, foot="total")
+        columns = [
+            Column("shape", ["x".join(map(str, row.shape)) or "scalar" for row in rows], "", False),
+            Column("dtype", [row.dtype for row in rows], "", False),
+            Column("parameters", [f"{row.parameters:,}" for row in rows], foot=f"{total:,}"),
+            Column(
+                "columns",
+                ["" if row.columns is None else f"{row.columns:,}" for row in rows],
+                foot=f"{sum(row.columns or 0 for row in rows):,}",
+            ),
+            Column("fan-in", ["" if row.fan_in is None else f"{row.fan_in:,}" for row in rows]),
+            Column(
+                "hidden",
+                ["" if row.hidden is None else _share(row.hidden) for row in rows],
+                foot=_share(hidden / total if total else 0.0),
+            ),
+        ]
+        ways = [row.travels for row in rows]
         marks: dict[str, str] = {}
-        if self._natural_width(table) > width:
+        whole = [names, *columns, Column("travels as", ways)]
+        if sum(column.width + 1 for column in whole) - 1 > self._console.width:
             # The words would take a third of the width; letters stand for them instead.
-            ways = dict.fromkeys(row.travels for row in rows)
-            marks = {words: _letter(index) for index, words in enumerate(ways)}
-            table = self._tensor_table(rows, paths, marks)
-        excess = self._natural_width(table) - width
-        if excess > 0:
-            longest = max(len("tensor"), *(len(path) for path in paths))
-            room = max(longest - excess, _SHORTEST_PATH)
-            table = self._tensor_table(rows, [fold_path(path, room) for path in paths], marks)
-        self._print_table(table)
+            marks = {words: _letter(index) for index, words in enumerate(dict.fromkeys(ways))}
+            columns.append(Column("as", [marks[way] for way in ways], "", False))
+        else:
+            columns.append(Column("travels as", ways, "", False))
+        self.table("tensor", names, columns)
         for words, mark in marks.items():
             self.message(f"  {mark}: {words}")
         self.message("")
 
-    def _tensor_table(
-        self, rows: Sequence[TensorRow], paths: Iterable[str], marks: Mapping[str, str] | None
-    ) -> Table:
-        table = self._table(show_footer=True)
-        total = sum(row.parameters for row in rows)
-        hidden = sum(row.parameters * (row.hidden or 0) for row in rows)
-        table.add_column("tensor", "total", overflow="fold")
-        table.add_column("shape", no_wrap=True)
-        table.add_column("dtype", no_wrap=True)
-        for head, foot in (
-            ("parameters", f"{total:,}"),
-            ("columns", f"{sum(row.columns or 0 for row in rows):,}"),
-            ("fan-in", ""),
-            ("hidden", _share(hidden / total if total else 0.0)),
-        ):
-            table.add_column(head, foot, justify="right", no_wrap=True)
-        table.add_column("travels as" if marks is None else "as")
-        for row, path in zip(rows, paths, strict=True):
-            table.add_row(
-                Text(path, "bold" if row.columns is not None else ""),
-                "x".join(map(str, row.shape)) or "scalar",
-                row.dtype,
-                f"{row.parameters:,}",
-                "" if row.columns is None else f"{row.columns:,}",
-                "" if row.fan_in is None else f"{row.fan_in:,}",
-                "" if row.hidden is None else _share(row.hidden),
-                Text(row.travels if marks is None else marks[row.travels]),
-            )
-        return table
-
     def _print_bytes(
         self, title: str, ways: Mapping[str, tuple[float | None, float | None]]
     ) -> None:
-        table = self._table()
-        table.add_column(title)
-        for head in ("this run", "FedAvg", "ratio"):
-            table.add_column(head, justify="right", no_wrap=True)
-        for way, (ours, fedavg) in ways.items():
-            ratio = _share(ours / fedavg) if ours is not None and fedavg else "-"
-            table.add_row(way, _whole(ours), _whole(fedavg), Text(ratio, "bold"))
-        self._print_table(table)
+        ours, fedavg = (list(column) for column in zip(*ways.values(), strict=True))
+        ratios = [
+            _share(one / other) if one is not None and other else "-"
+            for one, other in zip(ours, fedavg, strict=True)
+        ]
+        columns = [
+            Column("this run", [_whole(each) for each in ours]),
+            Column("FedAvg", [_whole(each) for each in fedavg]),
+            Column("ratio", [Text(each, "bold") for each in ratios]),
+        ]
+        self.table(title, Column("", list(ways), right=False), columns)
 
-    def _table(self, show_footer: bool = False) -> Table:
-        return Table(
-            box=_ASCII_RULES if self._plain else box.SIMPLE,
-            show_edge=False,
-            show_footer=show_footer,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
+
+def _bold(names: Iterable[str]) -> Column:
+    return Column("", [Text(name, "bold") for name in names], right=False)
+
+
+def draw_safely(display: Display, what: str, draw: Callable[[], object]) -> None:
+    """Draws a picture; where that fails there is a line of warning, and nothing else is lost.
+
+    Args:
+      display: Where the line is printed, and that it takes a while.
+      what: The name of the picture.
+      draw: Draws and writes it.
+    """
+    try:
+        with display.waiting(f"drawing {what}"):
+            draw()
+    except Exception as error:
+        # Of whatever kind: the results stand, and a picture can be made again from them.
+        display.warning(
+            f"{what} was not drawn: {type(error).__name__}: {' '.join(str(error).split())}"
         )
-
-    def _print_table(self, table: Table) -> None:
-        if not self._plain:
-            self._console.print(table, highlight=False)
-            return
-        with self._console.capture() as capture:
-            self._console.print(table, highlight=False)
-        for line in capture.get().splitlines():
-            self.message(line.rstrip())
-
-    def _natural_width(self, table: Table) -> int:
-        unlimited = self._console.options.update(width=10_000)
-        return self._console.measure(table, options=unlimited).maximum
 
 
 def silent_display() -> Display:
@@ -294,18 +297,6 @@ def bytes_text(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
-def fold_path(path: str, width: int) -> str:
-    """Breaks a path into lines of at most ``width`` after its slashes, as far as it has them."""
-    lines = [""]
-    parts = path.split("/")
-    for index, part in enumerate(parts):
-        piece = part + "/" * (index < len(parts) - 1)
-        if lines[-1] and len(lines[-1]) + len(piece) > width:
-            lines.append("")
-        lines[-1] += piece
-    return "\n".join(lines)
-
-
 def _letter(index: int) -> str:
     """a to z, then aa to az, and so on."""
     rest, last = divmod(index, 26)
@@ -314,11 +305,11 @@ def _letter(index: int) -> str:
 
 def _decimal(value: float | None) -> str:
     # "z": what is rounded to zero has no sign.
-    return "-" if value is None else f"{value:z.4f}"
+    return "-" if number(value) is None else f"{value:z.4f}"
 
 
 def _whole(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
+    return "-" if number(value) is None else f"{value:,.0f}"
 
 
 def _share(value: float) -> str:

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from fedqsn_jax.host.atomic_files import replacing
-from fedqsn_jax.reporting.summary import Metrics, views_of
+from fedqsn_jax.reporting.matplotlib_parts import (
+    Axes,
+    Figure,
+    FigureCanvasAgg,
+    ListedColormap,
+    MaxNLocator,
+    Patch,
+)
+from fedqsn_jax.reporting.summary import Metrics, number, views_of
 
 _DPI = 150
 _CURVES_SIZE = (9.0, 5.4)
@@ -66,12 +68,13 @@ def accuracy_curves(
       The figure.
     """
     rounds = np.array([entry["round"] for entry in history], float)
-    views = views_of({name for entry in history for name in entry}, score)
+    names = {name for entry in history for name, value in entry.items() if value is not None}
+    views = views_of(names, score)
     curves = {view: _series(history, f"{view}/{score}") for view in views}
     spreads = {
         view: _series(history, f"{view}/{score}_std")
         for view in views
-        if f"{view}/{score}_std" in history[-1]
+        if any(f"{view}/{score}_std" in entry for entry in history)
     }
     whole, zoomed = _score_ranges(curves, spreads)
     figure = new_figure(_CURVES_SIZE)
@@ -183,8 +186,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:
 
 
 def _series(history: Sequence[Metrics], name: str) -> np.ndarray:
-    values = (entry.get(name) for entry in history)
-    return np.array([math.nan if value is None else float(value) for value in values])
+    values = (number(entry.get(name)) for entry in history)
+    return np.array([math.nan if value is None else value for value in values])
 
 
 def _score_ranges(
@@ -258,12 +261,16 @@ def _label_ends(axes: Axes, curves: Mapping[str, np.ndarray], views: Sequence[st
         axes.text(
             1.09,
             place,
-            f"{view.replace('_', ' ')}  {curves[view][-1]:.3f}",
+            f"{view.replace('_', ' ')}  {_end_text(curves[view][-1])}",
             transform=axes.transAxes,
             va="center",
             fontsize=9,
             parse_math=False,
         )
+
+
+def _end_text(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _spread(places: Sequence[float], distance: float) -> list[float]:

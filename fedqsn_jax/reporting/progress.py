@@ -1,249 +1,390 @@
-"""Progress of the rounds: a live bar in a terminal, plain lines of ASCII in a pipe."""
+"""Progress: a live line in a terminal, plain lines of ASCII in a pipe; never silent for long.
+
+`Ongoing` is the one mechanism. `Waiting`, `Steps` and `RoundProgress` say what is shown of what; a
+sweep's is in its own folder.
+"""
 
 import math
+import threading
 import time
-from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from fedqsn_jax.reporting.summary import Metrics, main_views_of
+from fedqsn_jax.reporting.summary import Metrics, main_views_of, number
 
 Clock = Callable[[], float]
 """Gives seconds from any fixed point in time."""
 
-_BURST_SECONDS = 0.05
-_BURSTS = 20
-_SECONDS_BETWEEN_LINES = 1.0
-_REFRESHES_PER_SECOND = 4
+_SECONDS_BETWEEN_SIGNS = 4.0
+_SECONDS_BETWEEN_ROUNDS = 1.0
+_REFRESHES_PER_SECOND = 2
+_LATEST_CALLS = 20
 
 
-class Progress(Protocol):
-    """Shows how far a run has come; a context manager."""
+class Ongoing:
+    """Something that takes a while; it is shown for as long as its ``with`` block lasts.
 
-    def update(self, round: int, metrics: Metrics | None = None) -> None:
-        """Tells that a round is done.
-
-        Args:
-          round: Number of finished rounds.
-          metrics: The round's metrics if it was evaluated.
-        """
-
-    def __enter__(self) -> "Progress": ...
-
-    def __exit__(self, *exception: Any) -> None: ...
-
-
-def make_progress(
-    console: Console, total: int, start: int, score: str, clock: Clock = time.monotonic
-) -> Progress:
-    """Makes the display that suits the console.
-
-    Args:
-      console: Where to write.
-      total: Number of rounds in all.
-      start: Number of rounds that are done already.
-      score: The metric that is shown for each view (of the attackers, the largest).
-      clock: Gives the time.
-    """
-    live = console.is_terminal and not console.is_dumb_terminal
-    kind = _LiveProgress if live else _PlainProgress
-    return kind(console, score, Pace(total, start, clock), clock)
-
-
-class Pace:
-    """Estimates rounds a second, and the time that is left.
-
-    Rounds are reported in bursts, one for each compiled call, and the first burst includes the
-    compilation. So the pace is measured between ends of bursts, from the first one's end, over
-    the latest bursts; it is unknown until two have ended.
+    In a terminal `_render` is kept up to date below what is printed. In a pipe there are the lines
+    that a subclass prints by `_say`; whenever there was none for some seconds, one says by `_still`
+    that it goes on. What is over before that says nothing.
     """
 
-    def __init__(self, total: int, start: int, clock: Clock) -> None:
+    _vanishes = False
+    """Whether nothing of it stays in a terminal."""
+
+    def __init__(self, console: Console, clock: Clock = time.monotonic) -> None:
         """Starts the clock.
 
         Args:
-          total: Number of rounds in all.
-          start: Number of rounds that are done already.
+          console: Where to write.
           clock: Gives the time.
         """
-        self.total = total
-        self.done = start
-        self._start = start
-        self._clock = clock
-        self._begun = clock()
-        # Replaced as a whole and never changed: the live display reads it from its own thread.
-        self._bursts: tuple[tuple[float, int], ...] = ()
+        self._console, self._clock = console, clock
+        self._began = clock()
+        self._next_sign = self._began + _SECONDS_BETWEEN_SIGNS
+        self._ended = threading.Event()
+        self._speaking = threading.RLock()
+        self._live: Live | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._live = Live(
+                get_renderable=self._render,
+                console=console,
+                refresh_per_second=_REFRESHES_PER_SECOND,
+                transient=self._vanishes,
+            )
 
-    def add(self, round: int) -> None:
-        """Tells that so many rounds are done."""
-        self.done = round
-        if round <= self._start:
-            return
-        now = self._clock()
-        if self._bursts and now - self._bursts[-1][0] < _BURST_SECONDS:
-            self._bursts = (*self._bursts[:-1], (self._bursts[-1][0], round))
-        else:
-            self._bursts = (*self._bursts, (now, round))[-_BURSTS:]
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start(refresh=True)
+        elif not self._console.quiet:
+            threading.Thread(target=self._watch, name="signs of life", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        if self._live is not None:
+            self._live.stop()
+
+    def tick(self) -> None:
+        """Says in a pipe that it still goes on, if there was no line for some seconds."""
+        with self._speaking:
+            silent = self._live is None and not self._ended.is_set()
+            if silent and self._clock() >= self._next_sign:
+                self._say(self._still())
 
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
-        return self._clock() - self._begun
+        return self._clock() - self._began
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.5):
+            try:
+                self.tick()
+            except (OSError, ValueError):
+                # Nobody reads, or the stream was closed: that is for the main thread to tell.
+                return
+
+    def _say(self, line: str) -> None:
+        """Prints a line, but not above a live one."""
+        if self._live is not None:
+            return
+        with self._speaking:
+            self._console.print(Text(line), soft_wrap=True, highlight=False)
+            self._next_sign = self._clock() + _SECONDS_BETWEEN_SIGNS
+
+    def _render(self) -> RenderableType:
+        raise NotImplementedError
+
+    def _still(self) -> str:
+        raise NotImplementedError
+
+
+class Waiting(Ongoing):
+    """Something whose end nobody knows: a spinner, and how long it has taken so far."""
+
+    _vanishes = True
+
+    def __init__(self, console: Console, what: str, clock: Clock = time.monotonic) -> None:
+        """Starts the clock.
+
+        Args:
+          console: Where to write.
+          what: What is going on.
+          clock: Gives the time.
+        """
+        self._what = what
+        self._spinner = Spinner("line" if console.options.ascii_only else "dots")
+        super().__init__(console, clock)
+
+    def now(self, what: str) -> None:
+        """Tells what is going on from here on; the clock goes on."""
+        self._what = what
+
+    def _still(self) -> str:
+        return f"{self._what}: {clock_text(self.elapsed)} so far"
+
+    def _render(self) -> RenderableType:
+        self._spinner.update(text=Text(f"{self._what}  {clock_text(self.elapsed)}"))
+        return self._spinner
+
+
+class Steps(Ongoing):
+    """Something that is counted: a bar, or how far it has come."""
+
+    _vanishes = True
+
+    def __init__(
+        self, console: Console, what: str, total: int, clock: Clock = time.monotonic
+    ) -> None:
+        """Starts the clock.
+
+        Args:
+          console: Where to write.
+          what: What is going on.
+          total: The count at its end.
+          clock: Gives the time.
+        """
+        self._what, self._total, self._done = what, total, 0
+        super().__init__(console, clock)
+        self._say(f"{what}: {total} in all")
+
+    def add(self, count: int) -> None:
+        """Tells how many more are done."""
+        self._done += count
+
+    def _still(self) -> str:
+        return f"{self._what}: {self._done} of {self._total}, {clock_text(self.elapsed)} so far"
+
+    def _render(self) -> RenderableType:
+        count = f"{self._what} {self._done}/{self._total}"
+        return bar_row(count, self._done, self._total, f"{clock_text(self.elapsed)} elapsed")
+
+
+class _Measured(NamedTuple):
+    """What was measured so far, and when.
+
+    Attributes:
+      time: When the latest call ended, or the latest program began.
+      done: Finished rounds.
+      begun: Programs that have begun.
+      first: Whether the call that is running is the first of its program.
+      first_calls: Rounds and seconds of each first call, these from its program's beginning on.
+      calls: Rounds and seconds of the latest other calls.
+    """
+
+    time: float
+    done: int
+    begun: int = 0
+    first: bool = False
+    first_calls: tuple[tuple[int, float], ...] = ()
+    calls: tuple[tuple[int, float], ...] = ()
+
+
+class Pace:
+    """How fast rounds are, and the time that is left, from calls of compiled programs.
+
+    A program's first call includes its compilation, and whatever else comes before it. So first
+    calls are counted apart from the others: those to come with the mean of those done, all other
+    rounds at the pace of the latest calls that were no first ones. That pace is unknown until there
+    was one; until then so is the time, unless first calls are all that there is.
+    """
+
+    def __init__(self, total: int, start: int, programs: int, clock: Clock) -> None:
+        """Starts the clock.
+
+        Args:
+          total: Rounds in all.
+          start: How many are done already.
+          programs: Compiled programs that the others take.
+          clock: Gives the time.
+        """
+        self.total = total
+        self._programs, self._clock = programs, clock
+        # Replaced as a whole and never changed: displays read it from their own threads.
+        self._measured = _Measured(clock(), start)
+
+    @property
+    def done(self) -> int:
+        """Finished rounds."""
+        return self._measured.done
+
+    @property
+    def compiling(self) -> bool:
+        """Whether the call that is running includes a compilation."""
+        return self._measured.first
+
+    def begin(self) -> None:
+        """Tells that the next program begins; it is going to be compiled."""
+        was = self._measured
+        self._measured = was._replace(time=self._clock(), begun=was.begun + 1, first=True)
+
+    def add(self, done: int) -> None:
+        """Tells that a call has ended, and how many rounds are done now."""
+        now, was = self._clock(), self._measured
+        call = (done - was.done, now - was.time)
+        if call[0] <= 0:
+            # The end of a point, after that of its last call.
+            return
+        if was.first:
+            after = was._replace(first_calls=(*was.first_calls, call))
+        else:
+            after = was._replace(calls=(*was.calls, call)[-_LATEST_CALLS:])
+        self._measured = after._replace(time=now, done=done, first=False)
 
     @property
     def rate(self) -> float | None:
         """Rounds a second, or None."""
-        bursts = self._ended()
-        if len(bursts) < 2:
-            return None
-        (first_time, first_round), (last_time, last_round) = bursts[0], bursts[-1]
-        return (last_round - first_round) / (last_time - first_time)
+        rounds, seconds = _sums(self._measured.calls)
+        return rounds / seconds if seconds else None
 
     @property
     def left(self) -> float | None:
         """Seconds until the last round, or None."""
-        rate = self.rate
-        if self.done >= self.total:
+        now = self._measured
+        if now.done >= self.total:
             return 0.0
-        if not rate:
+        if not now.first_calls:
             return None
-        last_time, last_round = self._ended()[-1]
-        return max(0.0, (self.total - last_round) / rate - (self._clock() - last_time))
+        compilations = self._programs - now.begun + now.first
+        first_rounds, first_seconds = _sums(now.first_calls)
+        firsts = len(now.first_calls)
+        others = max(0.0, self.total - now.done - compilations * first_rounds / firsts)
+        if others and not now.calls:
+            return None
+        left = compilations * first_seconds / firsts
+        rounds, seconds = _sums(now.calls)
+        left += others * seconds / rounds if others else 0.0
+        return max(0.0, left - (self._clock() - now.time))
 
-    def _ended(self) -> tuple[tuple[float, int], ...]:
-        bursts = self._bursts
-        finished = self.done >= self.total
-        if bursts and not finished and self._clock() - bursts[-1][0] < _BURST_SECONDS:
-            return bursts[:-1]
-        return bursts
+
+def _sums(calls: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """The rounds of some calls, and their seconds."""
+    return sum(rounds for rounds, _ in calls), sum(seconds for _, seconds in calls)
 
 
-class _PlainProgress:
-    """One line for an evaluated round, at most one a second, and always the first and the last."""
+class RoundProgress(Ongoing):
+    """The rounds of a run: a bar and the latest scores, or a line for an evaluated round.
 
-    def __init__(self, console: Console, score: str, pace: Pace, clock: Clock) -> None:
-        self._console = console
-        self._score = score
-        self._pace = pace
-        self._clock = clock
-        self._views: list[str] = []
-        self._printed_at = -math.inf
-        self._pending: Metrics | None = None
-        self._pending_round = 0
+    Of the lines there is at most one for a second of the run's time, and always the first and last.
+    """
 
-    def __enter__(self) -> "_PlainProgress":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+    def __init__(
+        self, console: Console, total: int, start: int, score: str, clock: Clock = time.monotonic
     ) -> None:
+        """Starts the clock.
+
+        Args:
+          console: Where to write.
+          total: Number of rounds in all.
+          start: Number of rounds that are done already.
+          score: The metric that is shown for each view (of the attackers, the largest).
+          clock: Gives the time.
+        """
+        self._score = score
+        self._pace = Pace(total, start, 1, clock)
+        self._pace.begin()
+        self._views: list[str] | None = None
+        self._latest: Metrics = {}
+        self._pending = False
+        self._said_seconds = -math.inf
+        super().__init__(console, clock)
+
+    def __exit__(self, *exception: object) -> None:
         # What was held back is the last word of an interrupted run, too.
-        self._print_pending()
+        if self._pending:
+            self._say_latest()
+        super().__exit__(*exception)
 
-    def update(self, round: int, metrics: Metrics | None = None) -> None:
+    def update(self, round: int, entries: Sequence[Metrics] = ()) -> None:
+        """Tells that a call has ended, or, before the first one, what was evaluated before it.
+
+        Args:
+          round: Number of finished rounds.
+          entries: The rounds that were evaluated in it.
+        """
         self._pace.add(round)
-        if metrics:
-            self._pending, self._pending_round = metrics, round
-            passed = self._clock() - self._printed_at
-            if passed >= _SECONDS_BETWEEN_LINES or round >= self._pace.total:
-                self._print_pending()
+        for entry in entries:
+            self._latest, self._pending = entry, True
+            seconds = float(entry.get("seconds", math.inf))
+            last = entry["round"] >= self._pace.total
+            if last or seconds - self._said_seconds >= _SECONDS_BETWEEN_ROUNDS:
+                self._say_latest()
+                self._said_seconds = seconds
 
-    def _print_pending(self) -> None:
-        if self._pending is None:
-            return
-        if self._printed_at == -math.inf:
-            self._views = main_views_of(self._pending, self._score)
-            self._print(f"{self._score} of each view:")
-            self._print(
-                self._line("round", {view: view for view in self._views}, "rounds/s", "left")
-            )
-        values = {view: self._pending.get(f"{view}/{self._score}") for view in self._views}
-        scores = {view: f"{float(v):.4f}" for view, v in values.items() if v is not None}
-        count = f"{self._pending_round}/{self._pace.total}"
-        self._print(self._line(count, scores, *_pace_text(self._pace)))
-        self._pending = None
-        self._printed_at = self._clock()
+    def _say_latest(self) -> None:
+        entry, self._pending = self._latest, False
+        if self._views is None:
+            self._views = main_views_of(entry, self._score)
+            self._say(f"{self._score} of each view:")
+            heads = {view: view for view in self._views}
+            self._say(self._line("round", heads, "rounds/s", "left"))
+        values = {view: number(entry.get(f"{view}/{self._score}")) for view in self._views}
+        scores = {view: f"{value:.4f}" for view, value in values.items() if value is not None}
+        self._say(self._line(self._count(entry["round"]), scores, *self._pace_texts()))
+
+    def _count(self, round: int) -> str:
+        return f"{round}/{self._pace.total}"
 
     def _line(self, count: str, scores: dict[str, str], rate: str, left: str) -> str:
-        digits = 2 * len(str(self._pace.total)) + 1
-        cells = [f"{count:>{max(digits, 5)}}"]
-        cells += [f"{scores.get(view, '-'):>{max(len(view), 7)}}" for view in self._views]
+        cells = [self._first_cell(count)]
+        cells += [f"{scores.get(view, '-'):>{max(len(view), 7)}}" for view in self._views or ()]
         return "  ".join([*cells, f"{rate:>8}", f"{left:>7}"])
 
-    def _print(self, line: str) -> None:
-        self._console.print(Text(line), soft_wrap=True, highlight=False)
+    def _first_cell(self, text: str) -> str:
+        return f"{text:>{max(2 * len(str(self._pace.total)) + 1, 5)}}"
 
-
-class _LiveProgress:
-    """A bar and the latest scores, kept up to date at the bottom of the terminal."""
-
-    def __init__(self, console: Console, score: str, pace: Pace, clock: Clock) -> None:
-        self._score = score
-        self._pace = pace
-        self._metrics: Metrics = {}
-        self._live = Live(
-            get_renderable=self._render,
-            console=console,
-            refresh_per_second=_REFRESHES_PER_SECOND,
+    def _pace_texts(self) -> tuple[str, str]:
+        rate, left = self._pace.rate, self._pace.left
+        return (
+            "-" if rate is None else f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
+            "-" if left is None else clock_text(left),
         )
 
-    def __enter__(self) -> "_LiveProgress":
-        self._live.start(refresh=True)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.stop()
-
-    def update(self, round: int, metrics: Metrics | None = None) -> None:
-        self._pace.add(round)
-        if metrics:
-            self._metrics = metrics
+    def _still(self) -> str:
+        words = [f"{clock_text(self.elapsed)} so far"]
+        if self._pace.compiling:
+            words.append("the rounds are compiled in the first call")
+        elif self._pace.left is not None:
+            words.append(f"{clock_text(self._pace.left)} left")
+        return f"{self._first_cell(self._count(self._pace.done))}  {', '.join(words)}"
 
     def _render(self) -> RenderableType:
-        pace, metrics = self._pace, self._metrics
-        rate, left = _pace_text(pace)
-        running = pace.done < pace.total
-        bar = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True)
+        pace, entry = self._pace, self._latest
+        rate, left = self._pace_texts()
         facts = [f"{rate} rounds/s"] if pace.rate else []
-        facts += (
-            [f"{left} left"] if running and pace.rate else [f"{clock_text(pace.elapsed)} elapsed"]
-        )
-        bar.add_row(
-            Text(f"round {pace.done:>{len(str(pace.total))}}/{pace.total}", "bold"),
-            ProgressBar(total=max(pace.total, 1), completed=pace.done if pace.total else 1),
-            Text("  ".join(facts), "cyan"),
-        )
+        running = pace.done < pace.total and left != "-"
+        facts.append(f"{left} left" if running else f"{clock_text(self.elapsed)} elapsed")
+        if pace.compiling and pace.done < pace.total:
+            facts.insert(0, "compiling")
+        count = f"round {pace.done:>{len(str(pace.total))}}/{pace.total}"
+        bar = bar_row(count, pace.done, pace.total, "  ".join(facts))
+        if not entry:
+            return bar
         scores = Text(self._score, "dim")
-        known = [name for name, value in metrics.items() if value is not None]
+        known = [name for name, value in entry.items() if number(value) is not None]
         for view in main_views_of(known, self._score):
             scores.append(f"  {view} ", "default not dim")
-            scores.append(f"{float(metrics[f'{view}/{self._score}']):.4f}", "bold not dim")
-        return Group(bar, scores) if metrics else bar
+            scores.append(f"{float(entry[f'{view}/{self._score}']):.4f}", "bold not dim")
+        return Group(bar, scores)
 
 
-def _pace_text(pace: Pace) -> tuple[str, str]:
-    rate, left = pace.rate, pace.left
-    return (
-        "-" if rate is None else f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
-        "-" if left is None else clock_text(left),
-    )
+def bar_row(count: str, done: int, total: int, facts: str) -> Table:
+    """Returns a line of a live display: what is counted, a bar, and facts about it."""
+    row = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    row.add_column(no_wrap=True)
+    row.add_column(ratio=1)
+    row.add_column(no_wrap=True)
+    bar: Any = ProgressBar(total=max(total, 1), completed=done if total else 1)
+    row.add_row(Text(count, "bold"), bar, Text(facts, "cyan"))
+    return row
 
 
 def clock_text(seconds: float) -> str:

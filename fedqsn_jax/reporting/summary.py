@@ -20,7 +20,8 @@ Metrics = Mapping[str, Any]
 """One entry of a history: scalars by name."""
 
 _FIRST_VIEWS = ("global", "server", "proxy")
-_ATTACKER = "attacker_"
+ATTACKER = "attacker_"
+"""What the names of attackers begin with; the number of colluders follows."""
 _GROUPS = ("own", "new")
 """Groups of clients with held-out rows."""
 
@@ -75,6 +76,11 @@ class Costs:
     hides: bool = True
 
 
+def number(value: Any) -> float | None:
+    """Returns a metric as a finite number; None where it is absent, NaN or infinite."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
 def views_of(names: Iterable[str], score: str = "accuracy") -> list[str]:
     """Returns the views that have a score: global, server, proxy, attackers by their number.
 
@@ -83,19 +89,19 @@ def views_of(names: Iterable[str], score: str = "accuracy") -> list[str]:
       score: The metric's name.
     """
     scored = {name.removesuffix(f"/{score}") for name in names if name.endswith(f"/{score}")}
-    attackers = [view for view in scored if view.startswith(_ATTACKER)]
+    attackers = [view for view in scored if view.startswith(ATTACKER)]
     return [view for view in _FIRST_VIEWS if view in scored] + sorted(attackers, key=_colluders)
 
 
 def main_views_of(names: Iterable[str], score: str = "accuracy") -> list[str]:
     """Returns the views of `views_of`, of the attackers only the largest."""
     views = views_of(names, score)
-    attackers = [view for view in views if view.startswith(_ATTACKER)]
+    attackers = [view for view in views if view.startswith(ATTACKER)]
     return [view for view in views if view not in attackers[:-1]]
 
 
 def _colluders(view: str) -> tuple[int, str]:
-    number = view.removeprefix(_ATTACKER)
+    number = view.removeprefix(ATTACKER)
     return (int(number) if number.isdecimal() else 0, view)
 
 
@@ -153,7 +159,7 @@ def summarize(
             "attack": {
                 view: _difference(end.get("global"), end[view])
                 for view in views
-                if view.startswith(_ATTACKER)
+                if view.startswith(ATTACKER)
             },
             "forgetting": _difference(end.get("global"), end.get("proxy")),
         },
@@ -186,7 +192,7 @@ def _summarize_clients(end: Metrics, views: list[str], score: str) -> dict[str, 
     return {
         group: {
             view: {
-                name: float(end[f"{group}/{view}/{score}{suffix}"])
+                name: number(end.get(f"{group}/{view}/{score}{suffix}"))
                 for name, suffix in names.items()
             }
             for view in views
@@ -201,7 +207,8 @@ def _summarize_bytes(
     history: Sequence[Metrics], direction: str, expected: float, fedavg: float
 ) -> dict[str, float | None]:
     name = f"bytes/{direction}_per_client"
-    measured = [float(entry[name]) for entry in history if entry.get(name) is not None]
+    values = (number(entry.get(name)) for entry in history)
+    measured = [value for value in values if value is not None]
     per_client = math.fsum(measured) / len(measured) if measured else float(expected)
     return {
         "per_client": per_client,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedqsn_jax.host.atomic_files import replacing
-from fedqsn_jax.reporting.summary import Metrics
+from fedqsn_jax.reporting.summary import Metrics, number
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -120,7 +120,8 @@ class TensorBoard:
             # A history that is written at once keeps its distances on TensorBoard's time axis.
             wall_time = now - (end - float(entry.get("seconds", end)))
             for name, value in entry.items():
-                if name != "round" and value is not None:
+                # What is absent or no number is a gap.
+                if name != "round" and number(value) is not None:
                     self._writer.add_scalar(name, float(value), int(entry["round"]), wall_time)
 
     def close(self) -> None:

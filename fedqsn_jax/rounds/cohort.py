@@ -97,10 +97,11 @@ class _Clients:
             delta = jax.tree.map(lambda leaf: jnp.where(broken, jnp.nan, leaf), delta)
         part = method.aggregator.contribute(delta, cohort.weights[client], proxy.visible)
         accepted = part.weight > 0
+        trained = accepted & (training.steps > 0)
         contribution = {
             "update": part,
-            "loss": jnp.where(accepted, result.loss * result.examples, 0),
-            "examples": jnp.where(accepted, result.examples, 0).astype(jnp.float32),
+            "loss": jnp.where(trained, result.loss * result.examples, 0),
+            "examples": jnp.where(trained, result.examples, 0).astype(jnp.float32),
         }
         # What was rejected never arrived: the client keeps what it had.
         return contribution, jax.tree.map(

@@ -11,6 +11,7 @@ import optax
 from flax import struct
 
 from fedqsn_jax.core.keys import fold_in_name
+from fedqsn_jax.core.tasks import mean
 from fedqsn_jax.core.trees import combine, exclude, select
 from fedqsn_jax.core.types import Array, Batch, Columns, Key, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
@@ -319,7 +320,7 @@ class _Composed:
 def _facts(total: dict[str, Any], attendance: Attendance, visible: Columns) -> dict[str, Array]:
     """What a round tells; see `Federation.round`."""
     facts = {
-        "train/loss": total["loss"] / jnp.maximum(total["examples"], 1),
+        "train/loss": mean(total["loss"], total["examples"]),
         "clients/returned": attendance.returns.sum(dtype=jnp.uint32),
         "clients/rejected": total["update"].rejected,
     }

@@ -23,10 +23,12 @@ from fedqsn_jax.host.signals import tell
 from fedqsn_jax.problems.images import load_image_problem
 from fedqsn_jax.problems.problem import Problem, ProblemSettings, problem_settings
 from fedqsn_jax.problems.training import hold_back, pretrain
-from fedqsn_jax.reporting.display import Display
+from fedqsn_jax.reporting.display import Display, draw_safely
 from fedqsn_jax.reporting.summary import Costs, summarize
+from fedqsn_jax.reporting.verdict import verdict
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
 from fedqsn_jax.rounds.federation import ServerState
+from fedqsn_jax.rounds.views import has_received
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.runs.written_texts import passes, write_texts
 from fedqsn_jax.simulation.compose import Simulation, make_simulation
@@ -93,7 +95,9 @@ def dry_run(
     """
     if directory is not None:
         distributed.by_leader(lambda: WorkDirectory(directory).check_fit(config))
-    _show(distributed.together(lambda: prepare(config)), display, chosen)
+    with display.waiting("loading the data and making the model"):
+        experiment = distributed.together(lambda: prepare(config))
+    _show(experiment, display, chosen)
 
 
 def run(config: Config, directory: Path, display: Display, chosen: Collection[str] = ()) -> None:
@@ -115,7 +119,8 @@ def run(config: Config, directory: Path, display: Display, chosen: Collection[st
     """
     work = WorkDirectory(directory)
     distributed.by_leader(lambda: work.check(config))
-    experiment = distributed.together(lambda: prepare(config))
+    with display.waiting("loading the data and making the model"):
+        experiment = distributed.together(lambda: prepare(config))
     # It was chosen by the memory that each found on its own devices.
     at_once = experiment.simulation.choice.axis.chunk_size
     distributed.require_same("cohort.chunk_size = 0, so that each chose its own", str(at_once))
@@ -160,18 +165,21 @@ def _run(
                 problem = experiment.problem
                 for line in _first_steps(config):
                     display.message(line)
-                params = pretrain(
-                    config,
-                    problem.pretraining_apply,
-                    problem.task,
-                    problem.params,
-                    problem.splits.private,
-                    problem.preparation,
-                )
-                # Two processes' devices may round differently: the leader's model is the model.
-                state = initial_state(experiment.simulation, distributed.from_leader(params))
+                with display.waiting("the server's own training"):
+                    params = pretrain(
+                        config,
+                        problem.pretraining_apply,
+                        problem.task,
+                        problem.params,
+                        problem.splits.private,
+                        problem.preparation,
+                    )
+                    # Two processes' devices may round differently: the leader's is the model.
+                    params = distributed.from_leader(params)
+                    state = initial_state(experiment.simulation, params)
                 display.message("every view is evaluated before the first round")
-                history = [first_entry(experiment.simulation, state, experiment.held_out)]
+                with display.waiting("the first evaluation"):
+                    history = [first_entry(experiment.simulation, state, experiment.held_out)]
             # Before the rounds Ctrl-C does not wait: there is nothing of this run to be saved.
             with _stops_at(signal.SIGINT, stopped):
                 state = _train(experiment, state, history, work, checkpoints, display, stopped)
@@ -308,11 +316,10 @@ def _train(
         board,
         display.progress(config.rounds, finished, simulation.task.score) as progress,
     ):
+        progress.update(finished, history[-1:])
         for after, state, entries in calls:
             history += entries
-            for entry in entries:
-                progress.update(entry["round"], entry)
-            progress.update(after)
+            progress.update(after, entries)
             # All stop at the same boundary, whichever of them was asked to.
             stop = distributed.any_of(stopped.is_set())
             every = config.checkpoint.every
@@ -363,23 +370,31 @@ def _finish(
     history: list[Entry],
     display: Display,
 ) -> None:
-    """Writes and shows the final table, the curves and what the views wrote."""
-    from fedqsn_jax.reporting import plots  # Slow to import, and only needed at the end.
-
+    """Writes and shows the final table, what the views wrote, and then the curves."""
     simulation, config = experiment.simulation, experiment.config
     score = simulation.task.score
     summary = summarize(history, _costs(experiment), history[-1]["seconds"], score)
-    title = f"{config.algorithm} on {_data_name(config)}, seed {config.seed}"
-    plots.accuracy_curves(history, work.picture, title, score)
+    idle = [name for name, each in state.attackers.items() if not has_received(each)]
+    summary["verdict"] = verdict(summary, config, idle)
+    # Results first: nothing that comes later may cost them.
+    write_json(work.summary, summary)
     texts = experiment.problem.texts
     if texts is not None:
         total = passes(simulation, state) * len(texts.prompts.texts)
-        with display.steps("writing texts", total) as done:
-            summary["texts"] = write_texts(simulation, state, texts, work.texts, done)
-    write_json(work.summary, summary)
+        with display.steps("writing texts", total) as steps:
+            summary["texts"] = write_texts(simulation, state, texts, work.texts, steps.add)
+        write_json(work.summary, summary)
     display.final_table(summary)
     for line in warnings_after_run(config, history, state.attackers):
         display.warning(line)
+    title = f"{config.algorithm} on {_data_name(config)}, seed {config.seed}"
+
+    def draw() -> None:
+        from fedqsn_jax.reporting import plots  # Slow to import, and only needed at the end.
+
+        plots.accuracy_curves(history, work.picture, title, score)
+
+    draw_safely(display, work.picture.name, draw)
     display.message(f"written to {work.path}")
 
 

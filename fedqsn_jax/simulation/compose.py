@@ -151,13 +151,15 @@ def make_simulation(
 def _check_population(config: Config, population: int) -> None:
     if config.cohort.size > population:
         raise ConfigError(
-            f"cohort.size = {config.cohort.size}: allowed is at most the population, {population}"
+            f"cohort.size = {config.cohort.size}: allowed is at most {population}, the clients "
+            f"that take part (data.clients without data.held_out_clients)"
         )
     for colluders in config.evaluation.attackers:
         if colluders > population:
             raise ConfigError(
-                f"evaluation.attackers = {config.evaluation.attackers}: allowed is at most the "
-                f"population, {population}"
+                f"evaluation.attackers = {config.evaluation.attackers}: allowed is at most "
+                f"{population} each, the clients that take part (data.clients without "
+                f"data.held_out_clients)"
             )
 
 

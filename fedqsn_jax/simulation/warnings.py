@@ -21,13 +21,21 @@ DIVERGED = "the training diverged; its loss is no number. Lower the learning rat
 
 
 def warnings_before_run(config: Config, chosen: Collection[str] = ()) -> list[str]:
-    """Returns what to tell before a run, a line each: promises that it breaks, idle settings.
+    """Returns what to tell before a run, a line each.
+
+    Told are promises that it breaks, settings that do not do what they seem to, and idle ones.
 
     Args:
       config: The settings.
       chosen: Fields that the user set one by one; see `unused.ignored_settings`.
     """
-    return [*_broken_promises(config), *ignored_settings(config, chosen)]
+    return [
+        *_broken_promises(config),
+        *_public_columns(config),
+        *_coarse_codes(config),
+        *_missing_rows(config),
+        *ignored_settings(config, chosen),
+    ]
 
 
 def _broken_promises(config: Config) -> list[str]:
@@ -35,8 +43,12 @@ def _broken_promises(config: Config) -> list[str]:
     algorithm = algorithm_of(config)
     if not algorithm.broken_promises:
         return []
-    tells = "what clients receive tells of hidden columns' values"
+    settings, tells = (
+        f"blocks = {config.blocks!r}",
+        "what clients receive tells of hidden columns' values",
+    )
     if algorithm.prompts_only:
+        settings = "these settings"
         tells = "clients receive a small model that is made to be like the hidden one"
     why = {
         Promise.HIDDEN_VALUES_NEVER_CHANGE: "hidden columns change",
@@ -44,8 +56,51 @@ def _broken_promises(config: Config) -> list[str]:
     }
     told = " and ".join(why[promise] for promise in Promise if promise in algorithm.broken_promises)
     return [
-        f"{config.algorithm} with these settings does not keep what this package promises "
+        f"{config.algorithm} with {settings} does not keep what this package promises "
         f"elsewhere: {told}"
+    ]
+
+
+def _public_columns(config: Config) -> list[str]:
+    """Columns of adapters that are hidden for good, and are zero ever after."""
+    hidden = algorithm_of(config).p1
+    if not (config.lora.public_base and hidden):
+        return []
+    return [
+        f"p1 = {hidden} with lora.public_base = True hides nothing: a hidden column of an "
+        f"adapter's B keeps its start value, zero, so that the hidden model is the public one plus "
+        f"what all clients see; allowed too are p1 = 0 and p2"
+    ]
+
+
+def _coarse_codes(config: Config) -> list[str]:
+    """Widths of codes at which values are worse than none, or another codebook is better."""
+    down = algorithm_of(config).quantizer is not None
+    lines = []
+    for prefix, used, settings in (("", down, config), ("upload.", True, config.upload)):
+        if not used or settings.codebook == "symmetric_normal_float":
+            continue
+        if settings.bits == 1:
+            lines.append(
+                f"{prefix}bits = 1: every value becomes plus or minus its block's largest, which "
+                f"is worse than sending zeros (on Gaussian values, in blocks of 64, a squared "
+                f"error of 3.74 times their variance); 2 bits or more are better"
+            )
+        elif settings.bits == 2 and settings.codebook == "normal_float":
+            lines.append(
+                f"{prefix}bits = 2 with {prefix}codebook = 'normal_float': on Gaussian values, in "
+                f"blocks of 64, the squared error is .316 of their variance; with "
+                f"{prefix}codebook = 'uniform' it is .255"
+            )
+    return lines
+
+
+def _missing_rows(config: Config) -> list[str]:
+    rows, private = config.pretraining.rows, config.data.private_rows
+    if rows <= private or not config.pretraining.steps:
+        return []
+    return [
+        f"pretraining.rows = {rows}: there are data.private_rows = {private}, all of which are used"
     ]
 
 

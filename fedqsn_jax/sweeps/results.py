@@ -12,9 +12,9 @@ from typing import Any
 from fedqsn_jax.config.schema import ConfigError, flatten
 from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.host.signals import cleaning_up
-from fedqsn_jax.reporting.estimates import Setting, estimate
 from fedqsn_jax.reporting.writers import to_plain, write_json
 from fedqsn_jax.runs.working_directory import check_free, check_writable, claim_directory
+from fedqsn_jax.sweeps.estimates import Setting, estimate
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point
 
 Record = dict[str, Any]
@@ -155,9 +155,10 @@ def over_seeds(records: Sequence[Record], order: Sequence[Mapping[str, Any]]) ->
     for each in order:
         group = groups.pop(identity(each, 0), [])
         if group:
+            # A point may lack what others have.
+            names = dict.fromkeys(name for one in group for name in one["metrics"])
             metrics = {
-                name: estimate([one["metrics"].get(name) for one in group])
-                for name in group[0]["metrics"]
+                name: estimate([one["metrics"].get(name) for one in group]) for name in names
             }
             settings.append(Setting(dict(each), len(group), metrics))
     return settings

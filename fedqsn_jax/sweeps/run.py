@@ -9,11 +9,12 @@ import jax
 from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.host.signals import cleaning_up
-from fedqsn_jax.reporting.estimates import Setting
-from fedqsn_jax.reporting.sweep_display import SweepDisplay
+from fedqsn_jax.reporting.display import draw_safely
 from fedqsn_jax.runs.experiment import Experiment
 from fedqsn_jax.simulation.memory import answer_out_of_memory
 from fedqsn_jax.simulation.running import Entry
+from fedqsn_jax.sweeps.display import SweepDisplay
+from fedqsn_jax.sweeps.estimates import Setting
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point, described, label_of, program_of
 from fedqsn_jax.sweeps.program import Program, may_be_side_by_side, settings_at_once
 from fedqsn_jax.sweeps.results import Record, SweepDirectory, identity, over_seeds, record_of
@@ -76,7 +77,8 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
     files = SweepDirectory(directory)
     files.check(plan)
     sources = Sources()
-    groups = check(plan, directory, at_once, sources)
+    with display.waiting("checking every program of the sweep"):
+        groups = check(plan, directory, at_once, sources)
     with files.claim(plan):
         records = files.read()
         missing = _missing(plan, records)
@@ -89,7 +91,7 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
             # Also of what an interruption leaves, wherever it comes.
             cleaning_up(lambda: _write_tables(files, plan)),
             display.sweep_progress(
-                total, done, len(plan.points), len(records), len(groups)
+                (total, done), (len(plan.points), len(records)), len(groups)
             ) as progress,
         ):
             for points in by_program(missing):
@@ -102,9 +104,8 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
                     files.append(new)
                     records += new
                     done += rounds
-                    for record in new:
-                        progress.update(done, len(records), record)
-        _report(files, over_seeds(records, _order(plan)), display)
+                    progress.update(done, new)
+        _report(files, over_seeds(records, _order(plan)), plan.base, display)
         for line in _warnings_after(plan, records):
             display.warning(line)
 
@@ -184,14 +185,24 @@ def _order(plan: Plan) -> list[Mapping[str, Any]]:
     return list({identity(point.settings, 0): point.settings for point in plan.points}.values())
 
 
-def _report(files: SweepDirectory, settings: Sequence[Setting], display: SweepDisplay) -> None:
-    """Draws the pictures, and shows the table."""
-    from fedqsn_jax.reporting import trade_off  # Slow to import, and only needed at the end.
+def _report(
+    files: SweepDirectory, settings: Sequence[Setting], base: Config, display: SweepDisplay
+) -> None:
+    """Shows the table, and draws the pictures."""
+    display.table_of(settings)
+    data = base.data.task if base.data.name == "text" else base.data.name
+    title = f"{data}, {base.rounds} rounds"
+    written = [files.table, files.points]
+    for picture, rival in ((files.attacker_picture, "attacker"), (files.proxy_picture, "proxy")):
 
-    display.table(settings)
-    trade_off.draw(settings, files.attacker_picture, "attacker")
-    trade_off.draw(settings, files.proxy_picture, "proxy")
-    display.written([files.table, files.points, files.attacker_picture, files.proxy_picture])
+        def draw(picture: Path = picture, rival: str = rival) -> None:
+            from fedqsn_jax.sweeps import trade_off  # Slow to import, only needed at the end.
+
+            trade_off.draw(settings, picture, rival, title)
+            written.append(picture)
+
+        draw_safely(display, picture.name, draw)
+    display.written(written)
 
 
 def _warnings_after(plan: Plan, records: Sequence[Record]) -> list[str]:

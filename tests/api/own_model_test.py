@@ -6,6 +6,7 @@ import pytest
 from flax import linen as nn
 
 from fedqsn_jax import ConfigError, Task, federate
+from fedqsn_jax.reporting import progress
 
 
 class Separate(nn.Module):
@@ -43,10 +44,13 @@ def squares() -> Task:
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_task_of_ones_own_and_a_population_of_one():
+def test_a_task_of_ones_own_and_a_population_of_one(capsys, monkeypatch):
+    # A sign of life as soon as the timer looks, which it does twice a second.
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_SIGNS", 0.0)
     masks = {"p1": 0.0, "p2": 0.3, "sampling": "fixed_count"}
     result = federate(_Column(), [rows(6)], rows(9), task=squares(), **masks, **SHORT)
     assert {"global/score", "proxy/score_std", "attacker_1/loss"} <= set(result.history[-1])
+    assert "federate: " in capsys.readouterr().out
     travels = {row.path: row.travels for row in result.tensors}
     assert travels["score/kernel"] == "float32, whole"
     assert travels["hidden/kernel"].startswith("4-bit NormalFloat")

@@ -256,7 +256,7 @@ def test_settings_without_effect_are_told():
 @pytest.mark.usefixtures("only_shapes")
 def test_promises_that_are_not_kept_are_told():
     with (
-        pytest.warns(UserWarning, match=r"^fedqsn with these settings does not keep what .* tells"),
+        pytest.warns(UserWarning, match=r"^fedqsn with blocks = 'row' does not keep what .* tells"),
         pytest.raises(AssertionError, match="not refused"),
     ):
         federate(Classifier(), [rows(5), rows(8)], rows(9), blocks="row", p1=0.2, **SHORT)

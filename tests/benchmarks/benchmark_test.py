@@ -47,6 +47,9 @@ def test_a_report(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "over FedAvg" in shown
     assert "parts" in shown
+    assert set(map(ord, shown)) <= {10, *range(32, 127)}
+    rows = [line.split() for line in shown.splitlines()]
+    assert [len(row) for row in rows if row[:2] == ["dense,", "fedqsn"]] == [6]
 
 
 def test_reports_of_large_rounds(tmp_path, monkeypatch, capsys):

@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from locations import LANGUAGE_GOLDENS
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fedqsn_jax.cli.export import export, main
+from fedqsn_jax.config.schema import ModelConfig
+from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.host.checkpoints import Checkpoints
+from fedqsn_jax.models.functional import linen_apply, linen_init
 from fedqsn_jax.models.language.families import make_language_model
 from fedqsn_jax.models.language.pretrained import description_files, load_pretrained
+from fedqsn_jax.models.parameter_files import load_params, save_params
+from fedqsn_jax.models.registry import make_model
 from fedqsn_jax.runs.working_directory import WorkDirectory
 
 GOLDENS = LANGUAGE_GOLDENS
@@ -159,14 +164,106 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     run.mkdir()
     (run / "config.json").write_text("{")
     assert "config.json cannot be read" in refused(*both)
-    for values in ({}, {"model": {"name": "mlp"}}, {"model": {"pretrained": ""}}):
-        (run / "config.json").write_text(json.dumps(values))
-        assert "its model is not a pre-trained language model" in refused(*both)
+    (run / "config.json").write_text(json.dumps({"algorithm": "fedsp"}))
+    assert "fedsp tunes prompts" in refused(*both)
     values = {"model": {"pretrained": str(GOLDENS / "gpt2")}}
     (run / "config.json").write_text(json.dumps(values))
     assert "there is no checkpoint" in refused(*both)
     assert "there is no checkpoint of round 2" in refused(*both, "--round=2")
-    assert "invalid int value" in refused(*both, "--round=x")
+    assert "--round=x: allowed are best, last or the number of a" in refused(*both, "--round=x")
     out.mkdir()
     (out / "something").write_text("")
     assert "it is not empty; name a new or empty directory" in refused(*both)
+
+
+def save_rounds(directory, params, scores):
+    """Checkpoints with a score a round, each tensor raised by the round."""
+    with Checkpoints(directory / "checkpoints", keep_latest=9, keep_best=0) as checkpoints:
+        history = []
+        for number, score in scores.items():
+            history.append({"round": number, "global/accuracy": score})
+            raised = jax.tree.map(lambda leaf: leaf + number, params)  # noqa: B023
+            checkpoints.save(number, {"params": raised}, history, score)
+
+
+def test_an_image_model_of_the_best_round_computes_as_it_did(tmp_path, capsys):
+    model = {"name": "mlp", "hidden": [5, 4], "channels": [3]}
+    module = make_model(ModelConfig(hidden=(5, 4)), classes=3)
+    images = {"image": jnp.linspace(0, 1, 12).reshape(2, 6)}
+    params = linen_init(module, jax.random.key(0), images)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"model": model}))
+    save_rounds(run, params, {1: 0.5, 2: 0.7, 3: 0.7, 4: float("nan"), 5: 0.6})
+    for number, which in ((3, "best"), (5, "last"), (1, "1")):
+        out = tmp_path / which
+        assert main([f"--workdir={run}", f"--out={out}", f"--round={which}"]) == 0
+        output = " ".join(capsys.readouterr().out.split())
+        assert f"the hidden model after round {number}; only you may read it" in output
+        assert "fedqsn_jax.models.parameter_files.load_params reads it" in output
+        assert out.stat().st_mode & 0o777 == 0o700
+        saved = load_params(out)
+        assert saved.description == {
+            "round": number,
+            "model": {"name": "mlp", "hidden": [5, 4]},
+            "classes": 3,
+        }
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(a, b + number),  # noqa: B023
+            saved.params,
+            params,
+        )
+        again = make_model(ModelConfig(hidden=tuple(saved.description["model"]["hidden"])), 3)
+        raised = jax.tree.map(lambda leaf: leaf + number, params)  # noqa: B023
+        np.testing.assert_array_equal(
+            linen_apply(again)(saved.params, images, None),
+            linen_apply(module)(raised, images, None),
+        )
+
+
+def test_a_model_of_a_users_own_is_written_with_its_tensors(tmp_path):
+    params = {"encoder": {"w": jnp.ones((2, 3), jnp.bfloat16)}, "scale": jnp.float32(2)}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    save_rounds(run, params, {0: 0.1})
+    assert export(run, tmp_path / "out") == (0, "", ())
+    saved = load_params(tmp_path / "out")
+    assert saved.description == {"round": 0, "model": {}}
+    assert jax.tree.structure(saved.params) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, saved.params, params)
+    assert saved.params["encoder"]["w"].dtype == jnp.bfloat16
+
+
+def test_saved_parameters_that_were_changed_are_refused(tmp_path):
+    save_params(tmp_path, {"w": np.ones(3, np.float32)}, {"made by": "me"})
+    assert load_params(tmp_path).description == {"made by": "me"}
+    save_file({"w": np.ones(4, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"w is \['float32', \[4\]\], but model.json says"):
+        load_params(tmp_path)
+    (tmp_path / "model.json").write_text('{"format": "another"}')
+    with pytest.raises(UserError, match="format = 'another': allowed is"):
+        load_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "classes", "names"),
+    [
+        ({"task": "sst2"}, 2, ["negative", "positive"]),
+        (
+            {"task": "own", "columns": ["t"], "target": "l", "length": 9, "labels": list("abc")},
+            3,
+            "abc",
+        ),
+        ({"task": "sst2"}, 4, [f"LABEL_{index}" for index in range(4)]),
+        ({}, 2, ["LABEL_0", "LABEL_1"]),
+    ],
+)
+def test_the_tasks_names_of_classes_are_written(data, classes, names, tmp_path):
+    make_run(tmp_path / "run", "bert_base", rounds=(1,), classes=classes)
+    values = {"model": {"pretrained": str(GOLDENS / "bert_base")}, "data": data}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(values))
+    export(tmp_path / "run", tmp_path / "model")
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert written["id2label"] == {str(index): name for index, name in enumerate(names)}
+    assert written["label2id"] == {name: index for index, name in enumerate(names)}

@@ -16,6 +16,7 @@ from fedqsn_jax.cli.main import main
 from fedqsn_jax.config import command_line
 from fedqsn_jax.host.checkpoints import Checkpoints
 from fedqsn_jax.models.registry import make_model
+from fedqsn_jax.reporting import plots
 from fedqsn_jax.runs.experiment import prepare
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.simulation.running import initial_state
@@ -214,6 +215,25 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys, monkeyp
     wanted |= {"bytes/down_per_client", "bytes/up_per_client"}
     wanted |= {"clients/returned", "clients/rejected"}
     assert set(history[-1]) == wanted
+
+    assert shown.count("0/4 ") == 1  # what the first evaluation told stands above the rounds
+    summary = json.loads((directory / "summary.json").read_text())
+    word = summary["verdict"]
+    assert set(word["attackers"]) <= {"attacker_1", "attacker_10"}
+    assert " ".join(shown.split()).count(word["text"]) == 1
+
+    # The results stand before any picture is begun, and do not need it.
+    (directory / "summary.json").unlink()
+    with monkeypatch.context() as patch:
+
+        def fail(*arguments):
+            assert json.loads((directory / "summary.json").read_text()) == summary
+            raise ValueError("no backend")
+
+        patch.setattr(plots, "accuracy_curves", fail)
+        assert main(arguments) == 0
+    again = capsys.readouterr().out
+    assert "warning: accuracy.png was not drawn: ValueError: no backend\n" in again
 
     assert main(arguments) == 0
     assert "finished at round 4" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import pytest
 from fedqsn_jax.generation.beam_search import (
     GenerationSettings,
     _beam_search,
+    _Search,
     ban_repeated_ngrams,
     make_generator,
 )
@@ -215,7 +216,8 @@ def test_one_beam_is_greedy():
     def with_one_beam(params, batch):
         logits, cache = TOY.prefill(params, batch, 5)
         before = jnp.where(batch["mask"], batch["tokens"], -1)
-        return _beam_search(TOY, params, settings, logits, cache, before, jnp.asarray([END]), PAD)
+        search = _Search(TOY, params, settings, before=before, ends=jnp.asarray([END]), pad=PAD)
+        return _beam_search(search, logits, cache)
 
     for seed in range(5):
         params = TOY.init(seed)

@@ -87,7 +87,7 @@ def test_statistics_add_up_over_batches(task):
 
 
 @pytest.mark.parametrize("task", [conditional_generation(0.1), sequence_classification(f1=True)])
-def test_nothing_valid_is_zero_and_has_no_gradient(task):
+def test_nothing_valid_has_no_loss_no_gradient_and_no_metrics(task):
     logits, batch = example(False)
     if task.score == "accuracy":
         logits, batch = logits[:, 0, :2], {"label": batch["tokens"][:, 0] % 2}
@@ -96,7 +96,7 @@ def test_nothing_valid_is_zero_and_has_no_gradient(task):
     assert float(value) == 0
     assert not gradient.any()
     metrics = task.summarize(jitted(task).statistics(logits, batch, nothing))
-    assert all(np.isfinite(value) for value in metrics.values())
+    assert all(np.isnan(value) for value in metrics.values())
 
 
 def test_masked_rows_have_no_gradient():
@@ -131,3 +131,14 @@ def test_f1_is_scikit_learns():
 def test_smoothing_has_a_range():
     with pytest.raises(ValueError, match=r"label_smoothing = 1\.0: allowed is 0 to below 1"):
         conditional_generation(1.0)
+
+
+@pytest.mark.parametrize("task", [conditional_generation(), sequence_classification()])
+def test_metrics_of_nothing_are_absent(task):
+    """Zero divided by zero is no loss of zero, no accuracy of zero and no perplexity of one."""
+    names = ("loss", "correct", "tokens", "count")
+    nothing = task.summarize(dict.fromkeys(names, jnp.asarray([0.0, 0.0])))
+    assert all(np.isnan(values).all() for values in nothing.values())
+    some = task.summarize(dict.fromkeys(names, jnp.asarray([0.0, 2.0])))
+    assert np.isnan(some["loss"]).tolist() == [True, False]
+    assert some["loss"][1] == 1

@@ -19,7 +19,7 @@ from text_cases import MARKS
 from fedqsn_jax.config.command_line import read_config
 from fedqsn_jax.generation.beam_search import GenerationSettings, make_generator
 from fedqsn_jax.models.language.families import make_language_model
-from fedqsn_jax.models.language.t5 import T5Config
+from fedqsn_jax.models.language.t5_config import T5Config
 from fedqsn_jax.models.language.transformer import Execution
 from fedqsn_jax.problems import language
 from fedqsn_jax.problems.problem import problem_settings

@@ -279,6 +279,40 @@ def test_scales_are_rounded_inside_one_compiled_call_too(scale_dtype):
     assert distance.max() < 1e-6
 
 
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_scales_of_every_size_are_rounded_as_numpy_rounds_them(scale_dtype, compiled):
+    """Devices take subnormal float32 for zero, and the reciprocals of the largest as well."""
+    generator = np.random.default_rng(5)
+    exponents = generator.uniform(-149, 128, 4000)
+    largest = [np.float32(x) for x in np.exp2(exponents)] + [np.finfo(np.float32).max]
+    largest += [*np.exp2(np.arange(-149.0, 128)), 2.0**-25 * 1.5, 65519.0, 65520.0]
+    columns = np.asarray(largest, np.float32)
+    shares = np.asarray([-1.0, 0.73, -0.31, 0.08, 0.0, 0.52], np.float64)
+    matrices = (shares[:, None] * columns).astype(np.float32)[None]
+    quantizer = NormalFloat(4, 6, scale_dtype)
+    forward, backward = both_ways(quantizer)
+    if not compiled:
+        forward, backward = (lambda each: quantize(quantizer, each)), dequantize
+
+    quantized = forward(jnp.asarray(matrices))
+
+    with np.errstate(over="ignore"):
+        rounded = columns.astype(jnp.dtype(scale_dtype))
+    bound = jnp.finfo(scale_dtype).max
+    rounded = np.where(np.isfinite(rounded.astype(np.float32)), rounded, bound)
+    scales = np.asarray(quantized.scales)[0, 0]
+    np.testing.assert_array_equal(scales.view(np.uint8), rounded.view(np.uint8))
+    exact = rounded.astype(np.float64)
+    levels = np.asarray(quantizer.levels)
+    relative = matrices[0].astype(np.float64) / np.where(exact == 0, np.inf, exact)
+    relative = relative.clip(-1, 1)
+    nearest = levels[np.abs(relative[..., None] - levels).argmin(axis=-1)]
+    values = np.asarray(backward(quantized), np.float64)[0]
+    # The last bit of a subnormal number is 2**-149.
+    np.testing.assert_allclose(values, nearest * exact, rtol=1e-6, atol=2.0**-149)
+
+
 def test_weights_beyond_the_scales_range_stay_finite():
     """float16 ends at 65504: larger weights are cut there."""
     matrices = jnp.asarray([1e5, -1e5, 1.0, -3e4]).reshape(1, 4, 1)

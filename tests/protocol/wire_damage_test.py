@@ -26,7 +26,7 @@ from wire_cases import (
 from fedqsn_jax.protocol import wire
 from fedqsn_jax.protocol.layout import Layout, proxy_cost
 from fedqsn_jax.protocol.proxy import Proxy
-from fedqsn_jax.protocol.quantization import NormalFloat, Quantized
+from fedqsn_jax.protocol.quantization import NormalFloat, Quantized, SymmetricNormalFloat, Uniform
 from fedqsn_jax.protocol.sites import find_sites
 
 
@@ -59,11 +59,12 @@ def test_any_other_length_is_noticed(name):
 @given(
     seed=st.integers(0, 2**32 - 1),
     name=st.sampled_from(sorted(MODELS)),
+    quantizer=st.sampled_from([NormalFloat(3, 4), SymmetricNormalFloat(2, 4), Uniform(5, 3)]),
     edits=st.lists(st.tuples(st.integers(0), st.integers(1, 255)), min_size=1, max_size=8),
 )
-def test_forged_bodies_give_a_wellformed_proxy_or_a_value_error(seed, name, edits):
+def test_forged_bodies_give_a_wellformed_proxy_or_a_value_error(seed, name, quantizer, edits):
     """The digest has no key, so a forger can make it right: the decoder trusts nothing."""
-    proxy = random_proxy(np.random.default_rng(seed), name, NormalFloat(3, 4), absent=0)
+    proxy = random_proxy(np.random.default_rng(seed), name, quantizer, absent=0)
     layout = Layout.of(proxy)
     payload = wire.encode_proxy(proxy)
     forged = bytearray(payload)
@@ -78,16 +79,23 @@ def test_forged_bodies_give_a_wellformed_proxy_or_a_value_error(seed, name, edit
     is_quantized = lambda leaf: isinstance(leaf, Quantized)  # noqa: E731
     for leaf in jax.tree.leaves(decoded.params, is_leaf=is_quantized):
         if is_quantized(leaf):
-            assert np.asarray(leaf.codes).max() < 8
+            assert np.asarray(leaf.codes).max() < len(quantizer.levels)
             scales = np.asarray(leaf.scales, np.float32)
             assert np.isfinite(scales).all()
             assert (scales >= 0).all()
-    # Hidden columns are zero: encoding what was decoded keeps all that a payload can say.
+    # One proxy has one encoding.
+    assert wire.encode_proxy(decoded) == seal(bytes(forged))
     assert_same(wire.decode_proxy(wire.encode_proxy(decoded), layout), decoded)
 
 
 FACTOR, SCALE = 48 + 1, 48 + 1 + 4 + 8 + 4
-BFLOAT16 = {"negative": 0xBF80, "infinite": 0x7F80, "nan": 0x7FC0, "signalling nan": 0x7F81}
+BFLOAT16 = {
+    "negative": 0xBF80,
+    "negative zero": 0x8000,
+    "infinite": 0x7F80,
+    "nan": 0x7FC0,
+    "signalling nan": 0x7F81,
+}
 
 
 @pytest.mark.parametrize("bits", BFLOAT16.values(), ids=BFLOAT16)
@@ -100,6 +108,47 @@ def test_forged_scales_are_refused(bits, offset, says):
     forged[offset : offset + 2] = struct.pack("<H", bits)
     says = f"payload: {says} is negative or not finite"
     assert_refused(wire.decode_proxy, seal(bytes(forged)), Layout.of(dense_proxy()), says)
+
+
+def _one_column(quantizer, codes):
+    sites = find_sites({"up": shapes(kernel=(len(codes), 1))})
+    scales = np.ones((1, quantizer.blocks(len(codes)), 1), jnp.dtype(quantizer.scale_dtype))
+    leaf = Quantized(np.asarray(codes, np.uint8).reshape(1, -1, 1), scales, quantizer)
+    return Proxy({"up": {"kernel": leaf}}, {}, {}, sites)
+
+
+@pytest.mark.parametrize(("bits", "inputs"), [(2, 7), (4, 6), (4, 3)])
+def test_every_bit_of_codes_has_one_meaning(bits, inputs):
+    """Of ``bits + 1`` bits there are ``2**bits + 1`` levels; other codes stand for nothing."""
+    quantizer = SymmetricNormalFloat(bits, 64)
+    proxy = _one_column(quantizer, [1] * inputs)
+    layout, payload = Layout.of(proxy), wire.encode_proxy(proxy)
+    accepted = 0
+    for place in range(48, len(payload) - 2):
+        for value in range(256):
+            forged = seal(payload[:place] + bytes([value]) + payload[place + 1 :])
+            try:
+                decoded = wire.decode_proxy(forged, layout)
+            except ValueError:
+                continue
+            assert wire.encode_proxy(decoded) == forged
+            assert np.asarray(decoded.params["up"]["kernel"].codes).max() <= 2**bits
+            accepted += 1
+    assert 0 < accepted < 256 * (len(payload) - 50)
+
+
+def test_codes_that_are_no_level_and_unused_bits_are_refused():
+    quantizer = SymmetricNormalFloat(4, 64)
+    proxy = _one_column(quantizer, [16, 0, 0])
+    layout, payload = Layout.of(proxy), wire.encode_proxy(proxy)
+    wrong = bytes([payload[48] | 0b10001]) + payload[49:]
+    says = "payload: a code of 'up/kernel' is 17, expected one of the 17 levels"
+    assert_refused(wire.decode_proxy, seal(payload[:48] + wrong), layout, says)
+    wrong = bytes([payload[49] | 0x80]) + payload[50:]
+    says = "payload: codes of 'up/kernel' damaged, expected unused bits to be zero"
+    assert_refused(wire.decode_proxy, seal(payload[:49] + wrong), layout, says)
+    with pytest.raises(ValueError, match="a code of 'up/kernel' is 31, expected one of the 17"):
+        wire.encode_proxy(_one_column(quantizer, [31, 0, 0]))
 
 
 def test_unused_bits_of_a_bitmap_are_zero():

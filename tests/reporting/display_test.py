@@ -10,9 +10,9 @@ import pytest
 from reporting_cases import COSTS, entry, make_history
 from rich.console import Console
 
-from fedqsn_jax.reporting.display import Display, bytes_text, fold_path
-from fedqsn_jax.reporting.progress import clock_text, make_progress
+from fedqsn_jax.reporting.display import Display, bytes_text, draw_safely
 from fedqsn_jax.reporting.summary import Costs, TensorRow, summarize
+from fedqsn_jax.reporting.tables import fold_path
 
 ROWS = [
     TensorRow("head/kernel", (256, 10), "float32", "float32, whole"),
@@ -144,7 +144,7 @@ def test_a_notebook_gets_plain_lines(monkeypatch, capsys, history):
     display = Display()
     display.overview(ROWS, COSTS)
     with display.progress(20) as progress:
-        progress.update(20, history[-1])
+        progress.update(20, history[-1:])
     display.final_table(summarize(history, COSTS, 10.0))
     text = capsys.readouterr().out
     assert_plain(text)
@@ -162,94 +162,11 @@ def test_messages_are_printed_as_they_are():
     ]
 
 
-class Clock:
-    """Time that passes only when it is told to."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def scores(number):
-    return entry(number, (number / 1000, 0.2, 0.3, 0.4, 0.5))
-
-
-def test_progress_in_a_pipe_is_throttled_but_shows_first_and_last():
-    console, clock = pipe(), Clock()
-    with make_progress(console, 100, 0, "accuracy", clock) as progress:
-        for number in range(1, 101):
-            # Calls of ten rounds, one every 0.4 seconds after the first, which compiles.
-            if number % 10 == 1:
-                clock.now += 30.0 if number == 1 else 0.4
-            progress.update(number, scores(number))
-            progress.update(number)
-    text = console.file.getvalue()
-    assert_plain(text)
-    caption, header, *lines = text.splitlines()
-    assert "accuracy" in caption
-    assert header.split() == [
-        "round", "global", "server", "proxy", "attacker_10", "rounds/s", "left"
-    ]  # fmt: skip
-    rows = [line.split() for line in lines]
-    assert [row[0] for row in rows] == ["1/100", "31/100", "61/100", "91/100", "100/100"]
-    assert rows[0][1:] == ["0.0010", "0.2000", "0.3000", "0.5000", "-", "-"]
-    # 25 rounds a second without the compilation; at round 31, 30 are done and 70 are left, of
-    # which 0.4 seconds' worth have just passed.
-    assert rows[1][-2:] == ["25", "0:00:02"]
-    assert rows[-1][-2:] == ["25", "0:00:00"]
-
-
-def test_interrupted_progress_tells_the_last_round_and_restores_the_terminal():
-    def interrupted(console):
-        with make_progress(console, 100, 40, "accuracy", Clock()) as progress:
-            for number in (50, 60, 70):
-                progress.update(number, scores(number))
-            raise KeyboardInterrupt
-
-    console = pipe()
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(console)
-    assert [line.split()[0] for line in console.file.getvalue().splitlines()[2:]] == [
-        "50/100",
-        "70/100",
-    ]
-    console = terminal()
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(console)
-    text = console.file.getvalue()
-    assert "70/100" in text
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
-
-
-@pytest.mark.parametrize("width", [80, 120])
-def test_progress_in_a_terminal_shows_pace_and_scores(width):
-    console, clock = terminal(width), Clock()
-    display = Display(console)
-    with make_progress(console, 60, 0, "accuracy", clock) as progress:
-        for number in range(10, 60, 10):
-            clock.now += 5.0
-            progress.update(number, scores(number))
-            clock.now += 0.1
-        display.message("a message meanwhile")
-    frames = without_styles(console.file.getvalue()).replace("\r", "\n").splitlines()
-    assert max(map(len, frames)) <= width
-    assert "a message meanwhile" in frames
-    bar, last = frames[-2:]
-    assert bar.startswith("round 50/60")
-    # Ten rounds take 5.1 seconds, of which 0.1 have passed since the last report.
-    assert bar.rstrip().endswith("1.96 rounds/s  0:00:05 left")
-    assert last.rstrip() == (
-        "accuracy  global 0.0500  server 0.2000  proxy 0.3000  attacker_10 0.5000"
-    )
-
-
 def test_dumb_terminals_get_plain_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
     with Display(console).progress(1) as progress:
-        progress.update(1, scores(1))
+        progress.update(1, [entry(1, (0.1, 0.2, 0.3, 0.4, 0.5))])
     assert_plain(console.file.getvalue())
 
 
@@ -259,7 +176,6 @@ def test_small_texts():
     ]  # fmt: skip
     assert fold_path("encoder/layer_0/query/kernel", 16) == "encoder/layer_0/\nquery/kernel"
     assert fold_path("unbreakable", 4) == "unbreakable"
-    assert [clock_text(s) for s in (0.4, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]
 
 
 def test_the_command_line_starts_without_slow_libraries():
@@ -270,3 +186,53 @@ def test_the_command_line_starts_without_slow_libraries():
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("width", [40, 50])
+@pytest.mark.parametrize("make", [pipe, terminal])
+def test_a_narrow_console_keeps_names_and_whole_numbers(make, width, history):
+    console = make(width)
+    own = {f"own/global/accuracy{end}": 0.25 for end in ("", "_worst_decile", "_spread")}
+    history = [*history[:-1], history[-1] | own]
+    Display(console).overview(LARGE_ROWS, COSTS)
+    Display(console).final_table(summarize(history, COSTS, 10.0))
+    text = without_styles(console.file.getvalue())
+    tables = [
+        line for line in text.splitlines() if not line.startswith(("gaps", "  global", "sec"))
+    ]
+    tables = [line for line in tables if "estimated" not in line and "4-bit" not in line]
+    assert max(len(line.rstrip()) for line in tables) <= width
+    rows = [line.split() for line in text.splitlines()]
+    found = [row[1:] for row in rows if row[:1] == ["attacker_10"]]
+    assert [cell for row in found for cell in row] == [
+        "0.1000", "0.8125", "20", "0.8125", "2.4000", "0.5000", "0.5000"
+    ]  # fmt: skip
+    assert ["down", "300", "1,000", "30.0%"] in rows
+    assert {"30522x768", "23,440,896", "768x12x64", "51.0%"} <= set(text.split())
+    assert ["global", "0.2500", "0.2500", "0.2500"] in rows
+    assert "…" not in text
+
+
+def test_what_is_absent_or_no_number_is_a_dash(history):
+    nan = float("nan")
+    end = history[-1] | {"global/accuracy": nan, "proxy/loss": None, "own/global/accuracy": nan}
+    console = pipe()
+    summary = summarize([*history[:-1], end], COSTS, 1.0)
+    Display(console).final_table(summary | {"texts": {"global/bleu": nan}})
+    text = console.file.getvalue()
+    assert "nan" not in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["global", "0.5000", "0.9000", "5", "-", "2.0000", "1.0000", "0.5000"] in rows
+    assert ["global", "-", "-", "-"] in rows
+
+
+def test_a_picture_that_fails_is_one_line(history):
+    console = pipe()
+
+    def draw():
+        raise ValueError("no such\nbackend")
+
+    draw_safely(Display(console), "accuracy.png", draw)
+    assert console.file.getvalue() == (
+        "warning: accuracy.png was not drawn: ValueError: no such backend\n"
+    )

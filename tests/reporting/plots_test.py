@@ -1,6 +1,9 @@
 """Pictures: every view, every column, and no half-written file."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -55,6 +58,30 @@ def test_curves_survive_a_run_that_diverged(tmp_path):
     plots.accuracy_curves(history, tmp_path / "a.png", "diverged")
     plots.accuracy_curves([entry(0, (nan,) * 5)], tmp_path / "b.png", "nothing")
     assert pixels(tmp_path / "b.png").std() > 1
+
+
+def test_what_is_absent_is_a_gap(history):
+    history[1] = {name: v for name, v in history[1].items() if name != "proxy/accuracy"}
+    history[2] = history[2] | {"proxy/accuracy": None, "server/accuracy": math.inf}
+    del history[-1]["proxy/accuracy_std"]
+    axes = plots.accuracy_curves(history, None, "").axes[0]
+    proxy = next(line for line in axes.lines if line.get_color() == "#009E73").get_ydata()
+    np.testing.assert_array_equal(np.isnan(proxy), [False, True, True, False])
+    server = next(line for line in axes.lines if line.get_color() == "#0072B2").get_ydata()
+    assert math.isnan(server[2])
+
+
+def test_pictures_do_not_depend_on_a_display(tmp_path):
+    """MPLBACKEND names a backend that is not there; a process, as it is read at the import."""
+    code = (
+        "import os, sys; from fedqsn_jax.reporting import plots; "
+        "plots.accuracy_curves([{'round': 0, 'global/accuracy': .5}], sys.argv[1], ''); "
+        "assert os.environ['MPLBACKEND'] == 'nonsense'"
+    )
+    path = tmp_path / "accuracy.png"
+    environment = {**os.environ, "MPLBACKEND": "nonsense"}
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, env=environment)
+    assert pixels(path).shape == (810, 1350, 3)
 
 
 def test_a_failed_picture_leaves_the_old_one(tmp_path, history, monkeypatch):

@@ -69,3 +69,17 @@ def test_views_are_in_reading_order():
     assert views_of(names) == ["global", "server", "attacker_2", "attacker_10"]
     assert main_views_of(names) == ["global", "server", "attacker_10"]
     assert views_of(names, "loss") == ["proxy"]
+
+
+def test_what_is_absent_stays_absent():
+    start = {"round": 0, "global/accuracy": 0.5, "proxy/accuracy": None}
+    end = {"round": 1, "global/accuracy": 0.75, "own/global/accuracy": 0.5, "train/loss": None}
+    end |= {"own/global/accuracy_spread": math.nan, "bytes/down_per_client": math.nan}
+    summary = summarize([start, end], COSTS, 1.0)
+    assert list(summary["views"]) == ["global"]
+    assert summary["clients"]["own"]["global"] == {
+        "mean": 0.5, "worst_decile": None, "spread": None
+    }  # fmt: skip
+    assert summary["bytes"]["down"]["per_client"] == COSTS.down
+    assert summary["gaps"] == {"attack": {}, "forgetting": None}
+    json.dumps(summary, allow_nan=False)

@@ -128,6 +128,6 @@ def test_tensorboard_reopens_without_losing_anything(tmp_path, history):
     board = TensorBoard(tmp_path)
     board.close()
     for each in history:
-        board.append([each | {"train/loss": None}])
+        board.append([each | {"train/loss": None, "proxy/bleu": math.nan, "a": math.inf}])
         board.close()
     assert sorted(event[:3] for event in read_events(tmp_path)) == expected_events(history)

@@ -4,11 +4,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fedqsn_jax.config.choices import ALGORITHMS, CLASSIFICATION
 from fedqsn_jax.config.command_line import read_config
 from fedqsn_jax.config.schema import MODELS, Config, ModelConfig, with_fields
+from fedqsn_jax.data.text.formats import FORMATS
 from fedqsn_jax.data.text.loading import TextSettings
-from fedqsn_jax.simulation.unused import ignored_settings, unused_fields
+from fedqsn_jax.simulation.from_config import algorithm_of
+from fedqsn_jax.simulation.unused import as_used, ignored_settings, unused_fields, without_effect
 
 
 def test_settings_that_are_ignored_are_told():
@@ -38,7 +43,7 @@ def test_every_field_of_a_model_belongs_to_one():
 def test_fields_of_texts_are_those_that_texts_read():
     read = {f"data.{field.name}" for field in dataclasses.fields(TextSettings)}
     unused = {name for name in unused_fields(Config()) if name.startswith("data.")}
-    assert unused == read | {"data.shards_per_client"}
+    assert unused == read | {"data.shards_per_client", "data.directory"}
     assert not read & set(unused_fields(with_fields(Config(), {"data.name": "text"})))
 
 
@@ -136,3 +141,64 @@ def test_every_file_runs_with_every_algorithm_without_such_a_warning():
     for file in sorted(Path("configs").glob("*.py")):
         for algorithm in ("fedqsn", "fedavg", "fedsn", "fedq"):
             assert ignored_settings(read_config(f"{file}:{algorithm}", [])) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {"data.clients": 50, "data.partition": "natural"},
+            "data.clients = 50 has no effect with data.partition = 'natural'",
+        ),
+        (
+            {"data.name": "text", "data.task": "sst2", "data.separator": False},
+            "data.separator = False has no effect with data.task = 'sst2'",
+        ),
+        (
+            {
+                "data.name": "text",
+                "data.task": "own",
+                "data.labels": ("a", "b"),
+                "data.template": "{x}",
+            },
+            "data.template = '{x}' has no effect with data.labels = ('a', 'b')",
+        ),
+        (
+            {"model.name": "cnn", "data.name": "mnist", "data.test_rows": 5},
+            "data.test_rows = 5 has no effect with data.name = 'mnist'",
+        ),
+        (
+            {"data.directory": "there"},
+            "data.directory = 'there' has no effect with data.name = 'digits'",
+        ),
+        (
+            {"pretraining.steps": 0, "pretraining.learning_rate": 0.5},
+            "pretraining.learning_rate = 0.5 has no effect with pretraining.steps = 0",
+        ),
+        ({"generation.beams": 1}, "generation.beams = 1 has no effect with generation.prompts = 0"),
+    ],
+)
+def test_more_settings_without_effect(values, line):
+    assert ignored_settings(with_fields(Config(), values), values) == [line]
+
+
+def test_tasks_without_a_prompt_are_those_that_classify():
+    assert set(CLASSIFICATION) == {name for name, kind in FORMATS.items() if kind.labels}
+
+
+@given(
+    algorithm=st.sampled_from(ALGORITHMS),
+    p1=st.sampled_from([0.0, 0.3]),
+    p2=st.sampled_from([0.0, 0.3]),
+)
+def test_the_method_uses_what_its_fields_say(algorithm, p1, p2):
+    """What stands beside the fields agrees with the algorithms themselves."""
+    config = with_fields(Config(), {"algorithm": algorithm, "p1": p1, "p2": p2})
+    made = algorithm_of(config)
+    unused = without_effect(config)
+    assert ("bits" in unused) == (made.quantizer is None)
+    assert ("sampling" in unused) == (not made.p1 and not made.p2)
+    assert ("fedsp.prompts" in unused) == (not made.prompts_only)
+    used = as_used(config)
+    assert (used.p1, used.p2) == (made.p1, made.p2)
+    assert algorithm_of(used) == made

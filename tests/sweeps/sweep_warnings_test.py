@@ -38,7 +38,7 @@ def test_settings_without_effect_are_said_with_the_points_concerned():
         "bits = 2 has no effect with algorithm = 'fedavg' (algorithm=fedavg p1=0.0, 2 of 6 points)",
         "bits = 2 has no effect with algorithm = 'fedsn' (algorithm=fedsn, 4 of 6 points)",
     ]
-    both = [grid, {"algorithm": ["fedq"], "bits": [2]}]
+    both = [grid, {"algorithm": ["fedq"], "bits": [3]}]
     assert make_plan(Config(), both).warnings == []
     # Also of values that leave no point of their own.
     prompted = read_config("configs/sst2_minilm.py:fedsp", [])
@@ -55,7 +55,7 @@ def test_a_dry_run_says_it_too(tmp_path, capsys):
     assert main([*released, option, "--dry_run"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("warning:") == 1
-    assert "warning: fedqsn with these settings does not keep what" in shown
+    assert "warning: fedqsn with blocks = 'row' does not keep what" in shown
     assert "(p1=0.2, 2 of 4 points)" in shown
 
 

@@ -10,9 +10,10 @@ from PIL import Image
 from rich.console import Console
 from scipy import stats
 
-from fedqsn_jax.reporting import trade_off
-from fedqsn_jax.reporting.estimates import Estimate, Setting, estimate, pareto_front, short_names
-from fedqsn_jax.reporting.sweep_display import SweepDisplay
+from fedqsn_jax.sweeps import trade_off
+from fedqsn_jax.sweeps.display import PointProgress, SweepDisplay
+from fedqsn_jax.sweeps.estimates import Estimate, Setting, estimate, pareto_front, short_names
+from fedqsn_jax.sweeps.results import over_seeds
 
 
 def test_the_interval_is_students():
@@ -158,12 +159,13 @@ def test_whatever_is_varied_every_name_is_within_the_picture(collapsed):
     on_front = settings[:-1] if collapsed else settings
     for setting in on_front:
         assert trade_off._name(setting).replace(" ", "") in written
-    assert len(legend.get_texts()) == len({setting.method for setting in settings}) + 1
+    # The methods, and what front, dashed line and pale bars are.
+    assert len(legend.get_texts()) == len({setting.method for setting in settings}) + 3
 
 
 def test_the_table_fits_80_columns_and_is_plain_in_a_pipe():
     text = io.StringIO()
-    SweepDisplay(Console(file=text, width=80)).table(some_settings())
+    SweepDisplay(Console(file=text, width=80)).table_of(some_settings())
     lines = text.getvalue().splitlines()
     assert text.getvalue().isascii()
     assert max(map(len, lines)) <= 80
@@ -175,13 +177,13 @@ def test_the_table_fits_80_columns_and_is_plain_in_a_pipe():
     assert cells[8] == ["fedqsn", "0.6", "2", "-", "-", "-", "39.6"]
 
     text = io.StringIO()
-    SweepDisplay(Console(file=text, width=60)).table(some_settings())
+    SweepDisplay(Console(file=text, width=60)).table_of(some_settings())
     assert max(map(len, text.getvalue().splitlines()[3:-1])) <= 60
     assert "+-" not in text.getvalue()
 
     # Fields that do not fit beside each other share a column.
     text = io.StringIO()
-    SweepDisplay(Console(file=text, width=54)).table(some_settings())
+    SweepDisplay(Console(file=text, width=54)).table_of(some_settings())
     table = text.getvalue().splitlines()[3:-1]
     assert max(map(len, table)) <= 54
     assert [line.split() for line in table[2:4]] == [
@@ -197,14 +199,92 @@ def test_progress_in_a_pipe_and_in_a_terminal():
         "metrics": {"global/accuracy": 0.5, "attacker_10/accuracy": None, "start/accuracy": 0.4},
     }
     text = io.StringIO()
-    with SweepDisplay(Console(file=text, width=80)).sweep_progress(60, 30, 2, 1, 1) as progress:
+    with SweepDisplay(Console(file=text, width=80)).sweep_progress((60, 30), (2, 1), 1) as progress:
         progress.begin_program()
         progress.update(45)
-        progress.update(60, 2, record)
+        progress.update(60, [record])
     assert text.getvalue() == "2/2  algorithm=fedavg seed=1  global 0.500  0:00:00 left\n"
     text = io.StringIO()
     console = Console(file=text, width=80, force_terminal=True)
-    with SweepDisplay(console).sweep_progress(60, 30, 2, 1, 1) as progress:
-        progress.update(60, 2, record)
+    with SweepDisplay(console).sweep_progress((60, 30), (2, 1), 1) as progress:
+        progress.update(60, [record])
     assert "point 2/2" in text.getvalue()
     assert "algorithm=fedavg seed=1  global 0.500" in text.getvalue()
+
+
+def test_every_point_has_a_line_and_a_long_one_gives_signs_of_life():
+    class Clock:
+        now = 0.0
+
+        def __call__(self):
+            return self.now
+
+    def record(seed):
+        return {"settings": {}, "seed": seed, "metrics": {"start/accuracy": 0.1}}
+
+    console, clock = Console(file=io.StringIO(), width=80), Clock()
+    with PointProgress(console, (80, 0), (4, 0), 2, clock) as progress:
+        progress.begin_program()
+        clock.now += 4.0
+        progress.tick()
+        progress.update(60, [record(seed) for seed in range(3)])
+    assert console.file.getvalue().splitlines() == [
+        "0/4  0:00:04 so far, a program is compiled in its first call",
+        *(f"{seed + 1}/4  seed={seed}    0:00:04 left" for seed in range(3)),
+    ]
+
+
+@pytest.mark.parametrize("width", [40, 50])
+def test_a_narrow_table_keeps_whole_numbers(width):
+    text = io.StringIO()
+    SweepDisplay(Console(file=text, width=width)).table_of(some_settings())
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines[3:-1])) <= width
+    words = " ".join(lines).split()
+    assert words.count("39.6") == 4
+    assert {"0.960", "0.930", "algorithm=fedqsn"} <= set(words)
+
+
+def test_a_picture_explains_itself():
+    settings = some_settings()
+    figure = trade_off.draw(settings, None, "attacker", "digits, 30 rounds")
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    assert axes.get_title("left").startswith("digits, 30 rounds\n")
+    legend = axes.get_legend()
+    labels = [text.get_text().replace("\n", " ") for text in legend.get_texts()]
+    assert labels == [
+        "fedavg",
+        "fedqsn",
+        "Pareto front",
+        "as good as the owner's model",
+        "95% interval over seeds",
+    ]
+    bars = [each for each in axes.collections if len(each.get_segments())]
+    marks = [line for line in axes.lines if line.get_marker() != "None"]
+    assert max(each.get_zorder() for each in bars) < min(line.get_zorder() for line in marks)
+    # The column beside the axes is no wider than what stands in it.
+    right = max(each.get_window_extent().x1 for each in (legend, *figure.texts))
+    assert figure.bbox.width - right < 0.05 * figure.bbox.width
+    without = [
+        each._replace(metrics={n: Estimate(v.mean, math.nan) for n, v in each.metrics.items()})
+        for each in settings
+    ]
+    legend = trade_off.draw(without, None).axes[0].get_legend()
+    assert "95%" not in str([text.get_text() for text in legend.get_texts()])
+
+
+def test_what_a_point_lacks_is_absent_in_its_setting():
+    def record(seed, **more):
+        metrics = {"global/accuracy": 0.5, "start/accuracy": 0.1, **more}
+        return {"settings": {"p1": 0.1}, "seed": seed, "metrics": metrics}
+
+    (setting,) = over_seeds(
+        [record(0), record(1, **{"bytes/down_per_client": 4.0, "train/loss": None})], [{"p1": 0.1}]
+    )
+    assert setting.metrics["global/accuracy"].mean == 0.5
+    assert math.isnan(setting.metrics["bytes/down_per_client"].mean)
+    assert math.isnan(setting.metrics["train/loss"].mean)
+    text = io.StringIO()
+    SweepDisplay(Console(file=text, width=80)).table_of([setting])
+    assert text.getvalue().splitlines()[5].split() == ["0.1", "0.500", "+-0.000", "-", "-", "-"]

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from fedqsn_jax.config.schema import ConfigError, DataConfig
+from fedqsn_jax.core.arrays import ids_array, plain_id
 from fedqsn_jax.data.labels import check_labels
 from fedqsn_jax.data.population import Splits
 from fedqsn_jax.data.splits import CLIENT_COLUMN, Rows, make_splits, no_client_ids
@@ -84,8 +85,11 @@ def _read(source: Any, shape: tuple[int, ...], client_feature: str | None) -> Ro
                 images[index] = np.asarray(image, np.uint8).reshape(shape)
             labels[index] = record["label"]
             if client_feature is not None:
-                client_ids.append(record[client_feature])
+                client_id = plain_id(record[client_feature])
+                if client_id is None:
+                    raise ValueError(f"row {index + 1} has no value in {client_feature!r}")
+                client_ids.append(client_id)
     rows: Rows = {"image": images, "label": labels}
     if client_feature is not None:
-        rows[CLIENT_COLUMN] = np.asarray(client_ids)
+        rows[CLIENT_COLUMN] = ids_array(client_ids)
     return rows

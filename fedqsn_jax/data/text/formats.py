@@ -6,6 +6,7 @@ its original files and on the Hugging Face hub.
 """
 
 import dataclasses
+import math
 import re
 import string
 from collections.abc import Callable, Iterable
@@ -69,7 +70,7 @@ def generation_example(row: Row, kind: TextFormat) -> tuple[str, str]:
         raise ValueError("generation_example: the format is one of classification")
     fields = [_field(row, names) for names in kind.inputs]
     try:
-        prompt = kind.prompt(*(value for value, _ in fields))
+        prompt = _sound(kind.prompt(*(value for value, _ in fields)))
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{place_of(row, kind.inputs)}: {error}") from error
     return prompt, _text(*_field(row, kind.target), row.where)
@@ -133,8 +134,9 @@ def own_format(
 def _field(row: Row, names: Names) -> tuple[Any, str]:
     """The value of the first of the columns that the row has, and its name."""
     for name in names:
-        if row.values.get(name) is not None:
-            return row.values[name], name
+        value = row.values.get(name)
+        if value is not None and not (isinstance(value, float) and math.isnan(value)):
+            return value, name
     absent = "no value in" if any(name in row.values for name in names) else "no column"
     raise ConfigError(
         f"{row.where}: {absent} {' or '.join(map(repr, names))}; the row has "
@@ -151,19 +153,41 @@ def _text(value: Any, column: str, where: str) -> str:
 
 def _as_text(value: Any) -> str:
     if isinstance(value, str):
-        return value
-    if isinstance(value, int | float):
+        return _sound(value)
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
+    if isinstance(value, float):
+        raise TypeError(f"{value} is no text and no finite number")
     raise TypeError(f"needed is text, not a {type(value).__name__}")
 
 
+def _sound(text: str) -> str:
+    """Makes sure that a text is one: halves of characters, which JSON can escape, are not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TypeError(
+            f"{text[error.start]!r} is half of a character, a lone surrogate, which no text has"
+        ) from error
+    return text
+
+
 def _label(value: Any, labels: tuple[str, ...], place: str) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = str(value).strip()
     if text in labels:
         return labels.index(text)
+    if isinstance(value, bool):
+        if text.lower() in labels:
+            return labels.index(text.lower())
+        text = str(int(value))
+        if text in labels:
+            return labels.index(text)
     # Where names are numbers themselves, a number that is no name must not be taken for a position.
     numbered = not any(name.isdecimal() for name in labels)
-    if numbered and text.isdecimal() and int(text) < len(labels):
+    # Python refuses to read thousands of digits.
+    if numbered and text.isdecimal() and len(text) < 10 and int(text) < len(labels):
         return int(text)
     numbers = f"0 to {len(labels) - 1}, or " if numbered else ""
     raise ConfigError(f"{place} = {value!r}: allowed are {numbers}{', '.join(labels)}")

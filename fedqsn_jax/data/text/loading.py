@@ -30,7 +30,7 @@ OWN = "own"
 """The task whose columns are named by the user."""
 
 # Part of every cache key: to be raised when the same files would give other arrays.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _CUT = "rows that were cut"
 
 
@@ -129,10 +129,11 @@ def load(
         return _arrays(source, settings, kind, options, tokenizer, console)
 
     train, cut = arrays(train_source)
+    count = len(train["tokens"])
     test_rows: Iterable[Row] | None = None
     if test_source is not None:
         test, cut_in_test = arrays(test_source)
-        cut += cut_in_test
+        cut, count = cut + cut_in_test, count + len(test["tokens"])
         if kind.generates:
             test_rows = test_source.rows()
     else:
@@ -140,18 +141,24 @@ def load(
         if kind.generates:
             every = list(train_source.rows())
             prompts_of_rows = [generation_example(row, kind)[0] for row in every]
-            groups = np.unique(prompts_of_rows, return_inverse=True)[1]
+            # Not an array of text: each row of one takes the memory of the longest.
+            number = {prompt: index for index, prompt in enumerate(sorted(set(prompts_of_rows)))}
+            groups = np.asarray([number[prompt] for prompt in prompts_of_rows])
         held_out, rest = _hold_out(groups, config.test_rows, train_source.name, generator)
         if kind.generates:
             test_rows = [every[index] for index in held_out]
         test, train = take(train, held_out), take(train, rest)
+    notes: list[str] = []
+    if kind.generates:
+        train, test, notes = _drop_without_targets(train, test, kind.length)
     prompts = None
     if test_rows is not None:
         prompts = make_prompts(test_rows, kind, tokenizer, options, new_tokens)
     splits = make_splits(train, test, len(kind.labels), config, generator)
-    notes = []
     if cut:
-        notes.append(f"{cut} rows lost tokens beyond data.length = {kind.length}")
+        notes.append(
+            f"{cut} of the {count} rows of the files lost tokens beyond data.length = {kind.length}"
+        )
     if CLIENT_COLUMN in train and config.partition != "natural":
         notes.append(
             f"the column {CLIENT_COLUMN} of {train_source.name} is not used: data.partition = "
@@ -193,6 +200,33 @@ def text_format(settings: TextSettings) -> TextFormat:
         labels=settings.labels or kind.labels,
         length=settings.length or kind.length,
     )
+
+
+def _drop_without_targets(train: Rows, test: Rows, length: int) -> tuple[Rows, Rows, list[str]]:
+    """Leaves out rows of which nothing is to be predicted, and tells how many."""
+    rows = len(train["tokens"]) + len(test["tokens"])
+    train, test = _with_targets(train, length), _with_targets(test, length)
+    dropped = rows - len(train["tokens"]) - len(test["tokens"])
+    if not dropped:
+        return train, test, []
+    note = (
+        f"{dropped} of {rows} rows are left out: their prompts fill data.length = {length} tokens, "
+        f"so that nothing is left to be predicted"
+    )
+    return train, test, [note]
+
+
+def _with_targets(rows: Rows, length: int) -> Rows:
+    """The rows of which at least one token is to be predicted."""
+    # Nothing predicts the first token of a decoder's row.
+    mask = rows["loss_mask"][:, 1:] if "loss_mask" in rows else rows["target_mask"]
+    kept = np.flatnonzero(mask.any(axis=1))
+    if not kept.size:
+        raise ConfigError(
+            f"data.length = {length}: the prompts fill it in every row, so that nothing is left to "
+            f"be predicted; allowed is a larger number"
+        )
+    return rows if len(kept) == len(mask) else take(rows, kept)
 
 
 def _hold_out(

@@ -6,11 +6,12 @@ and ``target_mask``. For decoders ``loss_mask`` says which tokens are to be pred
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fedqsn_jax.config.schema import ConfigError
+from fedqsn_jax.core.arrays import ids_array, plain_id
 from fedqsn_jax.data.splits import CLIENT_COLUMN, Rows
 from fedqsn_jax.data.text.formats import (
     TextFormat,
@@ -219,14 +220,19 @@ def _fill(arrays: Rows, name: str, mask: str, index: int, tokens: list[int]) -> 
 
 def _client_ids(rows: Sequence[Row]) -> np.ndarray | None:
     """The rows' own clients, if they say so."""
-    ids: list[Any] = [row.values.get(CLIENT_COLUMN) for row in rows]
-    missing = [index for index, each in enumerate(ids) if each is None or each == ""]
-    if len(missing) == len(rows):
+    ids: list[int | str] = []
+    missing: Row | None = None
+    for row in rows:
+        try:
+            each = plain_id(row.values.get(CLIENT_COLUMN))
+        except ValueError as error:
+            raise ConfigError(f"{row.where}: {CLIENT_COLUMN}: {error}") from error
+        if each is not None:
+            ids.append(each)
+        elif missing is None:
+            missing = row
+    if not ids:
         return None
-    if missing:
-        raise ConfigError(
-            f"{rows[missing[0]].where}: no value in {CLIENT_COLUMN!r}, which other rows have"
-        )
-    return np.asarray(
-        ids if all(type(each) is int for each in ids) else [str(each) for each in ids]
-    )
+    if missing is not None:
+        raise ConfigError(f"{missing.where}: no value in {CLIENT_COLUMN!r}, which other rows have")
+    return ids_array(ids)

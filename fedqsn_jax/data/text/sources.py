@@ -13,7 +13,7 @@ A source is written ``KIND:REST``:
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +92,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines that are not blank, without their ends, each with its place."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(_universal(file), 1):
                 where = f"{path}:{number}"
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -102,6 +102,15 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                     yield text, where
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def _universal(file: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a file, which end with LF or CR LF, or all of them with CR alone."""
+    for number, line in enumerate(file):
+        if number == 0 and b"\r" in line and not line.endswith(b"\n"):
+            yield from line.split(b"\r")
+        else:
+            yield line
 
 
 def _tsv(path: Path) -> Iterator[Row]:
@@ -132,6 +141,8 @@ def _jsonl(path: Path) -> Iterator[Row]:
             values = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"{where}: not JSON ({error})") from error
+        except RecursionError as error:
+            raise ConfigError(f"{where}: JSON that is nested too deeply") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: a {type(values).__name__}; needed is a JSON object a line")
         yield Row(values, where)

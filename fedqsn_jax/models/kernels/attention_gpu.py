@@ -13,8 +13,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from fedqsn_jax.core.types import Array
 from fedqsn_jax.models.kernels.dropout import fold, is_kept, kept_scale, stream_of
@@ -29,6 +27,8 @@ from fedqsn_jax.models.kernels.gpu_blocks import (
     span,
     store_block,
 )
+from fedqsn_jax.models.kernels.triton_backend import pallas as pl
+from fedqsn_jax.models.kernels.triton_backend import triton
 
 _LONGEST = 128
 _HEAD_SIZES = (32, 64)

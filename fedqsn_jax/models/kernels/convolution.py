@@ -120,7 +120,7 @@ def _where_they_run(
     by_kernels: Callable[..., Array], otherwise: Callable[..., Array], *arrays: Array
 ) -> Array:
     """Applies the one on NVIDIA GPUs that Triton supports, the other on all other devices."""
-    if gpu_blocks.predates_triton():
+    if gpu_blocks.lacks_triton():
         return otherwise(*arrays)
     return jax.lax.platform_dependent(*arrays, cuda=by_kernels, default=otherwise)
 

@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from fedqsn_jax.core.types import Array
+from fedqsn_jax.models.kernels.convolution_blocks import div, load_rows, rem, store_rows
+from fedqsn_jax.models.kernels.gpu_blocks import grid_of, span
+from fedqsn_jax.models.kernels.triton_backend import pallas as pl
+from fedqsn_jax.models.kernels.triton_backend import triton
 
 STOPPED = 4
 """Index of windows whose maximum is not positive, in which no gradient flows."""
@@ -137,11 +139,11 @@ def _correlate_kernel(
     height, width = geometry.window
     program, parts = pl.program_id(0), geometry.outputs // launch.outputs
     tiles = _Tiles(div(program, parts) * launch.tiles, launch.tiles, geometry)
-    columns = integers(rem(program, parts) * launch.outputs, launch.outputs)
+    columns = span(rem(program, parts) * launch.outputs, launch.outputs)
     taps, blocks = height * width, geometry.inputs // launch.inputs
 
     def fetching(block: Any) -> tuple[_Fetch, Array]:
-        channels = integers(block * launch.inputs, launch.inputs)
+        channels = span(block * launch.inputs, launch.inputs)
         return _fetching(tiles, geometry.in_size, images, which, channels), channels
 
     def add_tap(
@@ -243,8 +245,8 @@ def _gradient_kernel(
     blocks = geometry.inputs // launch.inputs, geometry.outputs // launch.outputs
     program = pl.program_id(0)
     split, block = div(program, math.prod(blocks)), rem(program, math.prod(blocks))
-    channels = integers(div(block, blocks[1]) * launch.inputs, launch.inputs)
-    columns = integers(rem(block, blocks[1]) * launch.outputs, launch.outputs)
+    channels = span(div(block, blocks[1]) * launch.inputs, launch.inputs)
+    columns = span(rem(block, blocks[1]) * launch.outputs, launch.outputs)
     steps = -(-geometry.tiles // (launch.tiles * splits))
 
     def add_tiles(step: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -304,7 +306,7 @@ class _Tiles:
 
     def __init__(self, first: Any, count: int, geometry: Geometry) -> None:
         self._down, self._across = (-(-size // 2) for size in geometry.out_size)
-        number = integers(first, count)
+        number = span(first, count)
         self._exists = number < geometry.tiles
         self._image = div(number, self._down * self._across)
         within = rem(number, self._down * self._across)
@@ -352,34 +354,6 @@ def _fetching(
     return fetch
 
 
-def integers(start: Any, count: int) -> Array:
-    """Int32 numbers from ``start`` on."""
-    return start + jnp.arange(count, dtype=jnp.int32)
-
-
-def div(value: Array, divisor: int) -> Array:
-    """The quotient of numbers that are not negative: ``//`` would also check their sign."""
-    return jax.lax.div(value, jnp.full_like(value, divisor))
-
-
-def rem(value: Array, divisor: int) -> Array:
-    """The remainder of numbers that are not negative."""
-    return jax.lax.rem(value, jnp.full_like(value, divisor))
-
-
-def grid_of(rows: Array, columns: Array) -> tuple[Array, Array]:
-    """Indices ``[rows, columns]`` of a block."""
-    shape = rows.size, columns.size
-    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)
-
-
-def load_rows(ref: Any, index: Array, exists: Array, channels: Array) -> Array:
-    """Loads ``[index, channels]``, zero where an index does not exist."""
-    at = grid_of(jnp.where(exists, index, 0), channels)
-    mask = jnp.broadcast_to(exists[:, None], at[0].shape)
-    return triton.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype))
-
-
 def _load_tap(kernel: Any, tap: Any, channels: Array, columns: Array) -> Array:
     at = grid_of(columns, channels)
     return kernel[jnp.full(at[0].shape, tap, jnp.int32), *at]
@@ -393,14 +367,6 @@ def _product(values: Array, weights: Array, precision: jax.lax.Precision) -> Arr
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-
-
-def store_rows(ref: Any, index: Array, channels: Array, exists: Array, values: Array) -> None:
-    """Stores ``[index, channels]`` where an index exists."""
-    # Beyond the end, not at an index that another element writes: the interpreter scatters all.
-    at = grid_of(jnp.where(exists, index, ref.shape[0]), channels)
-    mask = jnp.broadcast_to(exists[:, None], at[0].shape)
-    triton.store(ref.at[at], values.astype(ref.dtype), mask=mask)
 
 
 def halved(size: tuple[int, int]) -> tuple[int, int]:

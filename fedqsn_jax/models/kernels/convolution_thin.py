@@ -12,18 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from fedqsn_jax.core.types import Array
-from fedqsn_jax.models.kernels.convolution_kernels import (
-    LEAST_CHANNELS,
-    div,
-    integers,
-    load_rows,
-    rem,
-    store_rows,
-)
+from fedqsn_jax.models.kernels.convolution_blocks import div, load_rows, rem, store_rows
+from fedqsn_jax.models.kernels.convolution_kernels import LEAST_CHANNELS
+from fedqsn_jax.models.kernels.gpu_blocks import span
+from fedqsn_jax.models.kernels.triton_backend import pallas as pl
+from fedqsn_jax.models.kernels.triton_backend import triton
 
 # Measured on an H200 with 34 clients, 20 rows, 28x28x1 to 26x26x32.
 _FORWARD_POSITIONS, _FORWARD_WARPS = 128, 4
@@ -61,9 +56,9 @@ def convolve_relu(
     positions = rows * math.prod(out_size)
 
     def body(images: Any, kernel: Any, bias: Any, result: Any) -> None:
-        number = integers(pl.program_id(0) * _FORWARD_POSITIONS, _FORWARD_POSITIONS)
+        number = span(pl.program_id(0) * _FORWARD_POSITIONS, _FORWARD_POSITIONS)
         pixels = _pixels(images, number, number < positions, out_size)
-        channels = integers(0, outputs)
+        channels = span(0, outputs)
         values = jnp.broadcast_to(
             bias[channels].astype(jnp.float32)[None], (_FORWARD_POSITIONS, outputs)
         )
@@ -131,10 +126,10 @@ def _parameter_gradients(
     steps = -(-positions // (_GRADIENT_POSITIONS * splits))
 
     def body(images: Any, outputs: Any, cotangent: Any, result: Any) -> None:
-        split, channels = pl.program_id(0), integers(0, count)
+        split, channels = pl.program_id(0), span(0, count)
 
         def add(step: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            number = integers((split * steps + step) * _GRADIENT_POSITIONS, _GRADIENT_POSITIONS)
+            number = span((split * steps + step) * _GRADIENT_POSITIONS, _GRADIENT_POSITIONS)
             inside = number < positions
             pixels = _pixels(images, number, inside, out_size)
             slopes = load_rows(cotangent, number, inside, channels).astype(jnp.float32)

@@ -16,8 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from fedqsn_jax.core.types import Array
 from fedqsn_jax.models.kernels.gpu_blocks import (
@@ -30,6 +28,8 @@ from fedqsn_jax.models.kernels.gpu_blocks import (
     span,
     store_block,
 )
+from fedqsn_jax.models.kernels.triton_backend import pallas as pl
+from fedqsn_jax.models.kernels.triton_backend import triton
 
 # Tokens and columns of a program; measured on an H200 with 8192 tokens of 3072 columns.
 _FORWARD_BLOCK = 4, 1024

@@ -11,9 +11,10 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.experimental.pallas import triton
 
 from fedqsn_jax.core.types import Array
+from fedqsn_jax.models.kernels import triton_backend
+from fedqsn_jax.models.kernels.triton_backend import triton
 
 _AMPERE = (8, 0)
 
@@ -91,9 +92,22 @@ class Arithmetic:
 
 
 def applies() -> bool:
-    """Whether the kernels are used where they fit: on NVIDIA GPUs, from Ampere on."""
+    """Whether the kernels are used where they fit: on NVIDIA GPUs, from Ampere on.
+
+    Not where this JAX has no Triton backend any more.
+    """
     # Apart from it, as tests set this where there is no GPU: cuDNN's attention would not run there.
-    return knows_bfloat16()
+    return knows_bfloat16() and triton_backend.exists()
+
+
+def missing_note() -> tuple[str, ...]:
+    """Returns a line for the user where the kernels would be used, if this JAX had Triton."""
+    if not knows_bfloat16() or triton_backend.exists():
+        return ()
+    return (
+        "this JAX has no Triton backend of Pallas, in which kernels for this GPU are written: "
+        "models compute by plain JAX, which is slower",
+    )
 
 
 def knows_bfloat16() -> bool:
@@ -102,10 +116,10 @@ def knows_bfloat16() -> bool:
     return capability is not None and capability >= _AMPERE
 
 
-def predates_triton() -> bool:
-    """Whether this is an NVIDIA GPU that Triton does not support."""
+def lacks_triton() -> bool:
+    """Whether JAX has no Triton backend, or this is an NVIDIA GPU that Triton does not support."""
     capability = _capability()
-    return capability is not None and capability < _AMPERE
+    return not triton_backend.exists() or (capability is not None and capability < _AMPERE)
 
 
 def _capability() -> tuple[int, ...] | None:
@@ -136,7 +150,7 @@ def span(start: Any, count: int) -> Array:
 
 def load_block(ref: Any, rows: Array, columns: Array, inside: Array | None) -> Array:
     """Loads ``[rows, columns]`` of a matrix; zeros where ``inside``, of that shape, is False."""
-    row, column = _grid(rows, columns)
+    row, column = grid_of(rows, columns)
     if inside is None:
         return triton.load(ref.at[row, column])
     row, column = (jnp.where(inside, index, 0) for index in (row, column))
@@ -153,7 +167,7 @@ def load_span(ref: Any, index: Array, inside: Array | None) -> Array:
 
 def store_block(ref: Any, rows: Array, columns: Array, inside: Array | None, values: Array) -> None:
     """Stores ``[rows, columns]`` of a matrix, where ``inside``."""
-    row, column = _grid(rows, columns)
+    row, column = grid_of(rows, columns)
     values = values.astype(ref.dtype)
     if inside is None:
         triton.store(ref.at[row, column], values)
@@ -173,7 +187,8 @@ def row_of(values: Array, shape: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(values[None], shape)
 
 
-def _grid(rows: Array, columns: Array) -> tuple[Array, Array]:
+def grid_of(rows: Array, columns: Array) -> tuple[Array, Array]:
+    """Indices ``[rows, columns]`` of a block."""
     shape = rows.size, columns.size
     return column_of(rows, shape), row_of(columns, shape)
 

@@ -13,8 +13,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from fedqsn_jax.core.types import Array
 from fedqsn_jax.models.kernels.dropout import is_kept, kept_scale, streams_of
@@ -28,6 +26,8 @@ from fedqsn_jax.models.kernels.gpu_blocks import (
     span,
     store_block,
 )
+from fedqsn_jax.models.kernels.triton_backend import pallas as pl
+from fedqsn_jax.models.kernels.triton_backend import triton
 
 _WIDEST = 2048
 _MOST_PIECES = 8
@@ -177,7 +177,7 @@ class _Shape:
         self.pieces = self.width // self.piece
 
     @property
-    def compiler_params(self) -> triton.CompilerParams:
+    def compiler_params(self) -> Any:
         warps = self.block * -(-self.width // _ENTRIES_OF_WARP)
         return triton.CompilerParams(num_warps=min(power_of_two(warps), 16), num_stages=1)
 

@@ -47,6 +47,23 @@ class Prefix(NamedTuple):
     seen: Array
 
 
+class Weighting(NamedTuple):
+    """How products of queries and keys become the weights of values.
+
+    Attributes:
+      scale: What products are multiplied by.
+      causal: Whether query i sees keys up to i only.
+      dropout_key: With a key, probabilities are dropped. JAX's attention cannot do that, so it is
+        then written out here.
+      rate: The rate of that.
+    """
+
+    scale: float
+    causal: bool
+    dropout_key: Key | None = None
+    rate: float = 0.0
+
+
 class Attention(nn.Module):
     """Attention with query, key, value and output projections.
 
@@ -86,10 +103,8 @@ class Attention(nn.Module):
         *,
         bias: Array | None = None,
         rotation: tuple[Array, Array] | None = None,
-        source: Array | None = None,
-        key_value: tuple[Array, Array] | None = None,
-        slots: Slots | None = None,
-        prefix: Prefix | None = None,
+        source: Array | tuple[Array, Array] | None = None,
+        memory: Slots | Prefix | None = None,
         packed: gpu_blocks.Packed | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Attends.
@@ -99,42 +114,33 @@ class Attention(nn.Module):
           mask: bool, broadcasts to ``[rows, heads, queries, keys]``; None: everything is seen.
           bias: Added to the scaled products, the same shape.
           rotation: `rotary_positions.rotation_of` the positions of ``hidden``.
-          source: What keys and values are made of, ``[rows, keys, width]``; None: ``hidden``.
-          key_value: Keys and values themselves, ``[rows, keys, heads, size]``, in place of a
-            source.
-          slots: A cache to write the keys and values to, and to attend to.
-          prefix: Further keys and values, for attention that is not causal; ``mask`` and ``bias``
-            are about the others.
+          source: What keys and values are made of, ``[rows, keys, width]``; or both themselves,
+            ``[rows, keys, heads, size]``; None: they are made of ``hidden``.
+          memory: Further keys and values. Slots are a cache, to which the new ones are written
+            too; a prefix is for attention that is not causal, and ``mask`` and ``bias`` are about
+            the others.
           packed: The biases, with starts laid out as the parameters here, for `attention_gpu`.
 
         Returns:
           ``[rows, queries, width]``, and with slots all layers' cached keys and values.
         """
         dropout_key = self.make_rng("dropout") if self.train and self.rate > 0 else None
-        to_itself = source is None and key_value is None and slots is None and prefix is None
-        if to_itself and rotation is None and bias is None and self._has_kernel(hidden, mask):
+        to_itself = source is None and memory is None and rotation is None and bias is None
+        if to_itself and self._has_kernel(hidden, mask):
             attended, cached = self._attend_in_kernel(hidden, mask, dropout_key, packed), None
         else:
-            query, key, value = self._projected(hidden, source, rotation, key_value)
+            query, key, value = self._projected(hidden, source, rotation)
             cached = None
-            if slots is not None:
-                all_keys, key = caches.write(slots.key, slots.layer, slots.used, key)
-                all_values, value = caches.write(slots.value, slots.layer, slots.used, value)
+            if isinstance(memory, Slots):
+                all_keys, key = caches.write(memory.key, memory.layer, memory.used, key)
+                all_values, value = caches.write(memory.value, memory.layer, memory.used, value)
                 cached = all_keys, all_values
-            if prefix is not None:
-                key, value, mask = with_prefix(prefix, key, value, mask)
-            attended = attend(
-                query,
-                key,
-                value,
-                mask,
-                bias,
-                scale=self._scale,
-                causal=self.causal and slots is None,
-                attention="xla" if slots is not None else self.execution.attention,
-                dropout_key=dropout_key,
-                rate=self.rate,
-            )
+            elif memory is not None:
+                key, value, mask = with_prefix(memory, key, value, mask)
+            causal = self.causal and cached is None
+            weighting = Weighting(self._scale, causal, dropout_key, self.rate)
+            attention = self.execution.attention if cached is None else "xla"
+            attended = attend(query, key, value, mask, bias, weighting, attention)
         out = nn.DenseGeneral(
             hidden.shape[-1],
             axis=(-2, -1),
@@ -197,18 +203,17 @@ class Attention(nn.Module):
     def _projected(
         self,
         hidden: Array,
-        source: Array | None,
+        source: Array | tuple[Array, Array] | None,
         rotation: tuple[Array, Array] | None,
-        key_value: tuple[Array, Array] | None,
     ) -> tuple[Array, Array, Array]:
         """Query, key and value."""
-        source = hidden if source is None else source
         query = self._project("query", self.heads, self.query_stddev or self.stddev)(hidden)
-        if key_value is None:
+        if isinstance(source, tuple):
+            key, value = source
+        else:
+            source = hidden if source is None else source
             key = self._project("key", self.kv_heads, self.stddev)(source)
             value = self._project("value", self.kv_heads, self.stddev)(source)
-        else:
-            key, value = key_value
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         return query, key, value
@@ -261,12 +266,8 @@ def attend(
     value: Array,
     mask: Array | None,
     bias: Array | None,
-    *,
-    scale: float,
-    causal: bool,
+    weighting: Weighting,
     attention: str,
-    dropout_key: Key | None = None,
-    rate: float = 0.0,
 ) -> Array:
     """Scaled dot-product attention; a row that may attend to nothing gives something finite.
 
@@ -277,18 +278,14 @@ def attend(
       mask: bool, broadcasts to ``[rows, heads, queries, keys]``, or None.
       bias: Added to the scaled products, the same shape, or None. Where there is one, XLA's
         attention is used: cuDNN's has no gradients for a bias that is masked too.
-      scale: What products are multiplied by.
-      causal: Whether query i sees keys up to i only.
+      weighting: How products become weights.
       attention: See `Execution`; ``cudnn`` on another device is a ValueError.
-      dropout_key: With a key, probabilities are dropped. JAX's attention cannot do that, so it is
-        then written out here.
-      rate: The rate of that.
 
     Returns:
       ``[rows, queries, heads, size]``.
     """
-    if dropout_key is not None:
-        return _attend_with_dropout(query, key, value, mask, bias, scale, causal, dropout_key, rate)
+    if weighting.dropout_key is not None:
+        return _attend_with_dropout(query, key, value, mask, bias, weighting, weighting.dropout_key)
     if bias is not None:
         attention = "xla"
     elif attention == "auto":
@@ -304,8 +301,8 @@ def attend(
         value,
         bias,
         mask,
-        scale=scale,
-        is_causal=causal,
+        scale=weighting.scale,
+        is_causal=weighting.causal,
         implementation="cudnn" if attention == "cudnn" else "xla",
     )
 
@@ -328,10 +325,8 @@ def _attend_with_dropout(
     value: Array,
     mask: Array | None,
     bias: Array | None,
-    scale: float,
-    causal: bool,
+    weighting: Weighting,
     dropout_key: Key,
-    rate: float,
 ) -> Array:
     rows, queries, heads, size = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -339,16 +334,16 @@ def _attend_with_dropout(
     products = jnp.einsum(
         "bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32
     ).reshape(rows, heads, queries, keys)
-    products *= scale
+    products *= weighting.scale
     if bias is not None:
         products += jnp.broadcast_to(bias, products.shape)
-    if causal:
+    if weighting.causal:
         seen = jnp.tril(jnp.ones((1, 1, queries, keys), bool))
         mask = seen if mask is None else mask & seen
     if mask is not None:
         products = jnp.where(mask, products, -0.7 * jnp.finfo(products.dtype).max)
     probabilities = jax.nn.softmax(products).astype(value.dtype)
-    probabilities = drop(dropout_key, probabilities, rate)
+    probabilities = drop(dropout_key, probabilities, weighting.rate)
     probabilities = probabilities.reshape(rows, kv_heads, heads // kv_heads, queries, keys)
     attended = jnp.einsum("bkgqs,bskd->bqkgd", probabilities, value)
     return attended.reshape(rows, queries, heads, size)

@@ -1,62 +1,129 @@
-"""What decoders without an encoder share: layers through a cache, and the output layer."""
+"""Decoders without an encoder: what GPT-2 and LLaMA share, which is all but norms and positions."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
+from flax import linen as nn
 
 from fedqsn_jax.core.types import Array
-from fedqsn_jax.models.language.cache import Cache, attendable, last_real
-from fedqsn_jax.models.language.transformer import Embed, Execution, Head
+from fedqsn_jax.models.kernels.dropout import Dropout
+from fedqsn_jax.models.language.attention import Attention, Slots
+from fedqsn_jax.models.language.cache import Cache, attendable, last_real, positions_of
+from fedqsn_jax.models.language.transformer import (
+    Embed,
+    Execution,
+    Head,
+    Mlp,
+    check_length,
+    real_tokens,
+    stack,
+)
 
 
-def through_layers(
-    layers: Callable[..., Any],
-    count: int,
-    hidden: Array,
-    mask: Array,
-    cache: Cache | None,
-    padded: bool,
-    *more: Any,
-) -> tuple[Array, Cache | None]:
-    """Applies stacked causal layers to new tokens.
+class CausalModel(nn.Module):
+    """Tokens to logits of the next token.
 
-    Args:
-      layers: See `transformer.stack`; the carry is the hidden states with the cache's arrays or
-        None, each layer gets its number, and all share what tokens may attend to, the slots that
-        are used (None without a cache), and ``more``.
-      count: Number of layers.
-      hidden: ``[rows, length, width]``.
-      mask: bool ``[rows, length]``: which tokens are real.
-      cache: What was seen before, or None.
-      padded: Whether any token may be padding.
-      more: What else the layers share.
-
-    Returns:
-      The hidden states, and the cache with these tokens.
-    """
-    seen, cache = attendable(mask, cache, padded)
-    arrays, used = (None, None) if cache is None else (cache.arrays, cache.used)
-    each = jnp.arange(count, dtype=jnp.int32)
-    (hidden, arrays), _ = layers((hidden, arrays), each, (seen, used, *more))
-    return hidden, cache if cache is None else cache.written(arrays, mask.shape[1])
-
-
-def next_logits(
-    config: Any, execution: Execution, embed: Embed, hidden: Array, mask: Array, last_only: bool
-) -> Array:
-    """Returns float32 logits of the next tokens, within a module's compact method.
-
-    Args:
-      config: The model's, with ``tied``, ``vocab_size`` and ``stddev``.
+    Attributes:
+      config: The architecture.
       execution: How it is computed.
-      embed: The token embedding, which is the output layer too where it is tied.
-      hidden: The last hidden states, normed, ``[rows, length, width]``.
-      mask: bool ``[rows, length]``: which tokens are real.
-      last_only: Whether to give those after each row's last real token only.
     """
-    if last_only:
-        hidden = last_real(hidden, mask)
-    if config.tied:
-        return embed.attend(hidden)
-    return Head(config.vocab_size, execution.dtype, config.stddev, name="lm_head")(hidden)
+
+    config: Any
+    execution: Execution = Execution()
+
+    layer: ClassVar[type["CausalLayer"]]
+    """The family's layer."""
+
+    def placed(self, hidden: Array, positions: Array, train: bool) -> tuple[Array, Any]:
+        """Returns embedded tokens with what says where they stand, and the layers' rotation.
+
+        Args:
+          hidden: ``[rows, length, width]``.
+          positions: int32 ``[rows, length]``.
+          train: Whether dropout acts.
+        """
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        mask: Array | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
+        train: bool = False,
+    ) -> tuple[Array, Cache | None]:
+        """Returns float32 logits ``[rows, length, vocab]`` and the cache with these tokens.
+
+        Args:
+          tokens: int32 ``[rows, length]``.
+          mask: bool or integer, the same shape: which tokens are real; None: all are.
+          cache: What was seen before, or None.
+          last_only: Whether to give the logits after each row's last real token only,
+            ``[rows, 1, vocab]``.
+          train: Whether dropout acts.
+
+        Raises:
+          ValueError: The sequences are longer than the model's positions.
+        """
+        config, dtype = self.config, self.execution.dtype
+        check_length(tokens.shape[1], config.max_length)
+        padded, mask = mask is not None, real_tokens(tokens, mask)
+        embed = Embed(config.vocab_size, config.width, dtype, config.stddev, name="token_embed")
+        positions = positions_of(mask, cache)
+        hidden, rotation = self.placed(embed(tokens), positions, train)
+        layers = stack(self.layer, config.layers, self.execution)
+        layers = layers(config, self.execution, train, name="layers")
+        seen, cache = attendable(mask, cache, padded)
+        arrays, used = (None, None) if cache is None else (cache.arrays, cache.used)
+        numbers = jnp.arange(config.layers, dtype=jnp.int32)
+        (hidden, arrays), _ = layers((hidden, arrays), numbers, (seen, used, rotation))
+        if cache is not None:
+            cache = cache.written(arrays, mask.shape[1])
+        hidden = self.layer.norm_class(config.norm_epsilon, dtype, name="final_norm")(hidden)
+        if last_only:
+            hidden = last_real(hidden, mask)
+        if config.tied:
+            return embed.attend(hidden), cache
+        return Head(config.vocab_size, dtype, config.stddev, name="lm_head")(hidden), cache
+
+
+class CausalLayer(nn.Module):
+    """A layer: attention and an MLP, each normed before it.
+
+    The carry is the hidden states with the cache's arrays, or None; each layer gets its number; all
+    share what tokens may attend to, the slots that are used, and the rotation.
+    """
+
+    config: Any
+    execution: Execution
+    train: bool
+
+    norm_class: ClassVar[Any]
+    """The family's norm."""
+
+    def attention(self) -> Attention:
+        """Makes the family's attention."""
+        raise NotImplementedError
+
+    def mlp(self) -> Mlp:
+        """Makes the family's MLP."""
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(self, carry: Any, layer: Array, shared: Any) -> tuple[Any, None]:
+        """Returns the carry after this layer."""
+        (hidden, arrays), (seen, used, rotation) = carry, shared
+        slots = None if arrays is None else Slots(arrays[0], arrays[1], layer, used)
+        attended, arrays = self.attention()(
+            self._norm("attention_norm")(hidden), seen, rotation=rotation, memory=slots
+        )
+        hidden += self._dropped(attended)
+        hidden += self._dropped(self.mlp()(self._norm("mlp_norm")(hidden)))
+        return (hidden, arrays), None
+
+    def _norm(self, name: str) -> Any:
+        return self.norm_class(self.config.norm_epsilon, self.execution.dtype, name=name)
+
+    def _dropped(self, change: Array) -> Array:
+        return Dropout(self.config.residual_dropout, self.train)(change)

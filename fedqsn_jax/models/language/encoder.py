@@ -1,7 +1,6 @@
 """BERT (arXiv 1810.04805; MiniLM is one) and RoBERTa (arXiv 1907.11692), as classifiers."""
 
-import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,14 +11,7 @@ from fedqsn_jax.models.kernels import gpu_blocks, norm_gpu
 from fedqsn_jax.models.kernels.dropout import Dropout, drop, words_of
 from fedqsn_jax.models.language.attention import Attention, Prefix
 from fedqsn_jax.models.language.cache import positions_of
-from fedqsn_jax.models.language.hugging_face import (
-    Settings,
-    Tensor,
-    embedding,
-    layer_norm,
-    linear,
-    token_ids,
-)
+from fedqsn_jax.models.language.encoder_config import EncoderConfig
 from fedqsn_jax.models.language.transformer import (
     Embed,
     Execution,
@@ -28,211 +20,6 @@ from fedqsn_jax.models.language.transformer import (
     real_tokens,
     stack,
 )
-
-POOLINGS = ("cls", "mean")
-
-
-def _weights_and_biases(*layers: str) -> tuple[str, ...]:
-    return tuple(f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))
-
-
-_HEADS = {
-    "bert": (
-        *_weights_and_biases("pooler.dense", "classifier", "cls.seq_relationship"),
-        *_weights_and_biases("cls.predictions.decoder", "cls.predictions.transform.dense"),
-        *_weights_and_biases("cls.predictions.transform.LayerNorm"),
-        "cls.predictions.bias",
-    ),
-    "roberta": (
-        *_weights_and_biases("pooler.dense", "classifier.dense", "classifier.out_proj"),
-        *_weights_and_biases("lm_head.decoder", "lm_head.dense", "lm_head.layer_norm"),
-        "lm_head.bias",
-    ),
-}
-"""Tensors of the heads of each family, as the transformers library knows them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """An encoder with a classification head.
-
-    Attributes:
-      family: ``bert`` or ``roberta``.
-      vocab_size: Number of tokens.
-      width: Of the hidden states.
-      layers: Number of layers.
-      heads: Attention heads a layer.
-      inner: Width between the MLP's matrices.
-      activation: A name in `transformer.ACTIVATIONS`.
-      positions: Rows of the position table.
-      token_types: Rows of the token-type table.
-      norm_epsilon: Of the layer norms.
-      hidden_dropout: Rate after embeddings and in the residual branches.
-      attention_dropout: Rate of the attention's probabilities.
-      classifier_dropout: Rate in the head.
-      stddev: Of initial kernels.
-      pad_token_id: The padding's id.
-      bos_token_id: The id of the first token, where the file names one.
-      eos_token_ids: Ids that end a text, where the file names them.
-      classes: Number of logits; 0: no head, the outputs are the pooled hidden states.
-      pooling: ``cls``: the first token, through a dense layer with tanh, as the family's own
-        classifiers do; ``mean``: the mean over real tokens.
-    """
-
-    family: str
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    inner: int
-    activation: str = "gelu"
-    positions: int = 512
-    token_types: int = 2
-    norm_epsilon: float = 1e-12
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    classifier_dropout: float = 0.1
-    stddev: float = 0.02
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    classes: int = 2
-    pooling: str = "cls"
-
-    FAMILIES: ClassVar[tuple[str, ...]] = ("bert", "roberta")
-
-    def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling = {self.pooling!r}: allowed are {', '.join(POOLINGS)}")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
-
-    @property
-    def first_position(self) -> int:
-        """Where real tokens' positions begin: RoBERTa's follow the padding's id."""
-        return (self.pad_token_id or 0) + 1 if self.family == "roberta" else 0
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence."""
-        return self.positions - self.first_position
-
-    @property
-    def prefix(self) -> str:
-        """What names of tensors begin with, where the file has a head."""
-        return f"{self.family}."
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """Names of tensors that a file may hold and that are not read.
-
-        These are parts of a classification head that another pooling does without, and the heads
-        of pre-training.
-        """
-        return ("embeddings.position_ids", *_HEADS[self.family])
-
-    @property
-    def architecture(self) -> str:
-        """The transformers library's class that reads what is written."""
-        name = {"bert": "Bert", "roberta": "Roberta"}[self.family]
-        whole = self.classes and self.pooling == "cls"
-        return name + ("ForSequenceClassification" if whole else "Model")
-
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """Names of written tensors that this class has no place for: a classifier of means."""
-        if self.architecture.endswith("ForSequenceClassification"):
-            return ()
-        return tuple(each.name for each in self.tensors() if each.path.startswith("classifier/"))
-
-    def with_dropout(self, rate: float) -> Self:
-        """Returns the same with one dropout rate everywhere."""
-        return dataclasses.replace(
-            self, hidden_dropout=rate, attention_dropout=rate, classifier_dropout=rate
-        )
-
-    @classmethod
-    def from_settings(cls, family: str, settings: Settings) -> Self:
-        """Reads a config.json."""
-        settings.require("position_embedding_type", "absolute")
-        settings.require("is_decoder", False)
-        settings.require("add_cross_attention", False)
-        hidden_dropout = settings.rate("hidden_dropout_prob", 0.1)
-        labels = len(settings.section("id2label"))
-        return cls(
-            family=family,
-            vocab_size=settings.integer("vocab_size"),
-            width=settings.integer("hidden_size"),
-            layers=settings.integer("num_hidden_layers"),
-            heads=settings.integer("num_attention_heads"),
-            inner=settings.integer("intermediate_size"),
-            activation=settings.activation("hidden_act", "gelu"),
-            positions=settings.integer("max_position_embeddings"),
-            token_types=settings.integer("type_vocab_size", 2),
-            norm_epsilon=settings.number("layer_norm_eps", 1e-12),
-            hidden_dropout=hidden_dropout,
-            attention_dropout=settings.rate("attention_probs_dropout_prob", 0.1),
-            classifier_dropout=settings.rate("classifier_dropout", hidden_dropout),
-            stddev=settings.number("initializer_range", 0.02),
-            pad_token_id=settings.token("pad_token_id", 1 if family == "roberta" else 0),
-            bos_token_id=settings.token("bos_token_id"),
-            eos_token_ids=settings.tokens("eos_token_id"),
-            classes=labels or settings.integer("num_labels", 2),
-            pooling=settings.choice("pooling", "cls", *POOLINGS),
-        )
-
-    def to_settings(self) -> dict[str, Any]:
-        """Returns what config.json holds."""
-        names = {str(index): f"LABEL_{index}" for index in range(self.classes)}
-        return {
-            "architectures": [self.architecture],
-            "model_type": self.family,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "intermediate_size": self.inner,
-            "hidden_act": self.activation,
-            "max_position_embeddings": self.positions,
-            "type_vocab_size": self.token_types,
-            "layer_norm_eps": self.norm_epsilon,
-            "hidden_dropout_prob": self.hidden_dropout,
-            "attention_probs_dropout_prob": self.attention_dropout,
-            "classifier_dropout": self.classifier_dropout,
-            "initializer_range": self.stddev,
-            "pad_token_id": self.pad_token_id,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": token_ids(self.eos_token_ids),
-            "pooling": self.pooling,
-        } | (
-            {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}} if names else {}
-        )
-
-    def tensors(self) -> list[Tensor]:
-        """Returns how every tensor is written down."""
-        base, layer, ours = self.prefix, f"{self.prefix}encoder.layer.{{}}.", "layers"
-        found = [
-            embedding("token_embed", f"{base}embeddings.word_embeddings"),
-            embedding("position_embed", f"{base}embeddings.position_embeddings"),
-            embedding("type_embed", f"{base}embeddings.token_type_embeddings"),
-            *layer_norm("embed_norm", f"{base}embeddings.LayerNorm"),
-            *linear(f"{ours}/attention/query", f"{layer}attention.self.query"),
-            *linear(f"{ours}/attention/key", f"{layer}attention.self.key"),
-            *linear(f"{ours}/attention/value", f"{layer}attention.self.value"),
-            *linear(f"{ours}/attention/out", f"{layer}attention.output.dense", inputs=2),
-            *layer_norm(f"{ours}/attention_norm", f"{layer}attention.output.LayerNorm"),
-            *linear(f"{ours}/mlp/up", f"{layer}intermediate.dense"),
-            *linear(f"{ours}/mlp/down", f"{layer}output.dense"),
-            *layer_norm(f"{ours}/mlp_norm", f"{layer}output.LayerNorm"),
-        ]
-        if not self.classes:
-            return found
-        roberta = self.family == "roberta"
-        if self.pooling == "cls":
-            dense = "classifier.dense" if roberta else f"{base}pooler.dense"
-            found += linear("classifier/dense", dense, drawn=True)
-        out = "classifier.out_proj" if roberta else "classifier"
-        return found + linear("classifier/out", out, drawn=True)
 
 
 class Encoder(nn.Module):
@@ -338,7 +125,7 @@ class _Layer(nn.Module):
             name="attention",
         )
         stream, read = hidden
-        attended, _ = attention(read, mask, prefix=each, packed=part("attention"))
+        attended, _ = attention(read, mask, memory=each, packed=part("attention"))
         last = "attention", "out"
         stream, read = self._added(stream, attended, last, "attention_norm", for_norms)
         mlp = Mlp(

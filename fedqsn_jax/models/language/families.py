@@ -9,10 +9,12 @@ from flax import linen as nn
 
 from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
 from fedqsn_jax.models.language.cache import empty_cache
-from fedqsn_jax.models.language.encoder import Encoder, EncoderConfig
+from fedqsn_jax.models.language.encoder import Encoder
+from fedqsn_jax.models.language.encoder_config import EncoderConfig
 from fedqsn_jax.models.language.gpt2 import GPT2, GPT2Config
 from fedqsn_jax.models.language.llama import Llama, LlamaConfig
-from fedqsn_jax.models.language.t5 import T5, T5Config, remember
+from fedqsn_jax.models.language.t5 import T5, remember
+from fedqsn_jax.models.language.t5_config import T5Config
 from fedqsn_jax.models.language.transformer import Execution, check_length, real_tokens
 
 LanguageConfig = EncoderConfig | GPT2Config | LlamaConfig | T5Config
@@ -101,12 +103,8 @@ def _encoder(config: EncoderConfig, execution: Execution) -> LanguageModel:
 
 
 def _causal(config: GPT2Config | LlamaConfig, execution: Execution) -> LanguageModel:
-    if isinstance(config, GPT2Config):
-        module: nn.Module = GPT2(config, execution)
-        heads, size = config.heads, config.width // config.heads
-    else:
-        module = Llama(config, execution)
-        heads, size = config.kv_heads, config.head_size
+    module = (GPT2 if isinstance(config, GPT2Config) else Llama)(config, execution)
+    heads, size = config.kv_heads, config.head_size
 
     def apply(params: Params, batch: Batch, key: Key | None) -> Array:
         return _apply(module, params, key, batch["tokens"], batch.get("mask"))[0]

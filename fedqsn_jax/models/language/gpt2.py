@@ -3,29 +3,24 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from flax import linen as nn
 
 from fedqsn_jax.core.types import Array
 from fedqsn_jax.models.kernels.dropout import Dropout
-from fedqsn_jax.models.language.attention import Attention, Slots
-from fedqsn_jax.models.language.cache import Cache, positions_of
-from fedqsn_jax.models.language.decoder import next_logits, through_layers
+from fedqsn_jax.models.language.attention import Attention
+from fedqsn_jax.models.language.decoder import CausalLayer, CausalModel
 from fedqsn_jax.models.language.hugging_face import (
     Settings,
     Tensor,
+    Unread,
     embedding,
     layer_norm,
     linear,
+    output_copy,
     token_ids,
 )
-from fedqsn_jax.models.language.transformer import (
-    Embed,
-    Execution,
-    Mlp,
-    check_length,
-    real_tokens,
-    stack,
-)
+from fedqsn_jax.models.language.transformer import Embed, Mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +72,16 @@ class GPT2Config:
             raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
 
     @property
+    def kv_heads(self) -> int:
+        """Key and value heads a layer."""
+        return self.heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.width // self.heads
+
+    @property
     def max_length(self) -> int:
         """The longest sequence."""
         return self.positions
@@ -87,10 +92,11 @@ class GPT2Config:
         return "transformer."
 
     @property
-    def ignored(self) -> tuple[str, ...]:
-        """Patterns of tensors that a file may hold and that are not read."""
-        causal_masks = ("h.*.attn.bias", "h.*.attn.masked_bias")
-        return (*causal_masks, "lm_head.weight") if self.tied else causal_masks
+    def ignored(self) -> tuple[Unread, ...]:
+        """Tensors that a file may hold and that are not read."""
+        causal = Unread("h.*.attn.bias", "a causal mask", _is_causal_mask)
+        masked = Unread("h.*.attn.masked_bias", "-1e4 or less", lambda it: bool((it <= -1e4).all()))
+        return (causal, masked, *output_copy(self.tied))
 
     def with_dropout(self, rate: float) -> Self:
         """Returns the same with one dropout rate everywhere."""
@@ -101,10 +107,13 @@ class GPT2Config:
     @classmethod
     def from_settings(cls, family: str, settings: Settings) -> Self:
         """Reads a config.json."""
+        settings = settings.in_current_names(_OTHER_NAMES)
         settings.require("scale_attn_weights", True)
         settings.require("scale_attn_by_inverse_layer_idx", False)
         settings.require("add_cross_attention", False)
         width = settings.integer("n_embd", 768)
+        positions = settings.integer("n_positions", 1024)
+        settings.agree("n_ctx", positions)
         return cls(
             family=family,
             vocab_size=settings.integer("vocab_size"),
@@ -113,7 +122,7 @@ class GPT2Config:
             heads=settings.integer("n_head", 12),
             inner=settings.integer("n_inner", 4 * width),
             activation=settings.activation("activation_function", "gelu_new"),
-            positions=settings.integer("n_positions", 1024),
+            positions=positions,
             norm_epsilon=settings.number("layer_norm_epsilon", 1e-5),
             embedding_dropout=settings.rate("embd_pdrop", 0.1),
             residual_dropout=settings.rate("resid_pdrop", 0.1),
@@ -177,68 +186,29 @@ class GPT2Config:
         return found if self.tied else [*found, *linear("lm_head", "lm_head", bias=False)]
 
 
-class GPT2(nn.Module):
-    """Tokens to logits of the next token.
-
-    Attributes:
-      config: The architecture.
-      execution: How it is computed.
-    """
-
-    config: GPT2Config
-    execution: Execution = Execution()
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        mask: Array | None = None,
-        cache: Cache | None = None,
-        last_only: bool = False,
-        train: bool = False,
-    ) -> tuple[Array, Cache | None]:
-        """Returns float32 logits ``[rows, length, vocab]`` and the cache with these tokens.
-
-        Args:
-          tokens: int32 ``[rows, length]``.
-          mask: bool or integer, the same shape: which tokens are real; None: all are.
-          cache: What was seen before, or None.
-          last_only: Whether to give the logits after each row's last real token only,
-            ``[rows, 1, vocab]``.
-          train: Whether dropout acts.
-
-        Raises:
-          ValueError: The sequences are longer than the model's positions.
-        """
-        config, dtype = self.config, self.execution.dtype
-        check_length(tokens.shape[1], config.max_length)
-        padded, mask = mask is not None, real_tokens(tokens, mask)
-        embed = Embed(config.vocab_size, config.width, dtype, config.stddev, name="token_embed")
-        positions = Embed(
-            config.positions, config.width, dtype, config.stddev, name="position_embed"
-        )
-        hidden = embed(tokens) + positions(positions_of(mask, cache))
-        hidden = Dropout(config.embedding_dropout, train)(hidden)
-        layers = stack(_Layer, config.layers, self.execution)
-        layers = layers(config, self.execution, train, name="layers")
-        hidden, cache = through_layers(layers, config.layers, hidden, mask, cache, padded)
-        hidden = nn.LayerNorm(config.norm_epsilon, dtype, name="final_norm")(hidden)
-        return next_logits(config, self.execution, embed, hidden, mask, last_only), cache
+def _is_causal_mask(array: np.ndarray) -> bool:
+    length = array.shape[-1] if array.ndim else 0
+    return bool(array.size == length**2 and (array.reshape(length, -1) == np.tri(length)).all())
 
 
-class _Layer(nn.Module):
-    config: GPT2Config
-    execution: Execution
-    train: bool
+_OTHER_NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""Names that the transformers library takes for these settings too."""
 
-    @nn.compact
-    def __call__(self, carry: Any, layer: Array, shared: Any) -> tuple[Any, None]:
-        config, dtype = self.config, self.execution.dtype
-        (hidden, arrays), (seen, used) = carry, shared
-        attention = Attention(
+
+class _Layer(CausalLayer):
+    norm_class = nn.LayerNorm
+
+    def attention(self) -> Attention:
+        config = self.config
+        return Attention(
             config.heads,
             config.heads,
-            config.width // config.heads,
+            config.head_size,
             self.execution,
             rate=config.attention_dropout,
             train=self.train,
@@ -246,11 +216,27 @@ class _Layer(nn.Module):
             causal=True,
             name="attention",
         )
-        slots = None if arrays is None else Slots(arrays[0], arrays[1], layer, used)
-        normed = nn.LayerNorm(config.norm_epsilon, dtype, name="attention_norm")(hidden)
-        attended, arrays = attention(normed, seen, slots=slots)
-        hidden += Dropout(config.residual_dropout, self.train)(attended)
-        mlp = Mlp(config.inner, config.activation, self.execution, stddev=config.stddev, name="mlp")
-        changed = mlp(nn.LayerNorm(config.norm_epsilon, dtype, name="mlp_norm")(hidden))
-        hidden += Dropout(config.residual_dropout, self.train)(changed)
-        return (hidden, arrays), None
+
+    def mlp(self) -> Mlp:
+        config = self.config
+        return Mlp(
+            config.inner, config.activation, self.execution, stddev=config.stddev, name="mlp"
+        )
+
+
+class GPT2(CausalModel):
+    """A GPT-2; see `CausalModel`."""
+
+    layer = _Layer
+
+    def placed(self, hidden: Array, positions: Array, train: bool) -> tuple[Array, None]:
+        """Adds the positions' embeddings."""
+        config = self.config
+        table = Embed(
+            config.positions,
+            config.width,
+            self.execution.dtype,
+            config.stddev,
+            name="position_embed",
+        )
+        return Dropout(config.embedding_dropout, train)(hidden + table(positions)), None

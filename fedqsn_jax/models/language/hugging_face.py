@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,12 +69,26 @@ class Settings:
             raise self._error(name, value, "an integer or null")
         return value
 
+    def required_token(self, name: str) -> int:
+        """Returns a token's id that has to be there."""
+        value = self.token(name)
+        if value is None:
+            raise PretrainedError(f"{self._file}: {name} is missing")
+        return value
+
     def tokens(self, name: str, default: Sequence[int] = ()) -> tuple[int, ...]:
         """Returns ids of tokens, of which the file may name none, one or several."""
         value = self._values.get(name, list(default))
         value = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(one, int) and not isinstance(one, bool) for one in value):
             raise self._error(name, value, "an integer, a list of integers or null")
+        return tuple(value)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Returns a list of texts; empty where it is absent or null."""
+        value = self._values.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self._error(name, value, "a list of texts")
         return tuple(value)
 
     def section(self, name: str) -> dict[str, Any]:
@@ -92,6 +106,33 @@ class Settings:
     def has(self, name: str) -> bool:
         """Returns whether a setting is there and not null."""
         return self._values.get(name) is not None
+
+    def agree(self, name: str, derived: Any) -> None:
+        """Makes sure that a setting which repeats others is absent, null or says what they say."""
+        if self.has(name) and self._values[name] != derived:
+            raise self._error(name, self._values[name], f"{derived!r}, as other settings say")
+
+    def in_current_names(self, older: Mapping[str, str]) -> "Settings":
+        """Returns the settings with each value under the one name that is read here.
+
+        Args:
+          older: Names by which the transformers library knows a setting too, and the name here.
+
+        Raises:
+          PretrainedError: Two names of one setting disagree.
+        """
+        values = dict(self._values)
+        for other, name in older.items():
+            value = values.pop(other, None)
+            if value is None:
+                continue
+            if values.get(name) not in (None, value):
+                raise PretrainedError(
+                    f"{self._file}: {other} = {value!r} and {name} = {values[name]!r} are two "
+                    f"names of one setting: give one of them, or the same value"
+                )
+            values[name] = value
+        return Settings(values, self._file)
 
     def within(self, name: str, values: Mapping[str, Any]) -> "Settings":
         """Returns settings that stand in a section."""
@@ -156,6 +197,33 @@ class Tensor:
             return ours.reshape(-1)
         matrix = ours.reshape(math.prod(ours.shape[: self.input_axes]), -1)
         return matrix.T if self.transposed else matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """Tensors that a file may hold and that are not read, since what they hold is known.
+
+    Attributes:
+      pattern: Their names, without the model's prefix, as `fnmatch` has it.
+      expected: What they hold, for messages; empty: nothing is assumed of them.
+      holds: Whether an array is that; None: ``copy_of`` says it, or nothing.
+      copy_of: The name, without the prefix, of a tensor that is read and that they repeat.
+    """
+
+    pattern: str
+    expected: str = ""
+    holds: Callable[[np.ndarray], bool] | None = None
+    copy_of: str = ""
+
+
+def counts_up(array: np.ndarray) -> bool:
+    """Returns whether an array holds 0, 1, 2 and so on, as buffers of position ids do."""
+    return bool(np.array_equal(array.ravel(), np.arange(array.size)))
+
+
+def output_copy(tied: bool) -> tuple[Unread, ...]:
+    """Returns the output layer's weight, where it is the embedding: one that differs is read."""
+    return (Unread("lm_head.weight"),) if tied else ()
 
 
 _OLDER_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}

@@ -3,22 +3,23 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from flax import linen as nn
 
 from fedqsn_jax.core.types import Array
-from fedqsn_jax.models.language.attention import Attention, Slots
-from fedqsn_jax.models.language.cache import Cache, positions_of
-from fedqsn_jax.models.language.decoder import next_logits, through_layers
-from fedqsn_jax.models.language.hugging_face import Settings, Tensor, embedding, linear, token_ids
-from fedqsn_jax.models.language.rotary_positions import RopeScaling, rope_frequencies, rotation_of
-from fedqsn_jax.models.language.transformer import (
-    Embed,
-    Execution,
-    Mlp,
-    check_length,
-    real_tokens,
-    stack,
+from fedqsn_jax.models.language.attention import Attention
+from fedqsn_jax.models.language.decoder import CausalLayer, CausalModel
+from fedqsn_jax.models.language.hugging_face import (
+    Settings,
+    Tensor,
+    Unread,
+    embedding,
+    linear,
+    output_copy,
+    token_ids,
 )
+from fedqsn_jax.models.language.rotary_positions import RopeScaling, rope_frequencies, rotation_of
+from fedqsn_jax.models.language.transformer import Mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,9 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    residual_dropout: ClassVar[float] = 0.0
+    """LLaMA drops nothing in the residual branches."""
+
     FAMILIES: ClassVar[tuple[str, ...]] = ("llama", "qwen2")
 
     def __post_init__(self) -> None:
@@ -92,10 +96,16 @@ class LlamaConfig:
         return "model."
 
     @property
-    def ignored(self) -> tuple[str, ...]:
-        """Patterns of tensors that a file may hold and that are not read."""
-        frequencies = ("layers.*.self_attn.rotary_emb.inv_freq",)
-        return (*frequencies, "lm_head.weight") if self.tied else frequencies
+    def ignored(self) -> tuple[Unread, ...]:
+        """Tensors that a file may hold and that are not read."""
+        ours = rope_frequencies(self.head_size, self.rope_base, self.rope_scaling)
+        # Files of narrow dtypes hold them rounded.
+        frequencies = Unread(
+            "layers.*.self_attn.rotary_emb.inv_freq",
+            "the frequencies that config.json's rotary settings give",
+            lambda it: it.size == len(ours) and np.allclose(it.ravel(), ours, rtol=0.01, atol=0),
+        )
+        return (frequencies, *output_copy(self.tied))
 
     def with_dropout(self, rate: float) -> Self:
         """Returns the same with one dropout rate everywhere: LLaMA has one place for it."""
@@ -194,11 +204,16 @@ class LlamaConfig:
 
 def _read_rope(settings: Settings) -> tuple[float, RopeScaling | None]:
     """Base and scaling, which stand in one section or, in older files, apart."""
-    name = "rope_parameters" if settings.section("rope_parameters") else "rope_scaling"
-    rope = settings.within(name, settings.section(name))
+    sections = {name: settings.section(name) for name in ("rope_scaling", "rope_parameters")}
+    # The transformers library lets the older name win, too.
+    name = "rope_scaling" if sections["rope_scaling"] else "rope_parameters"
+    rope = settings.within(name, sections[name]).in_current_names({"type": "rope_type"})
     base = rope.number("rope_theta", settings.number("rope_theta", 10000.0))
-    name = "rope_type" if rope.has("rope_type") else "type"
-    if rope.choice(name, "default", "default", "llama3") == "default":
+    settings.agree("rope_theta", base)
+    settings.within("rope_parameters", sections["rope_parameters"]).agree("rope_theta", base)
+    for either in (settings, rope):
+        either.require("partial_rotary_factor", 1, None)
+    if rope.choice("rope_type", "default", "default", "llama3") == "default":
         return base, None
     return base, RopeScaling(
         rope.number("factor"),
@@ -208,64 +223,12 @@ def _read_rope(settings: Settings) -> tuple[float, RopeScaling | None]:
     )
 
 
-class Llama(nn.Module):
-    """Tokens to logits of the next token.
+class _Layer(CausalLayer):
+    norm_class = nn.RMSNorm
 
-    Attributes:
-      config: The architecture.
-      execution: How it is computed.
-    """
-
-    config: LlamaConfig
-    execution: Execution = Execution()
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        mask: Array | None = None,
-        cache: Cache | None = None,
-        last_only: bool = False,
-        train: bool = False,
-    ) -> tuple[Array, Cache | None]:
-        """Returns float32 logits ``[rows, length, vocab]`` and the cache with these tokens.
-
-        Args:
-          tokens: int32 ``[rows, length]``.
-          mask: bool or integer, the same shape: which tokens are real; None: all are.
-          cache: What was seen before, or None.
-          last_only: Whether to give the logits after each row's last real token only,
-            ``[rows, 1, vocab]``.
-          train: Whether dropout acts.
-
-        Raises:
-          ValueError: The sequences are longer than the model's positions.
-        """
-        config, dtype = self.config, self.execution.dtype
-        check_length(tokens.shape[1], config.max_length)
-        padded, mask = mask is not None, real_tokens(tokens, mask)
-        embed = Embed(config.vocab_size, config.width, dtype, config.stddev, name="token_embed")
-        frequencies = rope_frequencies(config.head_size, config.rope_base, config.rope_scaling)
-        rotation = rotation_of(positions_of(mask, cache), frequencies)
-        layers = stack(_Layer, config.layers, self.execution)
-        layers = layers(config, self.execution, train, name="layers")
-        hidden, cache = through_layers(
-            layers, config.layers, embed(tokens), mask, cache, padded, rotation
-        )
-        hidden = nn.RMSNorm(config.norm_epsilon, dtype, name="final_norm")(hidden)
-        return next_logits(config, self.execution, embed, hidden, mask, last_only), cache
-
-
-class _Layer(nn.Module):
-    config: LlamaConfig
-    execution: Execution
-    train: bool
-
-    @nn.compact
-    def __call__(self, carry: Any, layer: Array, shared: Any) -> tuple[Any, None]:
-        config, dtype = self.config, self.execution.dtype
-        (hidden, arrays), (seen, used, rotation) = carry, shared
-        attention = Attention(
+    def attention(self) -> Attention:
+        config = self.config
+        return Attention(
             config.heads,
             config.kv_heads,
             config.head_size,
@@ -278,11 +241,10 @@ class _Layer(nn.Module):
             causal=True,
             name="attention",
         )
-        slots = None if arrays is None else Slots(arrays[0], arrays[1], layer, used)
-        normed = nn.RMSNorm(config.norm_epsilon, dtype, name="attention_norm")(hidden)
-        attended, arrays = attention(normed, seen, rotation=rotation, slots=slots)
-        hidden += attended
-        mlp = Mlp(
+
+    def mlp(self) -> Mlp:
+        config = self.config
+        return Mlp(
             config.inner,
             config.activation,
             self.execution,
@@ -291,5 +253,15 @@ class _Layer(nn.Module):
             stddev=config.stddev,
             name="mlp",
         )
-        hidden += mlp(nn.RMSNorm(config.norm_epsilon, dtype, name="mlp_norm")(hidden))
-        return (hidden, arrays), None
+
+
+class Llama(CausalModel):
+    """A LLaMA; see `CausalModel`."""
+
+    layer = _Layer
+
+    def placed(self, hidden: Array, positions: Array, train: bool) -> tuple[Array, Any]:
+        """Leaves the embeddings as they are, and turns queries and keys in the layers."""
+        config = self.config
+        frequencies = rope_frequencies(config.head_size, config.rope_base, config.rope_scaling)
+        return hidden, rotation_of(positions, frequencies)

@@ -4,13 +4,12 @@
 another shape is an error that names it.
 """
 
-import contextlib
 import dataclasses
 import fnmatch
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +21,19 @@ from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.trees import leaves_by_path
 from fedqsn_jax.core.types import Key, Params
 from fedqsn_jax.host.atomic_files import replacing
-from fedqsn_jax.models.language.encoder import EncoderConfig
+from fedqsn_jax.models.language.encoder_config import EncoderConfig
 from fedqsn_jax.models.language.families import FAMILIES, LanguageConfig, make_language_model
-from fedqsn_jax.models.language.hugging_face import PretrainedError, Settings, Tensor, current_name
+from fedqsn_jax.models.language.hugging_face import PretrainedError, Settings, Tensor
+from fedqsn_jax.models.language.weight_files import (
+    INDEX,
+    WEIGHTS,
+    Weights,
+    open_weights,
+    read_json,
+    safetensors_numpy,
+)
 
-_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_CONFIG = "config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -74,7 +81,7 @@ def directory_of(source: str | Path) -> Path:
         raise PretrainedError(f"model {source}: no such directory")
     absent = f"model {source}: no such directory in {Path.cwd()}"
     advice = (
-        f"pass a directory with {_CONFIG}, {_WEIGHTS} and {TOKENIZER_FILES[0]} by "
+        f"pass a directory with {_CONFIG}, {WEIGHTS} and {TOKENIZER_FILES[0]} by "
         f"--config.model.pretrained=DIR"
     )
     try:
@@ -88,7 +95,7 @@ def directory_of(source: str | Path) -> Path:
         # Other formats of the same weights lie beside these, and others' exports in folders.
         files = huggingface_hub.snapshot_download(
             str(source),
-            allow_patterns=[_CONFIG, "*.safetensors", _INDEX, *TOKENIZER_FILES],
+            allow_patterns=[_CONFIG, "*.safetensors", INDEX, *TOKENIZER_FILES],
             ignore_patterns=["*/*"],
         )
         return Path(files)
@@ -120,11 +127,16 @@ def read_config(source: str | Path, **overrides: Any) -> LanguageConfig:
       PretrainedError: The file is missing or says what no family here knows.
     """
     file = directory_of(source) / _CONFIG
-    values = _read_json(file)
+    values = read_json(file)
     family = values.get("model_type")
     if family not in FAMILIES:
         raise PretrainedError(
             f"{file}: model_type = {family!r}: allowed are {', '.join(sorted(FAMILIES))}"
+        )
+    if values.get("quantization_config") is not None:
+        raise PretrainedError(
+            f"{file}: quantization_config is set: quantized weights are not read; pass the model's "
+            f"float16, bfloat16 or float32 files"
         )
     try:
         config = FAMILIES[family].from_settings(family, Settings(values, str(file)))
@@ -148,29 +160,81 @@ def load_pretrained(source: str | Path, key: Key, **overrides: Any) -> Pretraine
     """
     directory = directory_of(source)
     config = read_config(directory, **overrides)
-    with _open_weights(directory) as files:
+    with open_weights(directory) as files:
         # Files of a model without a head leave the first part of the names out.
-        whole = any(name.startswith(config.prefix) for name in files.where)
+        whole = any(name.startswith(config.prefix) for name in files)
         prefix = "" if whole else config.prefix
         config = _untied_where_they_differ(config, files, prefix)
         shapes = _shapes(config)
         flat, fresh, used = {}, [], set()
+        absent = _drawn_paths(config, files, prefix)
         for tensor in config.tensors():
             names = _names(tensor, shapes[tensor.path], prefix)
-            used.update(names)
-            if tensor.drawn and not any(name in files.where for name in names):
+            if tensor.path in absent:
                 flat[tensor.path] = _draw(key, tensor.path, shapes[tensor.path], config)
                 fresh.append(tensor.path)
             else:
+                used.update(names)
+                _check_classes(config, files, tensor, names)
                 flat[tensor.path] = _read(files, tensor, names, shapes[tensor.path])
-    for name in sorted(files.where):
-        bare = name.removeprefix(config.prefix)
-        if name not in used and not any(fnmatch.fnmatchcase(bare, p) for p in config.ignored):
-            raise PretrainedError(
-                f"{files.where[name].path}: tensor {files.where[name].name} is unexpected in a "
-                f"{config.family} of {_CONFIG}'s sizes"
-            )
+        _check_unread(config, files, used, prefix)
+    if isinstance(config, EncoderConfig):
+        config = dataclasses.replace(config, own_head=True)
     return Pretrained(config, nested(flat), tuple(fresh))
+
+
+def _drawn_paths(config: LanguageConfig, files: Weights, prefix: str) -> set[str]:
+    """Paths of a new classification head's tensors: those that the files do not hold."""
+
+    def held(tensor: Tensor) -> bool:
+        return all(name in files for name in _names(tensor, (), prefix))
+
+    drawn = {tensor.path: held(tensor) for tensor in config.tensors() if tensor.drawn}
+    if isinstance(config, EncoderConfig) and not (config.own_head and all(drawn.values())):
+        # An output layer means nothing behind another dense layer than its own.
+        drawn |= {path: False for path in drawn if path.startswith("classifier/out")}
+    return {path for path, is_held in drawn.items() if not is_held}
+
+
+def _check_classes(
+    config: LanguageConfig, files: Weights, tensor: Tensor, names: list[str]
+) -> None:
+    """Says of which classes a head is, where it is not of the wanted ones."""
+    if not isinstance(config, EncoderConfig) or tensor.path != "classifier/out/kernel":
+        return
+    place = files[names[0]]
+    shape = place.shape()
+    if len(shape) == 2 and shape[1] == config.width and shape[0] != config.classes:
+        raise PretrainedError(
+            f"{place.path}: {place.name} is a head of {shape[0]} classes, but the task has "
+            f"{config.classes}: take data with {shape[0]} labels, or the model that this one was "
+            f"fine-tuned from, whose head is drawn anew"
+        )
+
+
+def _check_unread(config: LanguageConfig, files: Weights, used: set[str], prefix: str) -> None:
+    """Makes sure that what is not read is known, and holds what is assumed of it."""
+    for name in sorted(files):
+        if name in used:
+            continue
+        place, bare = files[name], name.removeprefix(config.prefix)
+        known = [one for one in config.ignored if fnmatch.fnmatchcase(bare, one.pattern)]
+        if not known:
+            raise PretrainedError(
+                f"{place.path}: tensor {place.name} is unexpected in a {config.family} of "
+                f"{_CONFIG}'s sizes"
+            )
+        unread = known[0]
+        if unread.copy_of:
+            original = unread.copy_of if prefix else config.prefix + unread.copy_of
+            holds = np.array_equal(place.tensor(), files[original].tensor())
+        else:
+            holds = unread.holds is None or unread.holds(place.tensor())
+        if not holds:
+            raise PretrainedError(
+                f"{place.path}: tensor {place.name} is not {unread.expected}, which a "
+                f"{config.family} here computes with"
+            )
 
 
 def save_pretrained(directory: str | Path, config: LanguageConfig, params: Params) -> None:
@@ -185,7 +249,7 @@ def save_pretrained(directory: str | Path, config: LanguageConfig, params: Param
     Raises:
       PretrainedError: The parameters are not of this architecture, or the file system refuses.
     """
-    save_file = _safetensors_numpy().save_file
+    save_file = safetensors_numpy().save_file
     directory = Path(directory)
     leaves, shapes = leaves_by_path(params), _shapes(config)
     for path in sorted({*leaves, *shapes}):
@@ -209,7 +273,7 @@ def save_pretrained(directory: str | Path, config: LanguageConfig, params: Param
     }
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with replacing(directory / _WEIGHTS) as temporary:
+        with replacing(directory / WEIGHTS) as temporary:
             save_file(arrays, temporary, metadata={"format": "pt"})
         with replacing(directory / _CONFIG) as temporary:
             temporary.write_text(json.dumps(config.to_settings(), indent=2) + "\n")
@@ -229,62 +293,6 @@ def nested(flat: Mapping[str, np.ndarray]) -> Params:
     return tree
 
 
-class _Files(NamedTuple):
-    """Opened files: for each tensor's present name, which."""
-
-    where: dict[str, "_File"]
-
-
-class _File(NamedTuple):
-    """Where a tensor is: a file, opened, and its name there."""
-
-    path: Path
-    handle: Any
-    name: str
-
-    def tensor(self) -> np.ndarray:
-        """Reads it."""
-        return np.asarray(self.handle.get_tensor(self.name))
-
-
-@contextlib.contextmanager
-def _open_weights(directory: Path) -> Iterator[_Files]:
-    """Opens a model's one safetensors file, or all that an index names."""
-    open_file, error_type = _safetensors_open()
-    with contextlib.ExitStack() as stack:
-        where: dict[str, _File] = {}
-
-        def open_one(path: Path) -> None:
-            try:
-                handle = stack.enter_context(open_file(path, "np"))
-            except FileNotFoundError as error:
-                raise PretrainedError(f"{path}: no such file") from error
-            except (error_type, OSError) as error:
-                raise PretrainedError(f"{path}: not a safetensors file ({error})") from error
-            for name in handle.keys():  # noqa: SIM118
-                current = current_name(name)
-                if current in where:
-                    raise PretrainedError(
-                        f"{path}: tensor {name} is also in {where[current].path.name}, as "
-                        f"{where[current].name}"
-                    )
-                where[current] = _File(path, handle, name)
-
-        index = directory / _INDEX
-        if not (directory / _WEIGHTS).exists() and index.exists():
-            expected = _read_json(index).get("weight_map")
-            if not isinstance(expected, dict):
-                raise PretrainedError(f"{index}: weight_map is missing")
-            for file in sorted(set(expected.values())):
-                open_one(directory / file)
-            for name in sorted(expected):
-                if current_name(name) not in where:
-                    raise PretrainedError(f"{directory / expected[name]}: tensor {name} is missing")
-        else:
-            open_one(directory / _WEIGHTS)
-        yield _Files(where)
-
-
 def _names(tensor: Tensor, shape: tuple[int, ...], prefix: str) -> list[str]:
     """The names there, one a layer."""
     name = tensor.name.removeprefix(prefix) if prefix else tensor.name
@@ -293,39 +301,46 @@ def _names(tensor: Tensor, shape: tuple[int, ...], prefix: str) -> list[str]:
     return [name.replace("{}", str(layer)) for layer in range(shape[0])]
 
 
-def _read(files: _Files, tensor: Tensor, names: list[str], shape: tuple[int, ...]) -> np.ndarray:
+def _read(files: Weights, tensor: Tensor, names: list[str], shape: tuple[int, ...]) -> np.ndarray:
     """One tensor of ours, float32."""
     layer_shape = shape[1:] if tensor.stacked else shape
     expected = tensor.there(layer_shape)
     result = np.empty((len(names), *layer_shape), np.float32)
     for layer, name in enumerate(names):
-        if name not in files.where:
-            first = next(iter(files.where.values()), None)
+        if name not in files:
+            first = next(iter(files.values()), None)
             folder = first.path.parent if first else "the model"
             raise PretrainedError(f"{folder}: tensor {name} is missing")
-        place = files.where[name]
+        place = files[name]
         array = place.tensor()
         if array.shape != expected or not jnp.issubdtype(array.dtype, jnp.floating):
             raise PretrainedError(
                 f"{place.path}: tensor {place.name} is {array.dtype}{list(array.shape)}, but "
                 f"{_CONFIG} says {list(expected)} of floating-point numbers"
             )
-        result[layer] = tensor.read(array.astype(np.float32), layer_shape)
+        with np.errstate(over="ignore"):  # It is found below.
+            result[layer] = tensor.read(array.astype(np.float32), layer_shape)
+        if not np.isfinite(result[layer]).all():
+            raise PretrainedError(
+                f"{place.path}: tensor {place.name} has values that are NaN or infinite in float32"
+            )
     return result if tensor.stacked else result[0]
 
 
-def _untied_where_they_differ(config: LanguageConfig, files: _Files, prefix: str) -> LanguageConfig:
+def _untied_where_they_differ(
+    config: LanguageConfig, files: Weights, prefix: str
+) -> LanguageConfig:
     """Keeps an output layer that is not the embedding which the configuration says it is.
 
     The transformers library decides so too, and writes T5 1.1 down in this way.
     """
-    if isinstance(config, EncoderConfig) or not config.tied or _OUTPUT_LAYER not in files.where:
+    if isinstance(config, EncoderConfig) or not config.tied or _OUTPUT_LAYER not in files:
         return config
     table = next(tensor for tensor in config.tensors() if tensor.path.startswith("token_embed"))
     name = _names(table, (), prefix)[0]
-    if name not in files.where:
+    if name not in files:
         return config
-    head, embedding = (files.where[n].tensor() for n in (_OUTPUT_LAYER, name))
+    head, embedding = (files[n].tensor() for n in (_OUTPUT_LAYER, name))
     if np.array_equal(head, embedding):
         return config
     return dataclasses.replace(config, tied=False)
@@ -342,33 +357,3 @@ def _draw(key: Key, path: str, shape: tuple[int, ...], config: LanguageConfig) -
         return np.zeros(shape, np.float32)
     stddev = getattr(config, "stddev", 0.02)
     return np.asarray(stddev * jax.random.normal(fold_in_name(key, path), shape), np.float32)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise PretrainedError(f"{file}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise PretrainedError(f"{file}: not a JSON file ({error})") from error
-    if not isinstance(values, dict):
-        raise PretrainedError(f"{file}: not a JSON object")
-    return values
-
-
-def _safetensors_open() -> tuple[Any, type[Exception]]:
-    _safetensors_numpy()
-    import safetensors
-
-    return safetensors.safe_open, safetensors.SafetensorError
-
-
-def _safetensors_numpy() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise PretrainedError(
-            "reading and writing models needs the package safetensors; "
-            "pip install 'fedqsn_jax[language]'"
-        ) from error
-    return safetensors.numpy

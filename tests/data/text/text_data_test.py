@@ -144,7 +144,44 @@ def test_clients_of_their_own(tmp_path):
     assert clients("b", "a") == ["b", "a"]
     assert clients(10, 2) == [10, 2]
     assert clients(10, "x") == ["10", "x"]
-    assert "file:2: no value in 'client_id'" in refusal(clients, "b", "")
+    assert clients(2**63 + 1, 5) == ["9223372036854775809", "5"]
+    assert clients(1, "1", 1.0) == ["1"] * 3
+    for missing in ("", None, float("nan")):
+        assert "file:2: no value in 'client_id'" in refusal(clients, "b", missing)
+    for wrong in ([1], {}, float("inf"), "a\0", "\ud800"):
+        assert refusal(clients, "b", wrong).startswith("file:2: client_id: ")
+
+
+@pytest.mark.parametrize("first", [2**63 + 1, 2**127])
+def test_large_ids_are_as_many_clients_as_they_are(tmp_path, first):
+    """NumPy makes of such integers floats, which cannot tell them apart, or objects."""
+    source = write_sst2(tmp_path, client_id=lambda n: (first, first + 1, first + 2, 5)[n % 4])
+    natural = {"partition": "natural", "private_rows": 0}
+    for _ in range(2):  # Tokenized, and from the cache.
+        assert (
+            load(tmp_path, source, test=source, length=5, data=natural).splits.clients.clients == 4
+        )
+
+
+def test_rows_of_which_nothing_is_left_to_be_predicted_are_left_out_and_told(tmp_path):
+    """Each would count as a row of loss zero."""
+    long, short = "good " * 20, "good"
+    lines = [{"q": (long, short)[n % 2], "a": f"film {n}"} for n in range(24)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source, tokenizer = f"jsonl:{file}", tiny_tokenizer(tmp_path, "none", max_length=128)
+    own = {"task": "own", "columns": ("q",), "target": "a", "test": source}
+
+    data = load(tmp_path, source, tokenizer, length=9, **own)
+
+    splits = data.splits
+    parts = (splits.private, splits.test, splits.clients.examples)
+    assert [len(each["tokens"]) for each in parts] == [4, 12, 8]
+    for each in parts:
+        assert np.asarray(each["loss_mask"])[:, 1:].any(axis=1).all()
+    assert "24 of 48 rows are left out" in data.notes[0]
+    message = refusal(load, tmp_path, source, tokenizer, length=2, **own)
+    assert message.startswith("data.length = 2: the prompts fill it in every row")
 
 
 def test_prompts_have_all_their_references(tmp_path):
@@ -366,7 +403,7 @@ def test_the_cache_saves_the_work(tmp_path, tokenized):
     second = load(tmp_path, source, length=3)
     assert len(tokenized) == 1
     assert first.notes == second.notes
-    assert first.notes[0] == "20 rows lost tokens beyond data.length = 3"
+    assert first.notes[0] == "20 of the 20 rows of the files lost tokens beyond data.length = 3"
     for name, array in first.splits.clients.examples.items():
         assert np.array_equal(array, second.splits.clients.examples[name])
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700

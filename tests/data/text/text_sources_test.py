@@ -13,7 +13,7 @@ from fedqsn_jax.data.text.formats import (
     generation_example,
     own_format,
 )
-from fedqsn_jax.data.text.sources import open_source
+from fedqsn_jax.data.text.sources import Row, open_source
 
 SHARED = SHARED_DATA
 
@@ -68,6 +68,10 @@ def test_e2e_has_two_columns(tmp_path):
         ("a.tsv", b"text\tlabel\nx\t1\n\xff\t1\n", 3, "not UTF-8 at byte 1"),
         ("a.jsonl", '{"text": "x"}\n{"text": \n', 2, "not JSON"),
         ("a.jsonl", "[1]\n", 1, "JSON object"),
+        ("a.jsonl", '{"a": 1}\n{"a": ' + "[" * 10**5 + "\n", 2, "nested too deeply"),
+        ("a.jsonl", '{"a": 1}\n{"a": ' + "9" * 5000 + "}\n", 2, "not JSON"),
+        ("a.jsonl", '{"a": "x\0"}\n', 1, "not JSON"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16"), 1, "not UTF-8 at byte 1"),
         ("a.e2e", "name : x|no bars\n", 1, "'human_reference'"),
     ],
 )
@@ -76,6 +80,22 @@ def test_a_bad_line_is_named(tmp_path, name, content, line, says):
     message = refusal(rows, spec)
     assert message.startswith(f"{tmp_path / name}:{line}: ")
     assert says in message
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_any_system_ends_them(tmp_path, end):
+    lines = ["text\tlabel", "x\t1", "", "y\t0", ""]
+    found = open_source(write(tmp_path / "a.tsv", "\ufeff" + end.join(lines))).rows()
+    assert [(row.values["text"], row.where.rpartition(":")[2]) for row in found] == [
+        ("x", "2"),
+        ("y", "4"),
+    ]
+    spec = write(tmp_path / "a.jsonl", end.join(['{"a": 1}', '{"a":', ""]))
+    assert f"{tmp_path / 'a.jsonl'}:2: not JSON" in refusal(rows, spec)
+
+
+def test_a_carriage_return_within_a_line_ends_nothing(tmp_path):
+    assert rows(write(tmp_path / "a.tsv", "text\nx\ry\n")) == [{"text": "x\ry"}]
 
 
 @pytest.mark.parametrize("content", ["", "text\tlabel\n", "\n\n"])
@@ -281,6 +301,18 @@ def test_lengths_are_the_papers():
         ("sst2", {"text": "x", "label": 1}, "no column 'sentence'; the row has 'text', 'label'"),
         ("sst2", {"sentence": None, "label": 1}, "no value in 'sentence'"),
         ("sst2", {"sentence": ["x"], "label": 1}, "sentence: needed is text, not a list"),
+        ("sst2", {"sentence": float("nan"), "label": 1}, "no value in 'sentence'"),
+        ("sst2", {"sentence": float("inf"), "label": 1}, "sentence: inf is no text"),
+        ("sst2", {"sentence": "x\ud83d", "label": 1}, "sentence: '\\ud83d' is half of a character"),
+        ("sst2", {"sentence": "x", "label": float("nan")}, "no value in 'label'"),
+        ("sst2", {"sentence": "x", "label": ""}, "label = '': allowed are"),
+        ("sst2", {"sentence": "x", "label": 0.5}, "label = 0.5: allowed are"),
+        ("sst2", {"sentence": "x", "label": 2**64}, "label = 18446744073709551616: allowed"),
+        ("sst2", {"sentence": "x", "label": "1" * 5000}, "label = '1111"),
+        ("viggo", {"meaning_representation": "\udc00", "target": "t"}, "meaning_representation: "),
+        ("e2e", {"mr": "name : \udc00", "ref": "t"}, "mr: '\\udc00' is half of a character"),
+        ("e2e", {"mr": "name : x", "ref": "\udc00"}, "ref: '\\udc00' is half of a character"),
+        ("e2e", {"mr": float("nan"), "ref": "t"}, "no value in"),
         ("sst2", {"sentence": "x", "label": 2}, "label = 2: allowed are 0 to 1, or negative, pos"),
         ("sst2", {"sentence": "x", "label": -1}, "label = -1: allowed are 0 to 1"),
         ("sst2", {"sentence": "x", "label": "good"}, "label = 'good'"),
@@ -296,6 +328,15 @@ def test_bad_values_are_named(tmp_path, task, values, says):
         kind,
     )
     assert message.startswith(f"{tmp_path}/row.jsonl:1: {says}")
+
+
+@pytest.mark.parametrize("value", [1, 1.0, True, "1", " 1 ", "positive"])
+def test_a_label_may_be_written_in_many_ways(tmp_path, value):
+    row = Row({"sentence": "x", "label": value}, "file:1")
+    assert classification_example(row, FORMATS["sst2"])[1] == 1
+    named = own_format(("sentence",), "label", 5, ("false", "true"))
+    if value != "positive":
+        assert classification_example(row, named)[1] == 1
 
 
 def test_own_formats(tmp_path):

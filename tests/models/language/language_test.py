@@ -10,7 +10,7 @@ import pytest
 from language_cases import CONFIGS, VOCAB, batch_of, jit, random_params
 
 from fedqsn_jax.models.kernels.dropout import drop
-from fedqsn_jax.models.language.attention import attend
+from fedqsn_jax.models.language.attention import Weighting, attend
 from fedqsn_jax.models.language.cache import attendable, empty_cache, last_real, positions_of
 from fedqsn_jax.models.language.families import make_language_model
 from fedqsn_jax.models.language.relative_positions import relative_buckets
@@ -212,14 +212,9 @@ def test_attention_is_what_the_formula_says(dropping, causal):
     bias = rng.normal(size=(1, 4, 5, 5)).astype(np.float32)
     mask = rng.random((2, 1, 5, 5)) < 0.7
     mask |= np.eye(5, dtype=bool)
-    dropout = {"dropout_key": jax.random.key(0), "rate": 0.0} if dropping else {}
-    actual = attend(
-        *map(jnp.asarray, (query, key, value, mask, bias)),
-        scale=0.7,
-        causal=causal,
-        attention="auto",
-        **dropout,
-    )
+    weighting = Weighting(0.7, causal, jax.random.key(0) if dropping else None)
+    arrays = map(jnp.asarray, (query, key, value, mask, bias))
+    actual = attend(*arrays, weighting=weighting, attention="auto")
     seen = mask & np.tril(np.ones((5, 5), bool)) if causal else mask
     expected = attention_by_hand(query, key, value, seen, bias, 0.7)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
@@ -243,7 +238,7 @@ def test_flash_attention_of_cudnn_equals_that_of_xla(causal, kv_heads):
     weights = jnp.asarray(mask.reshape(2, 3, 16, 1, 1) * rng.normal(size=(2, 3, 16, 4, 16)))
 
     def loss(arrays, mask, weights, attention):
-        attended = attend(*arrays, mask, None, scale=0.3, causal=causal, attention=attention)
+        attended = attend(*arrays, mask, None, Weighting(0.3, causal), attention)
         return (attended.astype(jnp.float32) * weights).sum()
 
     def gradients(attention):
@@ -259,18 +254,9 @@ def test_flash_attention_of_cudnn_equals_that_of_xla(causal, kv_heads):
 
 def test_a_row_that_sees_nothing_is_finite():
     ones = jnp.ones((1, 2, 2, 3))
-    for dropout in ({}, {"dropout_key": jax.random.key(0), "rate": 0.5}):
-        attended = attend(
-            ones,
-            ones,
-            ones,
-            jnp.zeros((1, 1, 1, 2), bool),
-            None,
-            scale=1.0,
-            causal=True,
-            attention="xla",
-            **dropout,
-        )
+    for key in (None, jax.random.key(0)):
+        mask = jnp.zeros((1, 1, 1, 2), bool)
+        attended = attend(ones, ones, ones, mask, None, Weighting(1.0, True, key, 0.5), "xla")
         assert np.isfinite(attended).all()
 
 

@@ -1,16 +1,17 @@
-"""What stands after a configuration file's name where it takes a task, a model and an algorithm."""
+"""The argument of a configuration file, ``FILE:ARGUMENT``, that names task, model and algorithm."""
 
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from fedqsn_jax.config.schema import ALGORITHMS, ConfigError
+from fedqsn_jax.config.choices import ALGORITHMS
+from fedqsn_jax.config.fields import ConfigError
 
 _RELEASED = "released"
 _CHOICES = (*ALGORITHMS, _RELEASED)
 
 
-class Variant(NamedTuple):
-    """A variant of a configuration.
+class FileArgument(NamedTuple):
+    """What the argument names, or what holds where it names nothing.
 
     Attributes:
       task: One of the tasks.
@@ -25,15 +26,15 @@ class Variant(NamedTuple):
     released: bool = False
 
 
-def read_variant(
-    text: str, default: Variant, tasks: Collection[str], models: Mapping[str, str]
-) -> Variant:
+def read_file_argument(
+    text: str, default: FileArgument, tasks: Collection[str], models: Mapping[str, str]
+) -> FileArgument:
     """Reads words with commas between them, in any order: a task, a model, an algorithm.
 
     Example:
-      >>> default = Variant("sst2", "someone/small")
-      >>> read_variant("fedavg,rte", default, ("rte", "sst2"), {"large": "someone/large"})
-      Variant(task='rte', model='someone/small', algorithm='fedavg', released=False)
+      >>> default = FileArgument("sst2", "someone/small")
+      >>> read_file_argument("fedavg,rte", default, ("rte", "sst2"), {"large": "someone/large"})
+      FileArgument(task='rte', model='someone/small', algorithm='fedavg', released=False)
 
     Args:
       text: The words. One that is no task, no algorithm (or ``released``) and no short name of a
@@ -59,7 +60,7 @@ def read_variant(
             )
     task, algorithm, model = (next(iter(words), None) for words in found.values())
     released = algorithm == _RELEASED
-    return Variant(
+    return FileArgument(
         task or default.task,
         models.get(model, model) if model else default.model,
         "fedqsn" if released else algorithm or default.algorithm,

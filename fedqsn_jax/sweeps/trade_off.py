@@ -9,11 +9,9 @@ import os
 import re
 from collections.abc import Sequence
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-
-from fedqsn_jax.reporting.estimates import (
+from fedqsn_jax.reporting.matplotlib_parts import Axes, Figure, Line2D, MaxNLocator, Rectangle
+from fedqsn_jax.reporting.plots import new_figure, save_figure
+from fedqsn_jax.sweeps.estimates import (
     Estimate,
     Setting,
     pareto_front,
@@ -21,17 +19,17 @@ from fedqsn_jax.reporting.estimates import (
     score_of,
     short_names,
 )
-from fedqsn_jax.reporting.plots import new_figure, save_figure
 
 _SIZE = (9.6, 7.2)
-_AXES = (0.09, 0.08, 0.6, 0.86)
-_OVERVIEW = (0.76, 0.08, 0.22, 0.24)
+_AXES = (0.09, 0.09, 0.6, 0.81)
+_OVERVIEW = (0.76, 0.09, 0.22, 0.31)
 # What is to be read stands right of the axes, from here on; it is so wide, or, where a name would
 # take more than two lines, twice as wide, and the picture with it.
 _COLUMN = 0.705
 _COLUMN_INCHES, _WIDE_INCHES = 2.7, 5.4
-_ABOVE_OVERVIEW = 0.36
+_ABOVE_OVERVIEW = 0.44
 _GAP_INCHES = 0.15
+_LOWEST_INCHES = 4.8
 _NAME_POINTS, _LEGEND_POINTS = 8, 9
 _HANDLE_INCHES = 0.5
 _INDENT = 5 * " "
@@ -40,11 +38,15 @@ _MOST_NAMED = 22
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the shapes do so in grey.
 _COLORS = ("#000000", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F")
 _MARKERS = ("*", "s", "^", "o", "D", "v", "P", "X")
+_DASHED_COLOR, _DASHES = "#777777", (0, (4, 3))
 _NOTHING = Estimate(math.nan, math.nan)
 
 
 def draw(
-    settings: Sequence[Setting], path: str | os.PathLike[str] | None, rival: str = "attacker"
+    settings: Sequence[Setting],
+    path: str | os.PathLike[str] | None,
+    rival: str = "attacker",
+    title: str = "",
 ) -> Figure:
     """Draws the global score of every setting against a rival's: up and to the left is better.
 
@@ -59,6 +61,7 @@ def draw(
       settings: What was measured.
       path: Where to write it, in the place of what is there; None: nowhere.
       rival: ``attacker`` (the largest number of colluders) or ``proxy``.
+      title: What was run: data and rounds.
 
     Returns:
       The figure.
@@ -80,20 +83,24 @@ def draw(
         _draw_marks(overview, settings, own, others, 3)
         _fit(overview, others, own)
         overview.tick_params(labelsize=7)
+        for axis in (overview.xaxis, overview.yaxis):
+            axis.set_major_locator(MaxNLocator(3))
         overview.set_title("all settings", loc="left", fontsize=8)
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
         overview.add_patch(Rectangle((left, low), right - left, high - low, fc="none", ec="black"))
     front = pareto_front([(other.mean, each.mean) for other, each in zip(others, own, strict=True)])
     names = _draw_front(axes, settings, own, others, front, set(main))
     for each in figure.axes:
-        each.axline((1, 1), slope=1, color="#999999", ls=(0, (4, 3)), lw=1, zorder=0)
+        each.axline((1, 1), slope=1, color=_DASHED_COLOR, ls=_DASHES, lw=1, zorder=0)
         each.grid(color="#E5E5E5", lw=0.6)
         each.set_axisbelow(True)
         each.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel(f"{score} of {view.replace('_', ' ')}")
     axes.set_ylabel(f"{score} of global")
-    axes.set_title("up and to the left is better", loc="left", fontsize=10)
-    _write_column(figure, axes, names, _AXES[1] if overview is None else _ABOVE_OVERVIEW)
+    lines = [*filter(None, [title]), "up and to the left is better"]
+    axes.set_title("\n".join(lines), loc="left", fontsize=10, parse_math=False)
+    intervals = any(not math.isnan(each.half) for each in (*own, *others))
+    _write_column(figure, axes, names, None if overview is None else _ABOVE_OVERVIEW, intervals)
     save_figure(figure, path)
     return figure
 
@@ -113,7 +120,10 @@ def _draw_marks(
         color, marker = _COLORS[index % len(_COLORS)], _MARKERS[shape % len(_MARKERS)]
         x, y = [others[i].mean for i in chosen], [own[i].mean for i in chosen]
         half_x, half_y = ([_half(values[i]) for i in chosen] for values in (others, own))
-        axes.errorbar(x, y, half_y, half_x, fmt="none", ecolor=color, elinewidth=0.6, alpha=0.3)
+        # Below every mark, the line of the front and the numbers.
+        axes.errorbar(
+            x, y, half_y, half_x, fmt="none", ecolor=color, elinewidth=0.6, alpha=0.3, zorder=1
+        )
         axes.plot(
             x,
             y,
@@ -168,14 +178,31 @@ def _draw_front(
     return names
 
 
-def _write_column(figure: Figure, axes: Axes, names: Sequence[str], bottom: float) -> None:
+def _legend_handles(axes: Axes, intervals: bool) -> list[Line2D]:
+    """What each colour, line and bar stands for."""
+    handles = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    handles.append(
+        Line2D([], [], color=_DASHED_COLOR, ls=_DASHES, lw=1, label="as good as the owner's model")
+    )
+    if intervals:
+        bar = Line2D([], [], color="#000000", lw=0.6, alpha=0.5, marker="|", ms=5)
+        bar.set_label("95% interval over seeds")
+        handles.append(bar)
+    return handles
+
+
+def _write_column(
+    figure: Figure, axes: Axes, names: Sequence[str], bottom: float | None, intervals: bool
+) -> None:
     """Writes the legend and the names beside the axes, and makes the figure large enough for both.
 
     Args:
       figure: The figure.
       axes: The axes that have the marks.
       names: What the marks of the front are.
-      bottom: The height, as a share of the figure's, that the names must not go below.
+      bottom: The height, as a share of the figure's, that the names must not go below; None where
+        there is nothing else beside the axes, so that the figure is no larger than they need.
+      intervals: Whether intervals are drawn.
     """
 
     def broken(inches: float) -> list[list[str]]:
@@ -187,6 +214,7 @@ def _write_column(figure: Figure, axes: Axes, names: Sequence[str], bottom: floa
     wide = _SIZE[0] + width - _COLUMN_INCHES
     left, top = _COLUMN * _SIZE[0] / wide, _AXES[1] + _AXES[3]
     legend = axes.legend(
+        handles=_legend_handles(axes, intervals),
         frameon=False,
         fontsize=_LEGEND_POINTS,
         loc="upper left",
@@ -206,13 +234,21 @@ def _write_column(figure: Figure, axes: Axes, names: Sequence[str], bottom: floa
         fontsize=_NAME_POINTS,
         parse_math=False,
     )
-    heights = [each.get_window_extent().height / figure.dpi for each in (legend, text)]
-    tall = max(_SIZE[1], (sum(heights) + 2 * _GAP_INCHES) / (top - bottom))
+    extents = [each.get_window_extent() for each in (legend, text)]
+    heights = [each.height / figure.dpi for each in extents]
+    needed = sum(heights) + 2 * _GAP_INCHES
+    if bottom is None:
+        wide += max(each.width for each in extents) / figure.dpi - width
+        tall = max(_LOWEST_INCHES, needed / _AXES[3])
+    else:
+        tall = max(_SIZE[1], needed / (top - bottom))
     for each in figure.axes:
         x, y, x_size, y_size = each.get_position().bounds
         each.set_position((x * _SIZE[0] / wide, y, x_size * _SIZE[0] / wide, y_size))
     figure.set_size_inches(wide, tall)
-    text.set_y(top - (heights[0] + _GAP_INCHES) / tall)
+    left = _COLUMN * _SIZE[0] / wide
+    legend.set_bbox_to_anchor((left, top), transform=figure.transFigure)
+    text.set_position((left, top - (heights[0] + _GAP_INCHES) / tall))
 
 
 def _wrapped(

@@ -1,0 +1,117 @@
+"""The final word of a run: what colluders have, whether that is protection, what to change."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from fedqsn_jax.config.schema import FEDSP, Config
+from fedqsn_jax.reporting.summary import ATTACKER, number
+
+_LEVEL = 0.01
+"""Colluders are level with the owner where they miss no more than this part of the owner's score:
+differences below it are those between two seeds."""
+
+_SHARES = ("accuracy", "token_accuracy")
+"""Scores that are shares of something, which people read as percentages."""
+
+_WORDS = {
+    "none": "no protection",
+    "little": "little protection, no less than the owner had before the first round",
+    "some": "protection, less than the owner had before the first round",
+}
+_UNTESTED = "They might do better after training it on rows of their own, which was not tried."
+
+
+def verdict(summary: Mapping[str, Any], config: Config, idle: Collection[str] = ()) -> dict:
+    """Judges a run by its last evaluated round.
+
+    Protection is ``none`` where colluders are level with the owner or better, ``little`` where
+    they are below but have at least what the owner had before the first round, and ``some`` where
+    they have less than that.
+
+    Args:
+      summary: What `summary.summarize` returned.
+      config: The settings of the run.
+      idle: Attackers of whom no client took part; their figures tell nothing.
+
+    Returns:
+      A dictionary of plain values:
+
+      * ``protection``: that of the colluders who have least of it against them: ``none``,
+        ``little``, ``some``; or None where nothing is known;
+      * ``attackers``: for each attacker ``colluders`` (their number), ``score`` and ``owner``, the
+        same score of the global model, both at the end, and ``protection``;
+      * ``text``: all of it in words, a line.
+    """
+    views, score = summary["views"], summary["score"]
+    owner = _end(views, "global", score)
+    loss = views.get("global", {}).get("end", {}).get("loss", 0.0)
+    if owner is None or number(loss) is None:
+        text = "The training diverged, so nothing can be said of protection. Lower learning rates."
+        return {"protection": None, "attackers": {}, "text": f"verdict: {text}"}
+    start = number(views["global"]["start"].get(score))
+    attackers = {}
+    for view in views:
+        reached = _end(views, view, score)
+        if view.startswith(ATTACKER) and view not in idle and reached is not None:
+            attackers[view] = {
+                "colluders": int(view.removeprefix(ATTACKER)),
+                "score": reached,
+                "owner": owner,
+                "protection": _protection(owner, start, reached),
+            }
+    kinds = [facts["protection"] for facts in attackers.values()]
+    worst = next((kind for kind in _WORDS if kind in kinds), None)
+    if not summary["hides"]:
+        worst = "none"
+    said = [_sentence(facts, start, score) for facts in attackers.values()]
+    if not summary["hides"]:
+        said.insert(0, "No column is hidden from clients: no protection.")
+    elif not said:
+        said.append("No colluders were evaluated, so nothing is known of protection.")
+    if worst == "some":
+        said.append(_UNTESTED)
+    said += _advice(summary, config, worst)
+    return {"protection": worst, "attackers": attackers, "text": f"verdict: {' '.join(said)}"}
+
+
+def _end(views: Mapping[str, Any], view: str, score: str) -> float | None:
+    return number(views.get(view, {}).get("end", {}).get(score))
+
+
+def _protection(owner: float, start: float | None, reached: float) -> str:
+    if reached >= owner - _LEVEL * abs(owner):
+        return "none"
+    return "little" if start is None or reached >= start else "some"
+
+
+def _sentence(facts: Mapping[str, Any], start: float | None, score: str) -> str:
+    count, kind = facts["colluders"], facts["protection"]
+    who = "1 colluder has" if count == 1 else f"{count} colluders have"
+    theirs, owners = (_figure(facts[name], score) for name in ("score", "owner"))
+    began = "" if start is None or kind == "none" else f" ({_figure(start, score)})"
+    return f"{who} {theirs} of {score} where the owner has {owners}: {_WORDS[kind]}{began}."
+
+
+def _figure(value: float, score: str) -> str:
+    return f"{100 * value:z.1f}%" if score in _SHARES else f"{value:z.4g}"
+
+
+def _advice(summary: Mapping[str, Any], config: Config, worst: str | None) -> list[str]:
+    """What to change, of what a run has settings for."""
+    if worst is None:
+        return ["Name numbers of colluders in evaluation.attackers, and let them take part."]
+    if worst == "some":
+        return []
+    if config.algorithm == FEDSP:
+        return ["Distil a smaller model for the clients: fewer of fedsp.layers."]
+    if not summary["hides"]:
+        return ["To hide columns choose algorithm = 'fedqsn' with p1 and p2 above 0."]
+    if config.p1 == 0:
+        return ["With p1 = 0 colluders collect every column in time: set p1 above 0."]
+    advice = [f"A p1 above {config.p1:g} hides more columns for good, at the owner's cost too"]
+    if not config.lora.rank:
+        advice.append(
+            "what is learned in all weights also serves those who see only some columns, so train "
+            "adapters only (lora.rank) where the model has such layers"
+        )
+    return ["; ".join(advice) + "."]

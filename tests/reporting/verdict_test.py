@@ -1,0 +1,72 @@
+"""The final word of a run, against cases that were judged by hand."""
+
+import math
+
+import pytest
+from reporting_cases import COSTS
+
+from fedqsn_jax.config.schema import Config, with_fields
+from fedqsn_jax.reporting.summary import Costs, summarize
+from fedqsn_jax.reporting.verdict import verdict
+
+
+def judged(one, ten=None, owner=0.964, config=None, costs=COSTS, idle=(), **end):
+    names = {"global": owner, "attacker_1": one, "attacker_10": ten}
+    last = {f"{view}/accuracy": value for view, value in names.items() if value is not None}
+    start = dict.fromkeys(last, 0.1) | {"global/accuracy": 0.8, "global/loss": 1.0}
+    history = [{"round": 0, **start}, {"round": 9, "global/loss": 0.5, **last, **end}]
+    return verdict(summarize(history, costs, 1.0), config or Config(), idle)
+
+
+@pytest.mark.parametrize(
+    ("reached", "protection"),
+    [(0.972, "none"), (0.964, "none"), (0.9545, "none"), (0.95, "little"), (0.80, "little"),
+     (0.79, "some"), (0.1, "some")],
+)  # fmt: skip
+def test_colluders_above_level_and_below(reached, protection):
+    word = judged(reached)
+    assert word["protection"] == protection
+    assert word["attackers"]["attacker_1"] == {
+        "colluders": 1, "score": reached, "owner": 0.964, "protection": protection
+    }  # fmt: skip
+
+
+def test_the_words():
+    assert judged(0.972)["text"].startswith(
+        "verdict: 1 colluder has 97.2% of accuracy where the owner has 96.4%: no protection. "
+        "A p1 above 0.2 hides more"
+    )
+    assert judged(0.5)["text"] == (
+        "verdict: 1 colluder has 50.0% of accuracy where the owner has 96.4%: protection, less "
+        "than the owner had before the first round (80.0%). They might do better after training "
+        "it on rows of their own, which was not tried."
+    )
+
+
+def test_a_run_is_as_good_as_its_worst_case():
+    word = judged(0.5, 0.96)
+    kinds = {name: facts["protection"] for name, facts in word["attackers"].items()}
+    assert kinds == {"attacker_1": "some", "attacker_10": "none"}
+    assert word["protection"] == "none"
+    assert "10 colluders have 96.0%" in word["text"]
+
+
+def test_absent_idle_and_diverged():
+    for word in (judged(None), judged(0.1, idle=["attacker_1"])):
+        assert (word["protection"], word["attackers"]) == (None, {})
+        assert "nothing is known of protection" in word["text"]
+        assert "evaluation.attackers" in word["text"]
+    for end in ({"owner": math.nan}, {"global/loss": math.nan}, {"global/loss": math.inf}):
+        word = judged(0.5, **end)
+        assert word["protection"] is None
+        assert "diverged" in word["text"]
+
+
+def test_a_method_that_hides_nothing_and_no_server_mask():
+    costs = Costs(1, 1, 1, 1, hides=False)
+    word = judged(0.5, config=with_fields(Config(), {"algorithm": "fedavg"}), costs=costs)
+    assert word["protection"] == "none"
+    assert "No column is hidden from clients: no protection." in word["text"]
+    assert "algorithm = 'fedqsn'" in word["text"]
+    assert judged(None, config=Config(), costs=costs)["protection"] == "none"
+    assert "set p1 above 0" in judged(0.96, config=with_fields(Config(), {"p1": 0.0}))["text"]
