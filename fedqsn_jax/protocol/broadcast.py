@@ -140,7 +140,7 @@ class Broadcast:
         return dataclasses.replace(state, latest=latest)
 
     def send(
-        self, state: BroadcastState, ids: Array, visible: Columns
+        self, state: BroadcastState, ids: Array, visible: Columns, lost: Array | bool = False
     ) -> tuple[BroadcastState, dict[str, Array]]:
         """Counts the payloads of a round's clients, but for those who have theirs already.
 
@@ -148,6 +148,7 @@ class Broadcast:
           state: The broadcast's.
           ids: The cohort, int32 ``[cohort]``.
           visible: What each client sees, bool ``[cohort, layers, columns]`` a masked site.
+          lost: Who has lost what it had received, bool ``[cohort]``.
 
         Returns:
           The state after that; and in one-way rounds uint32 facts: ``clients/sent``, the payloads
@@ -156,7 +157,7 @@ class Broadcast:
         """
         if state.received is None or state.payloads is None or state.columns is None:
             return state, {}
-        due = ~state.received[ids] | self.renewed
+        due = ~state.received[ids] | self.renewed | lost
         sent = due.sum(dtype=jnp.uint32)
         columns = {
             path: _add(count, (visible[path] & due[:, None, None]).sum(dtype=jnp.uint32))

@@ -217,7 +217,9 @@ class _Composed:
             training_key=training_key,
         )
         total, kept = train_cohort(method, cohort, attendance.steps, client_axis)
-        broadcast, facts = method.broadcast.send(state.broadcast, ids, visible)
+        broadcast, facts = method.broadcast.send(
+            state.broadcast, ids, visible, lost=attendance.lost
+        )
         params, optimizer_state = method.aggregator.finish(
             method.broadcast.start_of_step(state.broadcast, state.params),
             state.optimizer_state,

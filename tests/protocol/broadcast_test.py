@@ -69,10 +69,11 @@ def test_a_payload_that_stays_the_same_is_sent_once(renewed):
     # As if many had been sent before: counts go on beyond 32 bits.
     before = 2**32 - 3
     state = state.replace(columns={"w": jnp.asarray([0, before], jnp.uint32)})
-    for cohort in ([0, 3], [3, 5], [0, 5], [1, 3]):
+    for cohort, lost in (([0, 3], None), ([3, 5], None), ([0, 5], 0), ([1, 3], 3)):
         visible = np.arange(14).reshape(2, 1, 7) % 3 > 0
-        due = [bool(renewed) or one not in received for one in cohort]
-        state, facts = send(state, jnp.asarray(cohort), {"w": visible})
+        due = [bool(renewed) or one not in received or one == lost for one in cohort]
+        has_lost = jnp.asarray(cohort) == (-1 if lost is None else lost)
+        state, facts = send(state, jnp.asarray(cohort), {"w": visible}, has_lost)
         payloads, columns = payloads + sum(due), columns + int(visible[due].sum())
         received |= set(cohort)
         assert int(facts["clients/sent"]) == sum(due)
@@ -172,5 +173,8 @@ def test_expected_payloads_are_those_of_drawn_cohorts():
 
     shares = np.asarray(jax.vmap(share)(jax.random.split(jax.random.key(0), 500)))
     assert abs(shares.mean() - expected) < 4 * shares.std() / 500**0.5
+    forgetful = with_fields(config, {"participation.lost_copies": 0.25})
+    again = payloads_per_client(Run(forgetful, once, 20))  # type: ignore[arg-type]
+    assert again == pytest.approx(expected + 0.25 * (1 - expected))
     renewed = once._replace(broadcast=Broadcast(every=0))
     assert payloads_per_client(Run(config, renewed, 20)) == 1  # type: ignore[arg-type]
