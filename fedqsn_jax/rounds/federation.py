@@ -125,7 +125,9 @@ def make_federation(
       population: Number of clients.
       cohort: Clients a round.
     """
-    composed = _Composed(method, evaluation, population, cohort)
+    composed = _Composed(
+        method=method, evaluation=evaluation, population=population, cohort_size=cohort
+    )
     return Federation(
         init=composed.init,
         round=composed.round,
@@ -171,7 +173,7 @@ class _Composed:
             transform_state=transform_state,
             attackers={
                 f"attacker_{count}": make_attacker(
-                    attacker_key, self.population, count, sent, method.sites
+                    attacker_key, self.population, count, params=sent, sites=method.sites
                 )
                 for count in self.evaluation.attackers
             },

@@ -47,10 +47,10 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
         kernel = sites.by_kernel.get(path)
         rows.append(
             TensorRow(
-                path,
-                tuple(leaf.shape),
-                str(leaf.dtype),
-                travels,
+                path=path,
+                shape=tuple(leaf.shape),
+                dtype=str(leaf.dtype),
+                travels=travels,
                 columns=None if kernel is None else kernel.layers * kernel.columns,
                 fan_in=None if kernel is None else kernel.fan_in,
                 hidden=hidden,
