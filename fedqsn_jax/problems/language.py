@@ -98,13 +98,13 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
         )
         return problem._replace(files=files)
     return Problem(
-        data.splits,
-        params,
-        clients.apply_fn,
-        server.apply_fn,
-        clients.apply_fn,
-        task,
-        _texts(settings, clients, tokenizer, data.prompts),
+        splits=data.splits,
+        params=params,
+        apply_fn=clients.apply_fn,
+        pretraining_apply=server.apply_fn,
+        client_apply=clients.apply_fn,
+        task=task,
+        texts=_texts(settings, clients, tokenizer, data.prompts),
         notes=tuple(notes),
         files=files,
     )

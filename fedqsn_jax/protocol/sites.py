@@ -335,7 +335,15 @@ def _make_site(
     layer_axes, input_axes, column_axes = (
         tuple(axis for axis, role in enumerate(axes) if role == wanted) for wanted in _ROLES
     )
-    site = MaskSite(path, tuple(shape), layer_axes, input_axes, column_axes, None, hideable)
+    site = MaskSite(
+        path,
+        tuple(shape),
+        layer_axes=layer_axes,
+        input_axes=input_axes,
+        column_axes=column_axes,
+        bias_path=None,
+        hideable=hideable,
+    )
     parent = path.rpartition("/")[0]
     bias_path = f"{parent}/bias" if parent else "bias"
     if bias_path in leaves and tuple(leaves[bias_path].shape) == site.bias_shape:

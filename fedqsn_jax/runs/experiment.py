@@ -49,22 +49,25 @@ class Experiment(NamedTuple):
 
     Attributes:
       config: What to run.
-      problem: Data, model and task; the data in their place. Of the server's rows those that it
-        trains on.
+      problem: Data, model and task; the data in their place.
       simulation: The method.
-      validation: The server's rows on which settings are chosen; None: there are none.
     """
 
     config: Config
     problem: Problem
     simulation: Simulation
-    validation: Batch | None = None
+
+    @property
+    def private(self) -> Batch:
+        """The server's rows that it trains on."""
+        return hold_back(self.config, self.problem.splits.private)[0]
 
     @property
     def held_out(self) -> HeldOut:
         """What is evaluated on."""
         splits = self.problem.splits
-        return HeldOut(splits.test, splits.client_tests, self.validation)
+        _, validation = hold_back(self.config, splits.private)
+        return HeldOut(splits.test, splits.client_tests, validation)
 
 
 def dry_run(
@@ -173,7 +176,7 @@ def _run(
                         problem.pretraining_apply,
                         problem.task,
                         problem.params,
-                        problem.splits.private,
+                        experiment.private,
                         problem.preparation,
                     )
                     # Two processes' devices may round differently: the leader's is the model.
@@ -219,12 +222,12 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
         problem.client_apply,
     )
     splits = problem.splits
-    private, validation = hold_back(config, splits.private)
-    clients, test, client_tests, validation = place(
-        simulation, (splits.clients, splits.test, splits.client_tests, validation)
+    hold_back(config, splits.private)  # Refused before anything is trained.
+    clients, test, client_tests = place(
+        simulation, (splits.clients, splits.test, splits.client_tests)
     )
-    splits = splits._replace(clients=clients, test=test, client_tests=client_tests, private=private)
-    return Experiment(config, problem._replace(splits=splits), simulation, validation)
+    splits = splits._replace(clients=clients, test=test, client_tests=client_tests)
+    return Experiment(config, problem._replace(splits=splits), simulation)
 
 
 def load_problem(settings: ProblemSettings) -> Problem:

@@ -242,7 +242,9 @@ class WorkDirectory:
 
     def _compare(self, stored: dict[str, Any], config: Config) -> None:
         ours = {name: _as_json(value) for name, value in flatten(config).items()}
-        theirs = _flatten(stored)
+        # A run from before a field existed did what its default says.
+        defaults = {name: _as_json(value) for name, value in flatten(Config()).items()}
+        theirs = {**defaults, **_flatten(stored)}
         differing = {
             name
             for name in ours.keys() | theirs.keys()
