@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedqsn_jax.host.atomic_files import replacing, told_as_file_error
-from fedqsn_jax.reporting.summary import Metrics
+from fedqsn_jax.reporting.summary import Metrics, number
 
 if TYPE_CHECKING:
     from tensorboardX.record_writer import RecordWriter
