@@ -180,8 +180,7 @@ class Checkpoints:
         """Returns what a checkpoint holds: arrays on the default device, none weakly typed.
 
         Args:
-          like: A pytree of arrays or of `jax.ShapeDtypeStruct`: the state that is expected. Only
-            its structure, shapes and dtypes matter.
+          like: The state that is expected, arrays or `jax.ShapeDtypeStruct`.
           round: Which checkpoint; None is the latest.
 
         Raises:
@@ -294,11 +293,8 @@ class Checkpoints:
     def wait(self, timeout: float | None = None) -> None:
         """Waits until the save in flight is on disk.
 
-        Args:
-          timeout: For so many seconds at most.
-
         Raises:
-          TimeoutError: It is not over by then.
+          TimeoutError: It is not over after ``timeout`` seconds.
           CheckpointError: It failed. It is reported once, and later saves start afresh.
         """
         if self._pending is None:

@@ -104,6 +104,38 @@ def test_room_is_looked_at_before_the_start(tmp_path, monkeypatch):
     assert room.check_room(tmp_path / "new", state, settings, existing=3) is None
 
 
+def test_a_directory_in_the_place_of_a_file_is_a_line(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert main([*SMALL, "--config.rounds=2", f"--workdir={workdir}"]) == 0
+    for name in ("summary.json", "metrics.jsonl"):
+        (workdir / name).unlink()
+        (workdir / name).mkdir()
+        capsys.readouterr()
+        assert main([*SMALL, "--config.rounds=2", f"--workdir={workdir}"]) == 2
+        assert f"{workdir / name}: Is a directory" in capsys.readouterr().err
+        (workdir / name).rmdir()
+
+
+def test_strict_promotion_of_dtypes_is_for_other_programs(tmp_path):
+    with jax.numpy_dtype_promotion("strict"):
+        assert main([*SMALL, "--config.rounds=2", f"--workdir={tmp_path / 'run'}"]) == 0
+
+
+def test_a_platform_that_does_not_start_is_a_line(tmp_path, capsys, monkeypatch):
+    for reason in (
+        RuntimeError("Unable to initialize backend 'cuda':\nno device"),
+        AssertionError(),
+    ):
+
+        def devices(reason=reason):
+            raise reason
+
+        monkeypatch.setattr(jax, "devices", devices)
+        assert main([*SMALL, f"--workdir={tmp_path / 'run'}"]) == 2
+        assert a_line(capsys).startswith("fedqsn_jax: JAX_PLATFORMS=")
+    assert not (tmp_path / "run").exists()
+
+
 @contextmanager
 def small_file_system(place, options):
     place.mkdir()
