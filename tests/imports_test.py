@@ -23,7 +23,7 @@ FOLDERS = (
     ("problems",),
     ("simulation",),
     ("runs",),
-    ("api", "sweeps", "benchmarks"),
+    ("api", "sweeps", "benchmarks", "audit"),
     ("cli", "tools"),
 )
 LEVEL = {name: level for level, names in enumerate(FOLDERS) for name in names}
