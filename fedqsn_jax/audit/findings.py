@@ -1,5 +1,6 @@
 """What attacks find that is no model: membership of rows, and the others' updates."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 

@@ -4,7 +4,7 @@ import base64
 import html
 from typing import Any
 
-from fedqsn_jax.audit.report import coalition, with_interval
+from fedqsn_jax.audit.words import coalition, with_interval
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;

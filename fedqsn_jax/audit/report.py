@@ -22,6 +22,7 @@ from fedqsn_jax.audit.intervals import (
 )
 from fedqsn_jax.audit.playing import Played, Results
 from fedqsn_jax.audit.scene import Settings
+from fedqsn_jax.audit.words import coalition, with_interval
 from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.writers import write_json
@@ -162,8 +163,8 @@ def conclusions(report: Report) -> list[str]:
         share = each["protected_share"]["value"]
         lines.append(
             f"Against {who}, {_percent(share)} of the owner's advantage is protected: the owner "
-            f"has {owner:.3f}, the best attack ({attack['title']}) {attack['score']['value']:.3f}, own "
-            f"rows alone {reach:.3f}."
+            f"has {owner:.3f}, the best attack ({attack['title']}) {attack['score']['value']:.3f}, "
+            f"own rows alone {reach:.3f}."
         )
     return [*lines, *_advice(report)]
 
@@ -222,14 +223,6 @@ def _share(each: Mapping[str, Any]) -> float | None:
     return each["protected_share"]["value"]
 
 
-def coalition(name: str, facts: Mapping[str, Any]) -> str:
-    """A coalition in words."""
-    count = len(facts["members"])
-    if count == 1:
-        return "one client"
-    return f"{count} colluding clients" + (" (half of all)" if name == "half" else "")
-
-
 def _first_upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -239,14 +232,6 @@ def _percent(share: float | None) -> str:
         return "an unknown part"
     # Below zero: a thief that is better than the owner.
     return f"{100 * share:.0f}%" if share >= 0.005 else "nothing"
-
-
-def with_interval(found: Mapping[str, float | None] | None, digits: int = 3) -> str:
-    """A figure with its interval, for example ``0.812 (0.790 to 0.835)``."""
-    if found is None or found["value"] is None:
-        return "-"
-    value, low, high = (f"{found[name]:.{digits}f}" for name in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
 
 
 def show(report: Report, display: Display) -> None:
