@@ -16,7 +16,7 @@ from fedqsn_jax.audit.hidden_columns import filled, mean_columns, sites_of
 from fedqsn_jax.audit.low_rank_differences import shared_model
 from fedqsn_jax.audit.quantization_cells import with_middles
 from fedqsn_jax.audit.rows import pad
-from fedqsn_jax.audit.scene import Scene, Settings
+from fedqsn_jax.audit.scene import AuditSettings, Scene
 from fedqsn_jax.audit.union import (
     everything,
     known_entries,
@@ -66,7 +66,7 @@ class Attack(NamedTuple):
     alone: bool = False
 
 
-def catalogue(settings: Settings) -> list[Attack]:
+def catalogue(settings: AuditSettings) -> list[Attack]:
     """All attacks that end in a model, in the order in which they are played."""
     distilled = [
         Attack(

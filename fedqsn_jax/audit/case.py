@@ -1,7 +1,8 @@
 """What is audited: a finished run with its model, its rows and its states."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ from fedqsn_jax.core.keys import root_key
 from fedqsn_jax.core.tasks import Task
 from fedqsn_jax.core.trees import combine, exclude, leaves_by_path, path_of, select
 from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
-from fedqsn_jax.data.population import ClientData
+from fedqsn_jax.data.population import ClientData, join_clients
 from fedqsn_jax.data.splits import fingerprint
+from fedqsn_jax.data.streamed import HostData
+from fedqsn_jax.data.streamed import place as on_device
 from fedqsn_jax.host.checkpoints import Checkpoints
 from fedqsn_jax.models.functional import in_compute_dtype
 from fedqsn_jax.problems.problem import problem_settings
@@ -98,11 +101,7 @@ def case_of_run(workdir: Path) -> Case:
                 f"--workdir={workdir}: the run is not finished, {done} of {config.rounds}; the "
                 f"command that began it resumes it"
             )
-        # One round a call, so that the state before each round is seen; evaluated at the end only.
-        stepwise = with_fields(
-            config, {"rounds_per_call": 1, "evaluation.every": max(config.rounds, 1)}
-        )
-        experiment = prepare(stepwise)
+        experiment = prepare(_stepwise(config))
         problem, simulation = experiment.problem, experiment.simulation
         work.check_rows(fingerprint(problem.splits))
         shapes = jax.eval_shape(simulation.federation.init, root_key(config.seed), problem.params)
@@ -129,6 +128,75 @@ def case_of_run(workdir: Path) -> Case:
         initial_state(simulation, params),
         place(simulation, final),
     )
+
+
+class OwnModel(NamedTuple):
+    """What an audit needs of a user's own model beside the result of `api.own_model.federate`.
+
+    Attributes:
+      apply_fn: ``(params, batch, key) -> outputs``, as `federate` had it (`linen_apply` and
+        `nnx_split` make one of a module).
+      params: The parameters that it started from, before the server's own training.
+      clients: Each client's dictionary of arrays, or all of them joined, as `federate` had them.
+      test: The test rows.
+      private: The server's rows, if it had any.
+    """
+
+    apply_fn: ApplyFn
+    params: Params
+    clients: Sequence[Mapping[str, Any]] | HostData
+    test: Mapping[str, Any]
+    private: Mapping[str, Any] | None = None
+
+
+def case_of_model(simulation: Simulation, final: ServerState, own: OwnModel) -> Case:
+    """Makes a case of what `federate` gave.
+
+    Args:
+      simulation: What was run.
+      final: The state after the last round.
+      own: The model and the rows.
+
+    Raises:
+      ConfigError: Rows were held out, so that the clients that trained are not known; or the
+        rounds are not finished.
+      ValueError: The arrays of clients do not agree.
+    """
+    config = simulation.config
+    require_auditable(config)
+    if config.data.held_out_share or config.data.held_out_clients:
+        raise ConfigError(
+            "data.held_out_share, data.held_out_clients: the clients that trained are not those "
+            "that are given; allowed is 0 for an audit"
+        )
+    if int(final.round) < config.rounds:
+        raise ConfigError(f"the state is of round {int(final.round)} of {config.rounds}")
+    stepwise = simulation.recompose(_stepwise(config))
+    clients = own.clients
+    if not isinstance(clients, HostData):
+        rows = [{name: np.asarray(a) for name, a in each.items()} for each in clients]
+        clients = HostData(*join_clients(rows))
+    data = on_device(clients, config.data.resident)
+    params = jax.tree.map(jnp.asarray, own.params)
+    if own.private is not None:
+        private = {name: jnp.asarray(array) for name, array in own.private.items()}
+        params = pretrain(config, own.apply_fn, stepwise.task, params, private)
+    return Case(
+        config,
+        stepwise,
+        own.apply_fn,
+        in_compute_dtype(own.apply_fn, config.client.compute_dtype),
+        stepwise.task,
+        data,
+        {name: jnp.asarray(array) for name, array in own.test.items()},
+        initial_state(stepwise, params),
+        final,
+    )
+
+
+def _stepwise(config: Config) -> Config:
+    """One round a call, so that the state before each is seen; evaluated at the end only."""
+    return with_fields(config, {"rounds_per_call": 1, "evaluation.every": max(config.rounds, 1)})
 
 
 def require_auditable(config: Config) -> None:

@@ -74,11 +74,11 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 def _audit(workdir: Path, options: Any, colluders: tuple, queries: tuple, steps: int) -> int:
     from fedqsn_jax.audit.running import audit_directory
-    from fedqsn_jax.audit.scene import Settings
+    from fedqsn_jax.audit.scene import AuditSettings
     from fedqsn_jax.host.checkpoints import CheckpointError
     from fedqsn_jax.reporting.display import Display
 
-    settings: Settings = Settings(colluders=colluders, queries=queries, steps=steps)
+    settings: AuditSettings = AuditSettings(colluders=colluders, queries=queries, steps=steps)
     signals.remaining_after_interruption(lambda: "the same command goes on where it was")
     try:
         audit_directory(

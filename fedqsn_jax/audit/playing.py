@@ -23,7 +23,7 @@ from fedqsn_jax.audit.findings import FINDINGS
 from fedqsn_jax.audit.received import Holdings, Payloads, expected_bytes, hold, not_recorded
 from fedqsn_jax.audit.replay import members_by_round, payload_layout, replay
 from fedqsn_jax.audit.rows import Divided, divide, pooled_rows
-from fedqsn_jax.audit.scene import Scene, Settings, make_tools
+from fedqsn_jax.audit.scene import AuditSettings, Scene, make_tools
 from fedqsn_jax.audit.subtraction import pairs, plays
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.host.atomic_files import replacing
@@ -156,7 +156,7 @@ def record(
 
 def play(
     case: Case,
-    settings: Settings,
+    settings: AuditSettings,
     directory: Path,
     display: Display,
     base: Params | None = None,

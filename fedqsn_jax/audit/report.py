@@ -21,7 +21,7 @@ from fedqsn_jax.audit.intervals import (
     resampled_weights,
 )
 from fedqsn_jax.audit.playing import Played, Results
-from fedqsn_jax.audit.scene import Settings
+from fedqsn_jax.audit.scene import AuditSettings
 from fedqsn_jax.audit.words import coalition, with_interval
 from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.reporting.display import Display
@@ -36,7 +36,7 @@ _WITH_QUERIES = "distilled_"
 Report = dict[str, Any]
 
 
-def make_report(case: Case, settings: Settings, results: Results) -> Report:
+def make_report(case: Case, settings: AuditSettings, results: Results) -> Report:
     """Puts together what audit.json holds; intervals are of 95%, over resampled test rows.
 
     Args:

@@ -28,7 +28,7 @@ _COPIES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class AuditSettings:
     """How thorough an audit is.
 
     Attributes:
@@ -87,7 +87,7 @@ class Scene(NamedTuple):
     """
 
     case: Case
-    settings: Settings
+    settings: AuditSettings
     adversary: Adversary
     holdings: Holdings
     divided: Divided
@@ -120,7 +120,7 @@ class Scene(NamedTuple):
         return float(score), float(loss)
 
 
-def make_tools(case: Case, settings: Settings) -> Tools:
+def make_tools(case: Case, settings: AuditSettings) -> Tools:
     """Makes the shared programs."""
     batch_size = case.config.evaluation.batch_size
     measure = make_held_measure(case.apply_fn, case.task, batch_size)

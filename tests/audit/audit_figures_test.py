@@ -56,7 +56,8 @@ def test_rows_are_resampled_together_for_all_models():
     generator = np.random.default_rng(0)
     correct = generator.integers(0, 2, 200).astype(np.float32)
     weights = resampled_weights(200, seed=1, resamples=50)
-    assert (weights[0] == 1).all() and (weights.sum(axis=1) == 200).all()
+    assert (weights[0] == 1).all()
+    assert (weights.sum(axis=1) == 200).all()
     one, other = (
         resampled_scores({"correct": c, "count": np.ones(200)}, weights, mean, "accuracy")
         for c in (correct, 1 - correct)

@@ -52,7 +52,8 @@ def test_a_cell_that_does_not_meet_what_is_known_replaces_it():
 def test_hidden_entries_have_no_cell():
     quantized = quantize(NormalFloat(2, 4), jnp.ones((1, 4, 2)))
     cell = cell_of(quantized, jnp.array([[True, False]]))
-    assert np.isfinite(cell.low[..., 0]).all() and np.isinf(cell.low[..., 1]).all()
+    assert np.isfinite(cell.low[..., 0]).all()
+    assert np.isinf(cell.low[..., 1]).all()
 
 
 def test_borders_are_the_middles_of_levels():
@@ -98,7 +99,8 @@ def test_what_may_be_trained(model):
     assert entries["hidden_0"]["bias"].sum() == 3
     assert entries["head"]["kernel"].all()
     small = small_tensors(model.params)
-    assert small["hidden_0"]["bias"].all() and not small["hidden_0"]["kernel"].any()
+    assert small["hidden_0"]["bias"].all()
+    assert not small["hidden_0"]["kernel"].any()
 
 
 def test_queries_are_own_rows_first_then_mixtures_of_two():
@@ -109,14 +111,16 @@ def test_queries_are_own_rows_first_then_mixtures_of_two():
         "label": np.arange(4),
     }
     few, plain = queries(rows, 2, seed=0)
-    assert plain == 2 and len(few["x"]) == 2
+    assert plain == 2
+    assert len(few["x"]) == 2
     asked, plain = queries(rows, 50, seed=0)
     assert plain == 4
     assert {tuple(row) for row in asked["x"][:4]} == {tuple(row) for row in rows["x"]}
     mixed = asked["x"][4:]
     # A mixture lies on the line between two rows; these all lie on one line.
     np.testing.assert_allclose(mixed[:, 1] - mixed[:, 0], 1, rtol=1e-5)
-    assert mixed.min() >= 0 and mixed.max() <= 11
+    assert mixed.min() >= 0
+    assert mixed.max() <= 11
     np.testing.assert_array_equal(asked["mask"], asked["tokens"] + 10)
 
 
