@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedqsn_jax.audit.fine_tuning import PLACES, Loss, Measure, Tuned
+from fedqsn_jax.audit.fine_tuning import PLACES, Best, Loss, Measure, Tuned, better_of
 from fedqsn_jax.audit.rows import PooledRows
 from fedqsn_jax.core.types import ApplyFn, Array, Key, Params
 
@@ -64,7 +64,7 @@ def make_colluders_federation(
 
     def lane(
         rate: Array, start: Params, rows: PooledRows, places: Array, counts: Array, key: Key
-    ) -> tuple:
+    ) -> Best:
         optimizer = optax.adam(rate)
         weights = counts / jnp.maximum(counts.sum(), 1)
 
@@ -95,20 +95,13 @@ def make_colluders_federation(
             return jax.lax.fori_loop(0, counts.shape[0], add, common)
 
         def stretch(place: Array, carry: tuple) -> tuple:
-            common, (kept, kept_score, kept_error, kept_rounds) = carry
+            common, best = carry
             end = (place + 1) * rounds // PLACES
             common = jax.lax.fori_loop(place * rounds // PLACES, end, round_, common)
             score, error = measure(common, rows.held, rows.kept)
-            better = (score > kept_score) | ((score == kept_score) & (error < kept_error))
-            kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), common, kept)
-            return common, (
-                kept,
-                jnp.where(better, score, kept_score),
-                jnp.where(better, error, kept_error),
-                jnp.where(better, end, kept_rounds),
-            )
+            return common, better_of(best, Best(common, score, error, end))
 
-        first = (start, jnp.float32(-jnp.inf), jnp.float32(jnp.inf), jnp.int32(0))
+        first = Best(start, jnp.float32(-jnp.inf), jnp.float32(jnp.inf), jnp.int32(0))
         return jax.lax.fori_loop(0, PLACES, stretch, (start, first))[1]
 
     @jax.jit

@@ -43,6 +43,29 @@ class Tuned(NamedTuple):
 FineTune = Callable[[Params, Params, PooledRows, int, Key], Tuned]
 
 
+class Best(NamedTuple):
+    """The best place of a training so far.
+
+    Attributes:
+      params: The parameters there.
+      score: On the held-back rows, float32 scalar.
+      error: The loss there, float32 scalar.
+      place: After how many steps, or rounds, int32 scalar.
+    """
+
+    params: Params
+    score: Array
+    error: Array
+    place: Array
+
+
+def better_of(kept: Best, new: Best) -> Best:
+    """The new place if its score is larger, or equal with a smaller loss; else the kept one."""
+    # Written so that NaN is never better.
+    better = (new.score > kept.score) | ((new.score == kept.score) & (new.error < kept.error))
+    return jax.tree.map(lambda ours, theirs: jnp.where(better, ours, theirs), new, kept)
+
+
 def make_fine_tuning(
     apply_fn: ApplyFn,
     loss: Loss,
@@ -68,7 +91,7 @@ def make_fine_tuning(
 
     def lane(
         rate: Array, start: Params, trainable: Params, rows: PooledRows, steps: Array, key: Key
-    ) -> tuple[Params, Array, Array, Array]:
+    ) -> Best:
         optimizer = optax.adam(warmup_and_decay(rate, steps))  # type: ignore[arg-type]
 
         def step(index: Array, carry: tuple) -> tuple:
@@ -89,20 +112,10 @@ def make_fine_tuning(
             begin, end = place * steps // PLACES, (place + 1) * steps // PLACES
             params, state = jax.lax.fori_loop(begin, end, step, (params, state))
             score, error = measure(params, rows.held, rows.kept)
-            kept, kept_score, kept_error, kept_steps = best
-            # Written so that NaN is never better.
-            better = (score > kept_score) | ((score == kept_score) & (error < kept_error))
-            kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, kept)
-            best = (
-                kept,
-                jnp.where(better, score, kept_score),
-                jnp.where(better, error, kept_error),
-                jnp.where(better, end, kept_steps),
-            )
-            return params, state, best
+            return params, state, better_of(best, Best(params, score, error, end))
 
         score, error = measure(start, rows.held, rows.kept)
-        first = (start, jnp.nan_to_num(score, nan=-jnp.inf), error, jnp.int32(0))
+        first = Best(start, jnp.nan_to_num(score, nan=-jnp.inf), error, jnp.int32(0))
         carry = (start, optimizer.init(start), first)
         return jax.lax.fori_loop(0, PLACES, stretch, carry)[2]
 

@@ -88,8 +88,9 @@ def _coalitions(report: dict[str, Any]) -> str:
     rows = []
     for name, each in report["adversaries"].items():
         share = with_interval(each["protected_share"], 2)
+        least = with_interval(each["protected_share_at_least"], 2)
         if each["nothing_to_protect"]:
-            share = "nothing to protect"
+            share, least = "nothing to protect", ""
         alone, attack = each["alone"], each["best"]
         rows.append(
             f"<tr><td>{coalition(name, each)}</td>"
@@ -97,12 +98,14 @@ def _coalitions(report: dict[str, Any]) -> str:
             f"<td class='number'>{with_interval(alone['score']) if alone else '-'}</td>"
             f"<td class='number'>{with_interval(attack['score']) if attack else '-'}</td>"
             f"<td>{_text(attack['title']) if attack else 'received nothing'}</td>"
-            f"<td class='number'>{share}</td></tr>"
+            f"<td class='number'>{share}</td><td class='number'>{least}</td></tr>"
         )
     return (
         "<table><tr><th>thief</th><th class='number'>columns known</th>"
         "<th class='number'>alone</th><th class='number'>best attack</th><th>which</th>"
-        "<th class='number'>protected share P</th></tr>" + "".join(rows) + "</table>"
+        "<th class='number'>protected share P</th><th class='number'>at least</th></tr>"
+        + "".join(rows)
+        + "</table>"
     )
 
 
@@ -168,7 +171,8 @@ def _explanations(report: dict[str, Any]) -> str:
     return (
         "<p>P = (owner - best attack) / (owner - alone): 1 is full protection, 0 none. The best "
         "attack and all its settings are chosen on rows that the thief holds back, never on the "
-        "test rows. Intervals hold "
+        "test rows; 'at least' is P by the attack that turned out best on the test rows, a bound "
+        "for a thief with a lucky hand. Intervals hold "
         f"{100 * report['level']:.0f}% of 1000 resamples of the {report['test_rows']:,} test rows; "
         "they do not show the spread between seeds. Fidelity is the share of test rows on which "
         "the thief's model answers as the owner's. An audit shows what these attacks reach; a "

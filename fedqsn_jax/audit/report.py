@@ -122,6 +122,10 @@ def _judged(
     found["protected_share"] = _as_dict(interval(protected_share(owner, attack, alone)))
     asked = chosen.get("best_with_queries", attack)
     found["protected_share_with_queries"] = _as_dict(interval(protected_share(owner, asked, alone)))
+    # What no choice on held-back rows can miss: a bound, as it looks at the test rows.
+    without = [values[e.name] for e in groups["best"] if e.name in values]
+    strongest = max(without, key=lambda each: each[0], default=alone)
+    found["protected_share_at_least"] = _as_dict(interval(protected_share(owner, strongest, alone)))
     found["nothing_to_protect"] = bool(owner[0] - alone[0] < WORTH_PROTECTING)
     found["attacks"] = [
         {
@@ -264,7 +268,8 @@ def figures(report: Report) -> list[str]:
         without, asked = each["protected_share"], each["protected_share_with_queries"]
         lines.append(
             f"P, the protected share, {coalition(name, each)}: {with_interval(without, 2)}; "
-            f"with queries {with_interval(asked, 2)}"
+            f"with queries {with_interval(asked, 2)}; "
+            f"at least {with_interval(each['protected_share_at_least'], 2)}"
             + ("; nothing to protect" if each["nothing_to_protect"] else "")
         )
     return lines

@@ -86,6 +86,13 @@ def test_the_report_says_what_was_measured(report, workdir):
     if owner > alone:
         expected = (owner - max(best, alone)) / (owner - alone)
         assert each["protected_share"]["value"] == pytest.approx(expected)
+        strongest = max(
+            score
+            for name, score in scores.items()
+            if score is not None and not name.startswith(("alone", "distilled"))
+        )
+        least = (owner - max(strongest, alone)) / (owner - alone)
+        assert each["protected_share_at_least"]["value"] == pytest.approx(least)
     # The run's own evaluation of the owner's model, by other code.
     summary = json.loads((workdir / "summary.json").read_text())
     end = summary["views"]["global"]["end"]["accuracy"]
