@@ -6,6 +6,7 @@ The best of these is `alone`: what is protected is only what lies above it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,8 @@ def make_colluders_federation(
 ) -> Federate:
     """Makes ``(start, rows, places, counts, key) -> Tuned``: FedAvg among colluders.
 
-    In each round every member trains the common model with Adam on its own rows; the mean, weighted
-    by numbers of rows, is the next common model. Rate and round are chosen on held-back rows.
+    In each round every member trains the common model with Adam on its rows; the weighted mean is
+    next. Rate and round are chosen on held-back rows.
 
     Args:
       apply_fn: The model, as it is trained.
@@ -80,8 +81,8 @@ def make_colluders_federation(
                 updates, state = optimizer.update(gradient, state, params)
                 return optax.apply_updates(params, updates), state
 
-            steps = jnp.where(count > 0, local_steps, 0)
-            end, _ = jax.lax.fori_loop(0, steps, step, (common, optimizer.init(common)))
+            steps, begin = jnp.where(count > 0, local_steps, 0), (common, optimizer.init(common))
+            end, _ = jax.lax.fori_loop(0, steps, step, begin)
             return jax.tree.map(jnp.subtract, end, common)
 
         def round_(index: Array, common: Params) -> Params:
@@ -94,7 +95,7 @@ def make_colluders_federation(
 
             return jax.lax.fori_loop(0, counts.shape[0], add, common)
 
-        def stretch(place: Array, carry: tuple) -> tuple:
+        def stretch(place: Array, carry: tuple[Params, Best]) -> tuple[Params, Best]:
             common, best = carry
             end = (place + 1) * rounds // PLACES
             common = jax.lax.fori_loop(place * rounds // PLACES, end, round_, common)
@@ -113,8 +114,8 @@ def make_colluders_federation(
         first = jnp.lexsort((errors, -scores))[0]
         return jax.tree.map(lambda each: each[first], (best, scores, taken)), first
 
-    def run(start: Params, rows: PooledRows, places: Array, counts: Array, key: Key) -> Tuned:
-        (params, score, taken), index = federate(start, rows, places, counts, key)
+    def run(*arguments: Any) -> Tuned:
+        (params, score, taken), index = federate(*arguments)
         return Tuned(params, float(list(rates)[int(index)]), int(taken) * local_steps, float(score))
 
     return run

@@ -80,8 +80,8 @@ def catalogue(settings: AuditSettings) -> list[Attack]:
         Attack("alone_random", "alone, from random weights", _alone_random, alone=True),
         Attack("alone_federation", "alone, own federation", _alone_federation, alone=True),
         Attack("alone_base", "alone, from the public base", _alone_base, alone=True),
-        Attack("latest_proxy", "latest proxy as it is", _latest),
         Attack("union", "union of everything received", _union),
+        Attack("latest_proxy", "latest proxy as it is", _latest),
         Attack("union_tuned", "union, all weights tuned", _union_tuned),
         Attack("union_small", "union, norms and biases tuned", _union_small),
         *(
@@ -261,7 +261,24 @@ def _distilled(scene: Scene, count: int) -> Outcome:
     return _trained(scene, tuned, f"{count:,} queries: {kind}")
 
 
-def best(held: Sequence[tuple[float, float] | None]) -> int | None:
-    """The place of the best by score on held-back rows, then by loss; None: there is none."""
-    places = [index for index, each in enumerate(held) if each is not None]
-    return min(places, key=lambda i: (-held[i][0], held[i][1]), default=None)  # type: ignore[index]
+def best(held: Sequence[tuple[float, float] | None], rows: int) -> int | None:
+    """The place of the attack that a thief would choose by his held-back rows; None: there is none.
+
+    The rule of one standard error (Breiman et al., Classification and Regression Trees, 1984): the
+    first, so the plainest, whose score is less than one standard error below the largest. With few
+    rows the largest is often luck. Scores that are no shares have no such error here: the largest
+    is chosen, of equal ones that with the smaller loss.
+
+    Args:
+      held: Score and loss of each attack, plainer ones first; None where it was not played.
+      rows: Number of rows that were held back.
+    """
+    found = {index: each for index, each in enumerate(held) if each is not None}
+    if not found:
+        return None
+    top = min(found, key=lambda index: (-found[index][0], found[index][1]))
+    score = found[top][0]
+    if not 0 <= score <= 1:
+        return top
+    error = (score * (1 - score) / max(rows, 1)) ** 0.5
+    return next((i for i, each in found.items() if each[0] > score - error), top)

@@ -82,7 +82,7 @@ def make_report(case: Case, settings: AuditSettings, results: Results) -> Report
         own = [each for each in results.played if each.adversary == adversary.name]
         report["adversaries"][adversary.name] = {
             **results.holdings[adversary.name],
-            **_judged(own, models["global"], scores),
+            **_judged(own, models["global"], scores, results.holdings[adversary.name]),
             "findings": results.findings[adversary.name],
         }
     report["conclusions"] = conclusions(report)
@@ -93,6 +93,7 @@ def _judged(
     played: list[Played],
     owner: np.ndarray,
     scores: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+    holdings: Mapping[str, Any],
 ) -> Report:
     """One coalition: its attacks, the best of them, and what is protected from it."""
     values = {each.name: scores(each.sums) for each in played if each.sums is not None}
@@ -104,7 +105,7 @@ def _judged(
     found: Report = {}
     chosen: dict[str, np.ndarray] = {}
     for name, group in groups.items():
-        place = best([each.held for each in group])
+        place = best([each.held for each in group], holdings["held_rows"])
         if place is None:
             found[name] = None
             continue
@@ -168,7 +169,8 @@ def conclusions(report: Report) -> list[str]:
         lines.append(
             f"Against {who}, {_percent(share)} of the owner's advantage is protected: the owner "
             f"has {owner:.3f}, the best attack ({attack['title']}) {attack['score']['value']:.3f}, "
-            f"own rows alone {reach:.3f}."
+            f"own rows alone {reach:.3f}. Had the thief guessed the best attack, it would be "
+            f"{_percent(each['protected_share_at_least']['value'])}."
         )
     return [*lines, *_advice(report)]
 

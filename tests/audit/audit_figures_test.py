@@ -66,5 +66,13 @@ def test_rows_are_resampled_together_for_all_models():
 
 
 def test_the_best_is_chosen_by_score_then_by_loss():
-    assert best([(0.5, 1.0), None, (0.7, 2.0), (0.7, 1.5)]) == 3
-    assert best([None, None]) is None
+    # BLEU and the like are no shares.
+    assert best([(5.0, 1.0), None, (7.0, 2.0), (7.0, 1.5)], rows=10) == 3
+    assert best([None, None], rows=10) is None
+
+
+def test_a_plainer_attack_within_a_standard_error_is_chosen():
+    # At .8 of 100 rows the standard error is .04.
+    assert best([(0.75, 0.0), None, (0.77, 9.0), (0.8, 0.0)], rows=100) == 2
+    assert best([(0.75, 0.0), None, (0.77, 9.0), (0.8, 0.0)], rows=10_000) == 3
+    assert best([(1.0, 2.0), (1.0, 1.0)], rows=5) == 1
