@@ -50,8 +50,7 @@ def make_colluders_federation(
 ) -> Federate:
     """Makes ``(start, rows, places, counts, key) -> Tuned``: FedAvg among colluders.
 
-    In each round every member trains the common model with Adam on its rows; the weighted mean is
-    next. Rate and round are chosen on held-back rows.
+    In each round every member trains the common model with Adam; the weighted mean is the next.
 
     Args:
       apply_fn: The model, as it is trained.

@@ -280,5 +280,7 @@ def best(held: Sequence[tuple[float, float] | None], rows: int) -> int | None:
     score = found[top][0]
     if not 0 <= score <= 1:
         return top
-    error = (score * (1 - score) / max(rows, 1)) ** 0.5
+    # With two successes and two failures added (Agresti and Coull, 1998): it is not zero at 1.
+    share = (score * rows + 2) / (rows + 4)
+    error = (share * (1 - share) / (rows + 4)) ** 0.5
     return next((i for i, each in found.items() if each[0] > score - error), top)

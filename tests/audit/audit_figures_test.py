@@ -75,4 +75,5 @@ def test_a_plainer_attack_within_a_standard_error_is_chosen():
     # At .8 of 100 rows the standard error is .04.
     assert best([(0.75, 0.0), None, (0.77, 9.0), (0.8, 0.0)], rows=100) == 2
     assert best([(0.75, 0.0), None, (0.77, 9.0), (0.8, 0.0)], rows=10_000) == 3
-    assert best([(1.0, 2.0), (1.0, 1.0)], rows=5) == 1
+    # 17 of 17: (19 / 21 * 2 / 21 / 21) ** .5 = .064, and 16 of 17 is .059 below.
+    assert best([(0.9, 0.0), (16 / 17, 2.0), (1.0, 1.0)], rows=17) == 1
