@@ -10,6 +10,9 @@ from typing import Any
 _PUBLIC = {
     "api.own_model": ("Federated", "federate"),
     "runs.trained": ("Trained", "load"),
+    "audit.case": ("OwnModel",),
+    "audit.running": ("audit_run",),
+    "audit.scene": ("AuditSettings",),
     "config.schema": ("Config", "ConfigError", "default_config", "resolve"),
     "protocol.sites": ("MaskSite", "Sites", "embedding_rules", "find_sites"),
     "protocol.broadcast": ("Broadcast",),
