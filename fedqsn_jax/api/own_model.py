@@ -1,22 +1,37 @@
 """One call for people who bring their own model and their own clients' arrays."""
 
 import dataclasses
-import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
+from flax import linen
 
-from fedqsn_jax.api.heads import find_heads
-from fedqsn_jax.api.own_rows import Arrays, check_classes, check_same, read_clients, read_rows
-from fedqsn_jax.config.command_line import one_line
+from fedqsn_jax.api.heads import Head, find_heads
+from fedqsn_jax.api.own_function import (
+    OwnModel,
+    as_function,
+    check_names,
+    check_task,
+    outputs_of,
+    warn_of_idle_dropouts,
+)
+from fedqsn_jax.api.own_params import OwnTree, read_params
+from fedqsn_jax.api.own_rows import (
+    Arrays,
+    Rows,
+    check_classes,
+    check_held,
+    check_same,
+    read_clients,
+    read_rows,
+)
 from fedqsn_jax.config.schema import (
-    ClientConfig,
     Config,
     ConfigError,
     check_sections,
@@ -26,17 +41,21 @@ from fedqsn_jax.config.schema import (
 )
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task, classification
-from fedqsn_jax.core.trees import leaves_by_path
-from fedqsn_jax.core.types import ApplyFn, Array, Batch, Params
+from fedqsn_jax.core.trees import exact_pattern, leaves_by_path, matches_any
+from fedqsn_jax.core.types import Batch, Params
 from fedqsn_jax.data.held_out import hold_out
-from fedqsn_jax.data.population import HeldOut
+from fedqsn_jax.data.population import Splits
 from fedqsn_jax.data.streamed import HostData, place
-from fedqsn_jax.models.functional import linen_apply, linen_init, nnx_split
-from fedqsn_jax.problems.training import hold_back, pretrain
+from fedqsn_jax.problems.limits import MODEL, check_initial
+from fedqsn_jax.problems.problem import Problem
+from fedqsn_jax.problems.training import pretrain
+from fedqsn_jax.protocol.sites import parse_rule
 from fedqsn_jax.reporting.display import Display, silent_display
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 from fedqsn_jax.rounds.federation import ServerState
-from fedqsn_jax.simulation.compose import Simulation, make_simulation
+from fedqsn_jax.runs.experiment import Experiment, OnEntries, prepare, run_in
+from fedqsn_jax.runs.working_directory import WorkDirectory
+from fedqsn_jax.simulation.compose import Simulation
 from fedqsn_jax.simulation.costs import expected_costs, tensor_rows
 from fedqsn_jax.simulation.memory import answer_out_of_memory
 from fedqsn_jax.simulation.running import (
@@ -70,7 +89,7 @@ class Federated(NamedTuple):
 
 
 def federate(
-    model: linen.Module | nnx.Module | tuple[ApplyFn, Params],
+    model: OwnModel,
     clients: Sequence[Arrays] | HostData,
     test: Arrays,
     *,
@@ -78,7 +97,8 @@ def federate(
     task: Task | None = None,
     params: Params | None = None,
     inputs: str = "image",
-    on_progress: Callable[[int, list[Entry]], None] | None = None,
+    on_progress: OnEntries | None = None,
+    workdir: Path | str | None = None,
     **settings: Any,
 ) -> Federated:
     """Federates a model of your own.
@@ -90,15 +110,15 @@ def federate(
       )
       result.history[-1]["global/accuracy"] - result.history[-1]["attacker_10/accuracy"]
 
-    The arrays are checked before anything is compiled. Settings that have no effect, promises that
-    an algorithm does not keep, updates that were rejected because they were not finite, and
-    training that diverged are told in a `UserWarning`.
+    The arrays are checked before anything is compiled. What the user should know of (settings
+    without effect, promises that are not kept, rejected updates, divergence) is a `UserWarning`.
 
     Args:
       model: A linen module, an nnx module, or ``(apply_fn, params)``. A module is called with
-        ``batch[inputs]``, the function with ``(params, batch, key)``: the whole batch, and a key in
-        training (for dropout), None in evaluation. The task head is found by what it does, and
-        never hidden.
+        ``batch[inputs]`` (see `functional.linen_apply`, `functional.nnx_split`), the function with
+        ``(params, batch, key)``: the whole batch, and a key in training, None in evaluation. The
+        task head is found by what it does, and never hidden. Integers, booleans and random keys
+        among the parameters are constants.
       clients: Each client's dictionary of arrays ``[rows, ...]``, all with the same names, dtypes
         and shapes of a row; numbers of rows may differ. Or all of them as `HostData`, whose arrays
         may be memory-mapped files.
@@ -106,148 +126,232 @@ def federate(
       private: The server's own rows, on which it trains before the first round
         (``pretraining`` in the settings); None: no such training.
       task: Loss and metrics; by default `tasks.classification` of the integers ``label``.
-      params: Parameters to start from, instead of initial or an nnx module's own ones.
+      params: Parameters to start from, instead of initial or an nnx module's own ones; also those
+        that `load` gives.
       inputs: The name of a module's input among the arrays.
       on_progress: Called with the number of finished rounds, and what was newly evaluated. Without
         it, what takes long gives signs of life: a line every few seconds, in a terminal a spinner.
+      workdir: A directory for checkpoints, metrics and pictures, as the main job has it: the same
+        call resumes there, one with more ``rounds`` extends, `load` reads. None: nothing is kept.
       **settings: Fields of `config.Config`, sections as dictionaries. ``cohort.size`` and
         ``evaluation.attackers`` are by default at most the number of clients. Of ``data`` there
-        are ``resident``, ``held_out_share`` and ``held_out_clients`` only.
+        are ``resident``, ``held_out_share`` and ``held_out_clients`` only; ``checkpoint`` is for
+        a ``workdir``.
 
     Raises:
-      ConfigError: A setting is unknown, out of range, or does not fit the model.
+      ConfigError: A setting is unknown, out of range, or does not fit the model, or the directory
+        belongs to another configuration, other rows or another model.
       ValueError: The arrays are in another format or do not agree, a label is none of the model's
         classes, or the model has running statistics.
     """
-    population = read_clients(clients)
-    config = _resolve(settings, population.clients)
-    others = {"test": test} if private is None else {"test": test, "private": private}
-    rows = {where: read_rows(each, where) for where, each in others.items()}
-    for where, each in rows.items():
-        check_same(each, population, where)
-    # What the settings say of private rows is of a data set of the package.
-    own_rows = len(next(iter(rows["private"].values()))) if "private" in rows else 0
-    config = with_fields(config, {"data.private_rows": own_rows})
+    config, population, rows = _read(clients, test, private, settings, workdir)
     task = task or classification()
-    _check_names(model, inputs, task, population.examples)
-    example = {name: jnp.asarray(array[:1]) for name, array in rows["test"].items()}
-    apply_fn, initial = _as_function(model, config, example, inputs)
-    start_of = initial if params is None else lambda: jax.tree.map(jnp.asarray, params)
-    outputs = _outputs(apply_fn, start_of, example)
-    if task.label is not None:
-        check_classes(task.label, outputs, population, rows)
-    _check_task(task, outputs, example)
+    check_names(model, inputs, task, population.examples)
     for line in warnings_before_run(config, _chosen(settings)):
         warnings.warn(line, stacklevel=2)
-    trains, client_tests = hold_out(
-        population, config.data, np.random.default_rng([config.seed, _STREAM])
-    )
-    data = place(trains, config.data.resident)
-    on_device: dict[str, Batch] = jax.tree.map(jnp.asarray, rows)
-    private_rows, validation = _private(config, on_device)
-    held_out = HeldOut(on_device["test"], client_tests, validation)
-    start = start_of()
-    heads = find_heads(apply_fn, start, example, fold_in_name(root_key(config.seed), "heads"))
-    if not heads and not config.site_rules:
-        raise ConfigError(
-            "site_rules: no task head was found; name it by a rule such as 'PATH: none', with a "
-            f"path of: {', '.join(leaves_by_path(start))}"
-        )
-    rules = (*config.site_rules, *(f"{path}: none" for path in heads))
-    config = dataclasses.replace(config, site_rules=rules, client=_with_heads(config.client, heads))
-    simulation = make_simulation(config, apply_fn, task, start, data)
-    # Whoever is told of the rounds shows them in a way of their own.
-    display = Display() if on_progress is None else silent_display()
-    with (
-        answer_out_of_memory(config, simulation.choice.axis.chunk_size),
-        display.waiting("federate: the server's own training") as waiting,
-    ):
-        if private_rows is not None:
-            start = pretrain(config, apply_fn, task, start, private_rows)
-        state = initial_state(simulation, start)
-        waiting.now("federate: the first evaluation")
-        history = [first_entry(simulation, state, held_out)]
-        waiting.now(f"federate: round 0 of {config.rounds}, the first call compiles")
-        for finished, after, entries in run_rounds(simulation, state, data, held_out):
-            waiting.now(f"federate: round {finished} of {config.rounds}")
-            state = after
-            history += entries
-            if on_progress is not None:
-                on_progress(finished, entries)
-    for line in warnings_after_run(config, history, state.attackers):
+    own = _Own(model, task, params, inputs)
+    tree, experiment = _prepare(own, config, population, rows)
+    if workdir is None:
+        state, history = _run(experiment, on_progress)
+    else:
+        state, history = _run_in(Path(workdir), experiment, on_progress)
+    for line in warnings_after_run(experiment.config, history, state.attackers):
         warnings.warn(line, stacklevel=2)
+    simulation = experiment.simulation
     return Federated(
-        jax.jit(simulation.merged)(state.params),
+        tree.join(jax.jit(simulation.merged)(state.params)),
         history,
-        tensor_rows(simulation, start),
+        tensor_rows(simulation, experiment.problem.params),
         expected_costs(simulation),
         state,
         simulation,
     )
 
 
-def _private(config: Config, rows: Mapping[str, Batch]) -> tuple[Batch | None, Batch | None]:
-    """The server's rows to train on, and those on which settings are chosen; None: no rows."""
+def _read(
+    clients: Sequence[Arrays] | HostData,
+    test: Arrays,
+    private: Arrays | None,
+    settings: Mapping[str, Any],
+    workdir: Path | str | None,
+) -> tuple[Config, HostData, dict[str, Rows]]:
+    """The settings, the clients' rows, and those of others by whose they are."""
+    population = read_clients(clients)
+    config = _resolve(settings, population.clients, workdir is not None)
+    others = {"test": test} if private is None else {"test": test, "private": private}
+    rows = {where: read_rows(each, where) for where, each in others.items()}
+    for where, each in rows.items():
+        check_same(each, population, where)
+    # What the settings say of private rows is of a data set of the package.
+    own_rows = len(next(iter(rows["private"].values()))) if "private" in rows else 0
+    return with_fields(config, {"data.private_rows": own_rows}), population, rows
+
+
+class _Own(NamedTuple):
+    """What a user calls the model, and how it is used.
+
+    Attributes:
+      model: The model.
+      task: What it is for.
+      params: What it starts from; None: what it has, or its initial ones.
+      inputs: The name of a module's input.
+    """
+
+    model: OwnModel
+    task: Task
+    params: Params | None
+    inputs: str
+
+
+def _prepare(
+    own: _Own, config: Config, population: HostData, rows: Mapping[str, Rows]
+) -> tuple[OwnTree, Experiment]:
+    """Checks the model, and composes what is run; no program of the rounds is compiled."""
+    some = {name: jnp.asarray(array[:_PROBE_ROWS]) for name, array in rows["test"].items()}
+    example = {name: array[:1] for name, array in some.items()}
+    key = root_key(config.seed)
+    own_apply, initial = as_function(own.model, fold_in_name(key, "model"), example, own.inputs)
+    given = None if own.params is None else _as_the_model_has(own, initial)
+    start_of = initial if given is None else lambda: given
+    outputs = outputs_of(own_apply, start_of, example)
+    if own.task.label is not None:
+        check_classes(own.task.label, outputs, population, rows)
+    check_task(own.task, outputs, example)
+    check_held(population, rows)
+    if isinstance(own.model, linen.Module) and own.params is None:
+        check_initial(config, MODEL, jax.eval_shape(initial))
+    tree, start = read_params(start_of())
+    apply_fn = tree.adapt(own_apply)
+    warn_of_idle_dropouts(own.model, tree.join(start), example, own.inputs)
+    trains, client_tests = hold_out(
+        population, config.data, np.random.default_rng([config.seed, _STREAM])
+    )
+    on_device: dict[str, Batch] = jax.tree.map(jnp.asarray, dict(rows))
+    heads = find_heads(apply_fn, start, some, fold_in_name(key, "heads"))
+    problem = Problem(
+        splits=Splits(
+            clients=place(trains, config.data.resident),
+            private=_private(config, on_device),
+            test=on_device["test"],
+            num_classes=outputs.shape[-1] if outputs.shape else 0,
+            client_tests=client_tests,
+        ),
+        params=start,
+        apply_fn=apply_fn,
+        pretraining_apply=apply_fn,
+        client_apply=None,
+        task=own.task,
+        name="rows of your own",
+    )
+    return tree, prepare(_with_heads(config, heads, start), problem)
+
+
+def _as_the_model_has(own: _Own, initial: Callable[[], Params]) -> Params:
+    """Parameters to start from, in the form of the model's own: `load` gives dictionaries."""
+    if not isinstance(own.model, tuple):
+        return own.params
+    first = initial()
+    given, wanted = (str(jax.tree.structure(each)) for each in (own.params, first))
+    if given == wanted:
+        return own.params
+    tree, plain = read_params(first)
+    if given != str(jax.tree.structure(plain)):
+        raise ValueError(f"params: {given}; allowed is the model's own structure, {wanted}")
+    return tree.join(own.params)
+
+
+def _run_in(
+    directory: Path, experiment: Experiment, on_progress: OnEntries | None
+) -> tuple[ServerState, list[Entry]]:
+    """Runs, resumes or extends in a directory, as the main job does."""
+    tensors = leaves_by_path(experiment.problem.params)
+    described = (f"{path} {leaf.dtype}{list(leaf.shape)}" for path, leaf in tensors.items())
+    work = WorkDirectory(directory, tuple(described))
+    work.check(experiment.config)
+    if on_progress is None:
+        return run_in(work, experiment, Display())
+    return run_in(work, experiment, silent_display(), on_entries=on_progress)
+
+
+def _run(experiment: Experiment, on_progress: OnEntries | None) -> tuple[ServerState, list[Entry]]:
+    """Runs all rounds; returns the last state and what was evaluated."""
+    config, problem, simulation = experiment.config, experiment.problem, experiment.simulation
+    # Whoever is told of the rounds shows them in a way of their own.
+    display = Display() if on_progress is None else silent_display()
+    with (
+        answer_out_of_memory(config, simulation.choice.axis.chunk_size),
+        display.waiting("federate: the server's own training") as waiting,
+    ):
+        start, private = problem.params, problem.splits.private
+        start = pretrain(config, problem.apply_fn, problem.task, start, private)
+        state = initial_state(simulation, start)
+        waiting.now("federate: the first evaluation")
+        history = [first_entry(simulation, state, experiment.held_out)]
+        waiting.now(f"federate: round 0 of {config.rounds}, the first call compiles")
+        calls = run_rounds(simulation, state, problem.splits.clients, experiment.held_out)
+        for finished, after, entries in calls:
+            waiting.now(f"federate: round {finished} of {config.rounds}")
+            state = after
+            history += entries
+            if on_progress is not None:
+                on_progress(finished, entries)
+    return state, history
+
+
+def _private(config: Config, rows: Mapping[str, Batch]) -> Batch:
+    """The server's own rows; of none, arrays without rows."""
     if "private" in rows:
-        return hold_back(config, rows["private"])
+        return rows["private"]
     if chooses_scale(config):
         raise ConfigError(
             "server.scale = 0: it is chosen on the server's own rows, and there are none; allowed "
             "are private=ROWS, or server.scale above 0"
         )
-    return None, None
+    return {name: array[:0] for name, array in rows["test"].items()}
 
 
-def _check_names(model: Any, inputs: str, task: Task, arrays: Mapping[str, Any]) -> None:
-    """Makes sure that the rows have the arrays that are read by name."""
-    names = ", ".join(sorted(arrays))
-    if inputs not in arrays and not isinstance(model, tuple):
-        raise ValueError(
-            f"inputs = {inputs!r}: the model's input; allowed is one of the rows' {names}"
+def _with_heads(config: Config, heads: Sequence[Head], params: Params) -> Config:
+    """Settings in which the model's heads are named: they are never hidden, whatever rules say.
+
+    Raises:
+      ConfigError: No head is known, though columns are hidden or quantized.
+    """
+    kernels = [head.kernel for head in heads]
+    if not heads and not config.site_rules and config.algorithm != "fedavg":
+        raise ConfigError(
+            "site_rules: no task head was found; name it by a rule such as '=PATH: none', with a "
+            f"path of: {', '.join(leaves_by_path(params))}"
         )
-    if task.label is not None and task.label not in arrays:
-        raise ValueError(
-            f"task: its labels are called {task.label!r}; allowed is one of the rows' {names}, by "
-            f"task=classification(NAME)"
-        )
-
-
-def _outputs(
-    apply_fn: ApplyFn, start: Callable[[], Params], example: Batch
-) -> jax.ShapeDtypeStruct:
-    """What the model makes of a batch; nothing is computed or compiled."""
     try:
-        outputs: Any = jax.eval_shape(lambda batch: apply_fn(start(), batch, None), example)
-    except KeyError as error:
-        raise ValueError(
-            f"model: there is no {error} in its parameters, or in a batch, which has "
-            f"{', '.join(sorted(example))}"
-        ) from error
-    except Exception as error:
-        raise ValueError(
-            f"model: it fails on a batch, which is a dictionary with "
-            f"{', '.join(sorted(example))}, without a key, "
-            f"as in evaluation: {one_line(error)}"
-        ) from error
-    if not isinstance(outputs, jax.ShapeDtypeStruct):
-        raise ValueError(
-            f"model: it returns a value of type {type(outputs).__name__}; allowed is one array"
-        )
-    return outputs
+        rules = [(rule, *parse_rule(rule)) for rule in config.site_rules]
+    except ValueError as error:
+        raise ConfigError(f"site_rules: {error}") from error
+    own = []
+    for kernel in kernels:
+        fitting = [roles for _, pattern, roles in rules if matches_any(kernel, (pattern,))]
+        # A head that a rule quantizes and never hides travels so.
+        if not fitting or fitting[0][0] not in ("none", "whole"):
+            own.append(f"{exact_pattern(kernel)}: none")
+    for rule, pattern, roles in rules:
+        fits = [path for path in leaves_by_path(params) if matches_any(path, (pattern,))]
+        if fits and set(fits) <= set(kernels) and roles[0] not in ("none", "whole"):
+            warnings.warn(
+                f"site_rules: {rule!r} has no effect: {', '.join(fits)} is the task head, which "
+                f"is never hidden",
+                stacklevel=4,
+            )
+    tensors = [path for head in heads for path in head if path is not None]
+    patterns = [exact_pattern(path) for path in tensors] or ["head"]
+    named = [patterns if name == "head" else [name] for name in config.client.trained]
+    trained = tuple(itertools.chain(*named))
+    client = dataclasses.replace(config.client, trained=trained)
+    return dataclasses.replace(config, site_rules=(*own, *config.site_rules), client=client)
 
 
-def _check_task(task: Task, outputs: jax.ShapeDtypeStruct, example: Batch) -> None:
-    """Makes sure that the task finds in a batch what it reads."""
-
-    def read(outputs: Array, batch: Batch, valid: Array) -> Any:
-        return task.loss(outputs, batch, valid), task.statistics(outputs, batch, valid)
-
-    try:
-        jax.eval_shape(read, outputs, example, jnp.ones(1, bool))
-    except KeyError as error:
-        raise ValueError(
-            f"task: there is no {error} in a batch, which has {', '.join(sorted(example))}"
-        ) from error
+_DATA_FIELDS = {"resident", "held_out_share", "held_out_clients"}
+_PROBE_ROWS = 64
+_STREAM = 0x68656C64
+"""Keeps the draws of held-out rows apart from others with the same seed."""
 
 
 def _chosen(settings: Mapping[str, Any]) -> set[str]:
@@ -259,19 +363,7 @@ def _chosen(settings: Mapping[str, Any]) -> set[str]:
     return chosen
 
 
-def _with_heads(client: ClientConfig, heads: Sequence[str]) -> ClientConfig:
-    """Replaces the name ``head`` by the model's heads, which need not be named so."""
-    patterns = [f"{path.rpartition('/')[0]}/*".lstrip("/") for path in heads]
-    named = [patterns if name == "head" else [name] for name in client.trained]
-    return dataclasses.replace(client, trained=tuple(itertools.chain(*named)))
-
-
-_DATA_FIELDS = {"resident", "held_out_share", "held_out_clients"}
-_STREAM = 0x68656C64
-"""Keeps the draws of held-out rows apart from others with the same seed."""
-
-
-def _resolve(settings: Mapping[str, Any], population: int) -> Config:
+def _resolve(settings: Mapping[str, Any], population: int, keeps: bool) -> Config:
     check_sections(settings)
     data = dict(settings.get("data", {}))
     held_out = data.get("held_out_clients", 0)
@@ -279,7 +371,14 @@ def _resolve(settings: Mapping[str, Any], population: int) -> Config:
         population -= held_out
     for section in ("data", "model", "checkpoint"):
         if section in settings and (section != "data" or set(data) - _DATA_FIELDS):
-            raise ConfigError(f"{section}: of no use here, the model and the arrays are your own")
+            if section == "checkpoint" and keeps:
+                continue
+            why = (
+                "without workdir=DIRECTORY"
+                if section == "checkpoint"
+                else ("here, the model and the arrays are your own")
+            )
+            raise ConfigError(f"{section}: of no use {why}")
     cohort = {"size": min(Config().cohort.size, population), **settings.get("cohort", {})}
     attackers = tuple(sorted({min(n, population) for n in Config().evaluation.attackers}))
     evaluation = {"attackers": attackers, **settings.get("evaluation", {})}
@@ -291,50 +390,3 @@ def _resolve(settings: Mapping[str, Any], population: int) -> Config:
             "data": {"clients": population, **data},
         }
     )
-
-
-def _as_function(
-    model: linen.Module | nnx.Module | tuple[ApplyFn, Params],
-    config: Config,
-    example: Arrays,
-    inputs: str,
-) -> tuple[ApplyFn, Callable[[], Params]]:
-    """Returns the model as a function, and what makes its parameters.
-
-    Raises:
-      ValueError: It is none of the kinds of model, or its function has other arguments.
-    """
-    if isinstance(model, linen.Module):
-        module, key = model, fold_in_name(root_key(config.seed), "model")
-        return (
-            linen_apply(module, inputs),
-            lambda: linen_init(module, key, dict(example), inputs),
-        )
-    if isinstance(model, nnx.Module):
-        own, apply_fn = nnx_split(model, inputs)
-        return apply_fn, lambda: own
-    if not isinstance(model, tuple) or len(model) != 2 or not callable(model[0]):
-        kind = "the class" if isinstance(model, type) else "of type"
-        name = (model if isinstance(model, type) else type(model)).__name__
-        raise ValueError(
-            f"model: {kind} {name}; allowed are an instance of a flax.linen or flax.nnx module, "
-            f"and (apply_fn, params)"
-        )
-    apply_fn, own = model
-    _check_signature(apply_fn)
-    return apply_fn, lambda: own
-
-
-def _check_signature(apply_fn: Callable[..., Any]) -> None:
-    """Makes sure that a function can be called as the rounds will."""
-    try:
-        signature = inspect.signature(apply_fn)
-    except (TypeError, ValueError):
-        return  # Some callables do not tell; they are taken as they are.
-    try:
-        signature.bind(None, None, None)
-    except TypeError as error:
-        raise ValueError(
-            f"model: apply_fn takes {signature}; allowed is (params, batch, key), where the batch "
-            f"is a dictionary of arrays and the key None in evaluation"
-        ) from error

@@ -3,12 +3,14 @@
 A mistake is a `ValueError` of one line: whose rows, what is wrong, what is allowed.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from fedqsn_jax.core.arrays import check_values, count_not_finite, read_array
 from fedqsn_jax.data.labels import check_labels, wrong_labels
 from fedqsn_jax.data.population import join_clients
 from fedqsn_jax.data.streamed import HostData
@@ -65,37 +67,17 @@ def read_rows(rows: Arrays, where: str) -> Rows:
     for name in rows:
         if not isinstance(name, str):
             raise ValueError(f"{where}: an array is called {name!r}; allowed is {_FORMAT}")
-    read = {name: _read_array(array, f"{where}: {name!r}") for name, array in rows.items()}
+    read = {name: read_array(array, f"{where}: {name!r}") for name, array in rows.items()}
     lengths = {name: len(array) for name, array in read.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{where}: its arrays differ in their number of rows: {_listed(lengths)}")
     return read
 
 
-def _read_array(value: Any, where: str) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{where} cannot be made an array: {message}") from error
-    _check_array(array, where)
-    return array
-
-
-def _check_array(array: np.ndarray, where: str) -> None:
-    # NumPy alone does not take bfloat16 for a number.
-    if not (jax.dtypes.issubdtype(array.dtype, np.number) or array.dtype == bool):
-        raise ValueError(f"{where} is of dtype {array.dtype}; allowed are numbers and booleans")
-    if array.ndim == 0:
-        raise ValueError(f"{where} is a scalar; allowed is an array [rows, ...]")
-
-
 def _check_joined(data: HostData) -> None:
     """Makes sure of what a round takes for granted about joined rows."""
     if not isinstance(data.examples, Mapping) or not data.examples:
         raise ValueError(f"clients: HostData.examples; allowed is {_FORMAT}")
-    for name, array in data.examples.items():
-        _check_array(array, f"clients: {name!r}")
     offsets = np.asarray(data.offsets)
     if offsets.ndim != 1 or len(offsets) < 2 or not np.issubdtype(offsets.dtype, np.integer):
         raise ValueError(
@@ -141,6 +123,29 @@ def check_same(rows: Rows, clients: HostData, where: str) -> None:
             )
     if not len(next(iter(rows.values()))):
         raise ValueError(f"{where} has no rows; allowed is one or more")
+
+
+def check_held(clients: HostData, others: Mapping[str, Rows]) -> None:
+    """Makes sure that a device can hold all values; see `arrays.check_values`.
+
+    Values of others that are not finite are told in a `UserWarning`. Of the clients' it is told at
+    the end whose updates were not.
+
+    Args:
+      clients: The clients' rows.
+      others: Others' rows, by whose they are.
+
+    Raises:
+      ValueError: It would change some.
+    """
+    for where, arrays in {"clients": clients.examples, **others}.items():
+        for name, array in arrays.items():
+            check_values(array, f"{where}: {name!r}")
+            count = 0 if where == "clients" else count_not_finite(array)
+            if count:
+                warnings.warn(
+                    f"{where}: {name!r} has {count} values that are not finite", stacklevel=4
+                )
 
 
 def check_classes(

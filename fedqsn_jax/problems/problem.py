@@ -18,6 +18,7 @@ from fedqsn_jax.core.types import ApplyFn, Params
 from fedqsn_jax.data.population import Splits
 from fedqsn_jax.data.text.prompts import Prompts
 from fedqsn_jax.generation.text_evaluation import TextEvaluator
+from fedqsn_jax.problems.limits import MODEL
 from fedqsn_jax.problems.training import Preparation
 
 
@@ -93,6 +94,8 @@ class Problem(NamedTuple):
         nothing.
       notes: What the user should know about how these came to be, a line each.
       files: What lay beside a pre-trained model's weights; a run keeps copies for its export.
+      size: The setting that decides on the model's size; see `limits`.
+      name: What the data are called; empty: as the configuration calls them.
     """
 
     splits: Splits
@@ -105,3 +108,5 @@ class Problem(NamedTuple):
     preparation: Preparation | None = None
     notes: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    size: str = MODEL
+    name: str = ""

@@ -56,6 +56,10 @@ DEFAULT_RULES: tuple[str, ...] = (
     "*/*conv*/kernel: input input input input column",
     # Dense layers.
     "*/kernel: input column",
+    # The same with Haiku's names.
+    "*/*conv*/w: input input column",
+    "*/w: input input input column",
+    "*/w: input column",
 )
 """The rules that follow the user's own. A rule whose number of axes differs does not match."""
 
@@ -216,7 +220,11 @@ class Sites(tuple[MaskSite, ...]):
 
 
 def find_sites(
-    params: Params, rules: Iterable[str] = (), selection: SiteSelection = "all"
+    params: Params,
+    rules: Iterable[str] = (),
+    selection: SiteSelection = "all",
+    *,
+    needed: bool = True,
 ) -> Sites:
     """Finds the mask sites of a parameter tree.
 
@@ -226,6 +234,8 @@ def find_sites(
       selection: ``"all"``: every kernel that a rule matches; ``"residual"``: of those, the ones
         that write to the residual stream (`RESIDUAL_PATTERNS`), and every one that a rule of the
         user's names.
+      needed: Whether anything is hidden or quantized, so that a model without sites, or with a
+        kernel that no rule knows, is a mistake.
 
     Returns:
       The sites, in the order of the tree.
@@ -244,7 +254,7 @@ def find_sites(
         # A rule that an earlier one overrules has matched all the same.
         unused -= {rule[0] for rule in user_rules if _first_match([rule], path, leaf.ndim)}
         rule = by_user or _first_match(default_rules, path, leaf.ndim)
-        if rule is None and path.endswith("kernel") and selection == "all":
+        if rule is None and path.endswith("kernel") and selection == "all" and needed:
             exact = exact_pattern(path)
             raise ValueError(
                 f"no rule says which axes of {path!r}, shape {tuple(leaf.shape)}, are columns; add "
@@ -260,7 +270,7 @@ def find_sites(
             f"site rule for {sorted(unused)[0]!r} matches no tensor with that many axes; "
             f"tensors: {', '.join(leaves)}"
         )
-    if not any(site.hideable for site in sites):
+    if needed and not any(site.hideable for site in sites):
         raise ValueError(
             f"no mask site found with sites={selection!r}; add a rule such as "
             f"'PATTERN: input column' for one of: {', '.join(leaves)}"
@@ -344,8 +354,9 @@ def _make_site(
         bias_path=None,
         hideable=hideable,
     )
-    parent = path.rpartition("/")[0]
-    bias_path = f"{parent}/bias" if parent else "bias"
+    parent, _, name = path.rpartition("/")
+    bias = "b" if name == "w" else "bias"
+    bias_path = f"{parent}/{bias}" if parent else bias
     if bias_path in leaves and tuple(leaves[bias_path].shape) == site.bias_shape:
         site = dataclasses.replace(site, bias_path=bias_path)
     return site

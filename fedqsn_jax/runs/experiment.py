@@ -4,7 +4,7 @@ import contextlib
 import functools
 import signal
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.runs.written_texts import passes, write_texts
 from fedqsn_jax.simulation.compose import Simulation, make_simulation
 from fedqsn_jax.simulation.costs import expected_costs, tensor_rows
+from fedqsn_jax.simulation.fitting import Model
+from fedqsn_jax.simulation.limits import check_evaluation, check_pretraining
 from fedqsn_jax.simulation.memory import answer_out_of_memory
 from fedqsn_jax.simulation.running import (
     Entry,
@@ -42,6 +44,9 @@ from fedqsn_jax.simulation.running import (
     run_rounds,
 )
 from fedqsn_jax.simulation.warnings import warnings_after_run, warnings_before_run
+
+OnEntries = Callable[[int, list[Entry]], None]
+"""Called with the number of finished rounds, and what was newly evaluated."""
 
 
 class Experiment(NamedTuple):
@@ -89,7 +94,9 @@ def dry_run(
     if directory is not None:
         distributed.by_leader(lambda: WorkDirectory(directory).check_fit(config))
     with display.waiting("loading the data and making the model"):
-        experiment = distributed.together(lambda: prepare(config))
+        experiment = distributed.together(
+            lambda: prepare(config, load_problem(problem_settings(config), shapes=True))
+        )
     _show(experiment, display, chosen)
 
 
@@ -115,6 +122,32 @@ def run(config: Config, directory: Path, display: Display, chosen: Collection[st
     distributed.by_leader(lambda: work.check(config))
     with display.waiting("loading the data and making the model"):
         experiment = distributed.together(lambda: prepare(config))
+    run_in(work, experiment, display, chosen)
+
+
+def run_in(
+    work: WorkDirectory,
+    experiment: Experiment,
+    display: Display,
+    chosen: Collection[str] = (),
+    on_entries: OnEntries = lambda finished, entries: None,
+) -> tuple[ServerState, list[Entry]]:
+    """Runs, resumes or extends in a directory what is prepared.
+
+    Args:
+      work: The directory, which was checked.
+      experiment: What `prepare` gave.
+      display: Where progress is shown.
+      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
+      on_entries: Called with the number of finished rounds, and what was newly evaluated.
+
+    Returns:
+      The last state, and everything that was evaluated, by earlier parts of the run too.
+
+    Raises:
+      ConfigError, OutOfMemoryError, CheckpointError: As `run` does.
+    """
+    config = experiment.config
     room = distributed.by_leader(lambda: _check_room(experiment, work))
     if room:
         display.warning(room)
@@ -124,7 +157,8 @@ def run(config: Config, directory: Path, display: Display, chosen: Collection[st
     with contextlib.ExitStack() as claim:
         distributed.by_leader(lambda: claim.enter_context(work.claim(config)))
         with told_as_file_error(work.path), _telling_what_remains(work):
-            _run(experiment, work, display, chosen)
+            return _run(experiment, work, display, chosen, on_entries)
+    raise RuntimeError("a claim suppresses nothing")
 
 
 @contextlib.contextmanager
@@ -137,8 +171,12 @@ def _telling_what_remains(work: WorkDirectory) -> Iterator[None]:
 
 
 def _run(
-    experiment: Experiment, work: WorkDirectory, display: Display, chosen: Collection[str]
-) -> None:
+    experiment: Experiment,
+    work: WorkDirectory,
+    display: Display,
+    chosen: Collection[str],
+    on_entries: OnEntries,
+) -> tuple[ServerState, list[Entry]]:
     """The run in a directory that is ours alone."""
     config, settings = experiment.config, experiment.config.checkpoint
     stopped = threading.Event()
@@ -154,7 +192,7 @@ def _run(
             )
             distributed.by_leader(lambda: _mend(work, restored[1], display))
             distributed.by_leader(lambda: _finish(experiment, work, *restored, display))
-            return
+            return restored
         _show(experiment, display, chosen)
         chunk = experiment.simulation.choice.axis.chunk_size
         with answer_out_of_memory(config, chunk, lambda: _what_stands(checkpoints)):
@@ -187,12 +225,15 @@ def _run(
                     history = [first_entry(experiment.simulation, state, experiment.held_out)]
             # Before and after the rounds neither waits: there is nothing more to be saved.
             with stopping_at(signal.SIGINT, stopped), stopping_at(signal.SIGTERM, stopped):
-                state = _train(experiment, state, history, work, checkpoints, display, stopped)
+                state = _train(
+                    experiment, state, history, work, checkpoints, display, stopped, on_entries
+                )
     finished = int(state.round)
     if finished == config.rounds:
         distributed.by_leader(lambda: _finish(experiment, work, state, history, display))
     else:
         display.message(f"stopped after round {finished}; the same command resumes there")
+    return state, history
 
 
 def _is_finished(
@@ -220,6 +261,7 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
         problem.params,
         problem.splits.clients,
         problem.client_apply,
+        size=problem.size,
     )
     splits = problem.splits
     hold_back(config, splits.private)  # Refused before anything is trained.
@@ -227,17 +269,32 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
         simulation, (splits.clients, splits.test, splits.client_tests)
     )
     splits = splits._replace(clients=clients, test=test, client_tests=client_tests)
+    _check_memory(config, problem, simulation)
     return Experiment(config, problem._replace(splits=splits), simulation)
 
 
-def load_problem(settings: ProblemSettings) -> Problem:
+def _check_memory(config: Config, problem: Problem, simulation: Simulation) -> None:
+    """Refuses what comes before and between the rounds where it does not fit, as they were."""
+    shapes = jax.eval_shape(lambda tree: tree, problem.params)
+    model = Model(
+        problem.apply_fn, problem.pretraining_apply, problem.task, shapes, size=problem.size
+    )
+    check_pretraining(config, model, problem.splits.private)
+    check_evaluation(config, model, problem.splits.test, simulation.held_bytes)
+
+
+def load_problem(settings: ProblemSettings, shapes: bool = False) -> Problem:
     """Loads the data and initializes the model, or reads its pre-trained weights.
+
+    Args:
+      settings: Which.
+      shapes: Whether shapes do for parameters that would be initialized.
 
     Raises:
       ConfigError: One of them is absent or damaged, or they do not fit each other.
     """
     if settings.model.name != LANGUAGE:
-        return load_image_problem(settings)
+        return load_image_problem(settings, shapes)
     # Only here: images do without what texts need, which takes a second to import.
     from fedqsn_jax.problems.language import load_language_problem
 
@@ -287,6 +344,7 @@ def _train(
     checkpoints: Checkpoints,
     display: Display,
     stopped: threading.Event,
+    on_entries: OnEntries,
 ) -> ServerState:
     """Runs the rounds that are left, adding to ``history``; returns the state after the last."""
     config, simulation = experiment.config, experiment.simulation
@@ -327,6 +385,7 @@ def _train(
         for after, state, entries in calls:
             history += entries
             progress.update(after, entries)
+            on_entries(after, entries)
             # All stop at the same boundary, whichever of them was asked to.
             stop = distributed.any_of(stopped.is_set())
             every = config.checkpoint.every
@@ -381,7 +440,7 @@ def _finish(
     display.final_table(summary)
     for line in warnings_after_run(config, history, state.attackers):
         display.warning(line)
-    title = f"{config.algorithm} on {_data_name(config)}, seed {config.seed}"
+    title = f"{config.algorithm} on {_data_name(experiment)}, seed {config.seed}"
 
     def draw() -> None:
         from fedqsn_jax.reporting import plots  # Slow to import, and only needed at the end.
@@ -396,7 +455,7 @@ def _show(experiment: Experiment, display: Display, chosen: Collection[str]) -> 
     simulation, config = experiment.simulation, experiment.config
     clients = experiment.problem.splits.clients.clients
     display.message(
-        f"{config.algorithm} on {_data_name(config)}: {clients} clients, "
+        f"{config.algorithm} on {_data_name(experiment)}: {clients} clients, "
         f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
         f"{simulation.choice.reason}"
     )
@@ -407,8 +466,10 @@ def _show(experiment: Experiment, display: Display, chosen: Collection[str]) -> 
     display.overview(tensor_rows(simulation, experiment.problem.params), _costs(experiment))
 
 
-def _data_name(config: Config) -> str:
-    return config.data.task if config.data.name == "text" else config.data.name
+def _data_name(experiment: Experiment) -> str:
+    data = experiment.config.data
+    own = data.task if data.name == "text" else data.name
+    return experiment.problem.name or own
 
 
 def _costs(experiment: Experiment) -> Costs:

@@ -26,6 +26,7 @@ except ImportError:  # Not everywhere; there, two runs are not kept apart.
 
 _CONFIG_FILE = "config.json"
 _ROWS_FILE = "rows.sha256"
+_OWN_MODEL = "own_model"
 _MODE = 0o700
 
 _ATTEMPTS = 10
@@ -37,9 +38,15 @@ _LOOK_SECONDS = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class WorkDirectory:
-    """Names of what a run writes. The directory holds the hidden model: mode 0700."""
+    """Names of what a run writes. The directory holds the hidden model: mode 0700.
+
+    Attributes:
+      path: Where it is.
+      own_model: Of a user's own model its tensors, a text each; None: a model of the package.
+    """
 
     path: Path
+    own_model: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Expands ``~``.
@@ -119,6 +126,7 @@ class WorkDirectory:
                     f"name a new or empty directory"
                 )
             return
+        self._compare_models(stored.pop(_OWN_MODEL, None))
         self._compare(stored, config)
 
     def what_remains(self) -> str:
@@ -164,6 +172,7 @@ class WorkDirectory:
         stored = self._stored()
         if stored is None:
             raise ConfigError(f"--workdir={self.path}: there is no run in it, no {_CONFIG_FILE}")
+        stored.pop(_OWN_MODEL, None)
         try:
             return resolve(stored)
         except UserError as error:
@@ -175,7 +184,10 @@ class WorkDirectory:
         Raises:
           ConfigError: The file system refuses.
         """
-        self._write(_CONFIG_FILE, json.dumps(to_dict(config), indent=2))
+        values: dict[str, Any] = to_dict(config)
+        if self.own_model is not None:
+            values[_OWN_MODEL] = list(self.own_model)
+        self._write(_CONFIG_FILE, json.dumps(values, indent=2))
 
     def write_rows(self, fingerprint: str) -> None:
         """Writes what tells the rows of the run from others; see `data.splits.fingerprint`.
@@ -239,6 +251,22 @@ class WorkDirectory:
             return dict(json.loads(file.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"--workdir={self.path}: {_CONFIG_FILE} cannot be read") from error
+
+    def _compare_models(self, stored: list[str] | None) -> None:
+        """Makes sure that the model is the one that the run was begun with, by its tensors."""
+        ours, theirs = (set(model or ()) for model in (self.own_model, stored))
+        if (self.own_model is None) != (stored is None):
+            kinds = {True: "a model of one's own, by federate", False: "a model of the package"}
+            raise ConfigError(
+                f"--workdir={self.path}: its run is of {kinds[stored is not None]}; allowed is "
+                f"such a one, or another directory"
+            )
+        if ours != theirs:
+            raise ConfigError(
+                f"--workdir={self.path}: it was made with another model: "
+                f"{', '.join(sorted(ours - theirs)) or 'nothing more'} (there: "
+                f"{', '.join(sorted(theirs - ours)) or 'nothing more'})"
+            )
 
     def _compare(self, stored: dict[str, Any], config: Config) -> None:
         ours = {name: _as_json(value) for name, value in flatten(config).items()}

@@ -16,10 +16,11 @@ from fedqsn_jax.config.schema import Config, ConfigError, chooses_scale
 from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.tasks import Task
 from fedqsn_jax.core.trees import TensorRoles, exclude, select, tree_bytes
-from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
+from fedqsn_jax.core.types import ApplyFn, Array, Key, Params
 from fedqsn_jax.data.population import ClientData
 from fedqsn_jax.host.devices import device_bytes
 from fedqsn_jax.models.functional import in_compute_dtype
+from fedqsn_jax.problems.limits import MODEL, check_memory
 from fedqsn_jax.problems.training import local_optimizer
 from fedqsn_jax.prompting.prompted_model import alternating, returning
 from fedqsn_jax.protocol.algorithms import Algorithm
@@ -47,7 +48,8 @@ from fedqsn_jax.simulation.from_config import (
     make_upload,
     upload_quantizer,
 )
-from fedqsn_jax.simulation.memory import client_bytes
+from fedqsn_jax.simulation.limits import report_bytes, sample_bytes
+from fedqsn_jax.simulation.memory import client_bytes, saved_activations
 from fedqsn_jax.simulation.round_memory import fixed_memory, own_frozen_bytes, proxy_and_deltas
 from fedqsn_jax.simulation.scheduling import ClientAxisChoice, Workload, choose_client_axis
 
@@ -60,6 +62,10 @@ TRACEABLE = (
 )
 """Fields whose values a compiled round may take as arguments. A probability that is a number zero
 is left out of the program; a traced one that is zero gives the same values."""
+
+
+SAMPLES, REPORTS = "samples of the proxy view", "reports of a call"
+"""Purposes of memory that grow with settings which may be very large."""
 
 
 class Simulation(NamedTuple):
@@ -106,6 +112,12 @@ class Simulation(NamedTuple):
         """Which tensors go where."""
         return self.method.roles
 
+    @property
+    def held_bytes(self) -> int:
+        """What a device holds all the while by the estimate: the server's state, clients' rows."""
+        always = ("server's state", "clients' rows")
+        return sum(count for purpose, count in self.memory.items() if purpose.startswith(always))
+
     def merged(self, params: Params) -> Params:
         """Returns the plain model's parameters: adapters are merged into their matrices."""
         return params if self.lora is None else self.lora.merge(params)
@@ -118,6 +130,8 @@ def make_simulation(
     params: Params,
     data: ClientData,
     client_apply: ApplyFn | None = None,
+    *,
+    size: str = MODEL,
 ) -> Simulation:
     """Composes a simulation.
 
@@ -129,6 +143,7 @@ def make_simulation(
       data: The population; of its rows only their numbers, shapes and dtypes matter.
       client_apply: The model as clients train it; by default ``apply_fn`` in
         ``client.compute_dtype``.
+      size: The setting that decides on the model's size, to be named where it is too large.
 
     Raises:
       ConfigError: The settings do not fit the model, the population or the device.
@@ -141,6 +156,7 @@ def make_simulation(
         task=task,
         # What is kept for other settings holds no arrays.
         params=jax.eval_shape(lambda tree: tree, params),
+        size=size,
     )
     fitted = fit(config, algorithm, model, _batch_shapes(data, config.client.batch_size))
     parts = _compose(config, algorithm, fitted, data.clients)
@@ -303,6 +319,8 @@ def _choose_client_axis(
     fixed = {
         **proxy_and_deltas(select(model.params, roles.sent), select(model.params, roles.returned)),
         **fixed_memory(parts.federation, fitted.plain, fitted.sites, config=config, data=data),
+        SAMPLES: sample_bytes(config),
+        REPORTS: report_bytes(config, len(fitted.sites.drawing)),
     }
     steps = parts.method.update.step_count(data.rows(_some_clients(data.clients)))
     workload = Workload(
@@ -313,12 +331,33 @@ def _choose_client_axis(
         fixed_bytes=sum(fixed.values()),
         device_bytes=device_bytes(),
     )
+    if workload.largest_chunk < 1:
+        _refuse(config, fitted, fixed, a_client)
     choice = choose_client_axis(config.cohort, workload, jax.default_backend())
     at_once, refills = choice.axis.chunk_size, choice.axis.refills
     memory = {**fixed, f"training of {at_once} client(s) at once": at_once * a_client}
     if at_once > 1:
         memory["clients that take others' places"] = refills * an_arrival
     return memory, choice
+
+
+def _refuse(config: Config, fitted: Fitted, fixed: dict[str, int], a_client: int) -> None:
+    """Refuses a round that does not fit with one client at a time, if it is so by far."""
+    model = fitted.model
+    rows = tree_bytes(fitted.batch) + 2 * saved_activations(
+        model.client_apply, model.task, model.params, fitted.batch, fitted.roles.trained
+    )
+    shares = {
+        "client.batch_size": rows,
+        "cohort.size": fixed["client masks"] + fixed.get("residuals of the cohort", 0),
+        "evaluation.proxy_samples": fixed[SAMPLES],
+        "rounds_per_call": fixed[REPORTS],
+    }
+    rest = sum(fixed.values()) + a_client - sum(shares.values())
+    plain, adapted = tree_bytes(fitted.plain), tree_bytes(model.params)
+    shares[model.size] = rest * plain // adapted
+    shares["lora.rank"] = rest - shares[model.size]
+    check_memory(config, "the rounds, with one client at a time,", shares)
 
 
 def _with_adapters(federation: Federation, lora: Lora) -> Federation:
@@ -337,6 +376,10 @@ def _some_clients(population: int) -> Array:
     return jnp.asarray(np.arange(count, dtype=np.int64) * population // count, jnp.int32)
 
 
-def _batch_shapes(data: ClientData, batch_size: int) -> Batch:
-    first, indices = jnp.int32(0), jnp.zeros(batch_size, jnp.int32)
-    return jax.eval_shape(lambda: data.gather(first, indices))
+def _batch_shapes(data: ClientData, batch_size: int) -> Any:
+    first, one = jnp.int32(0), jnp.zeros(1, jnp.int32)
+    row = jax.eval_shape(lambda: data.gather(first, one))
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in row.items()
+    }

@@ -12,6 +12,7 @@ from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.tasks import Task
 from fedqsn_jax.core.trees import TensorRoles, select_trained
 from fedqsn_jax.core.types import ApplyFn, Batch, Params
+from fedqsn_jax.problems.limits import MODEL
 from fedqsn_jax.prompting.prompted_model import full_encoder, parts_of
 from fedqsn_jax.protocol.algorithms import Algorithm
 from fedqsn_jax.protocol.lora import Lora
@@ -28,12 +29,14 @@ class Model(NamedTuple):
       client_apply: The model as clients train it.
       task: What it is for.
       params: Its parameters' shapes.
+      size: The setting that decides on their size, or `limits.MODEL`.
     """
 
     apply_fn: ApplyFn
     client_apply: ApplyFn
     task: Task
     params: Params
+    size: str = MODEL
 
 
 class Fitted(NamedTuple):
@@ -72,7 +75,7 @@ def fit(config: Config, algorithm: Algorithm, plain: Model, batch: Batch) -> Fit
     Raises:
       ConfigError: The settings do not fit the model.
     """
-    sites = _sites(config, plain.params)
+    sites = _sites(config, algorithm, plain.params)
     lora, merged, model = configured_adapters(config, plain.params), None, plain
     adapters_only = algorithm.adapters_only
     public = adapters_only or config.lora.public_base
@@ -107,10 +110,11 @@ def fit(config: Config, algorithm: Algorithm, plain: Model, batch: Batch) -> Fit
     )
 
 
-def _sites(config: Config, params: Params) -> Sites:
+def _sites(config: Config, algorithm: Algorithm, params: Params) -> Sites:
+    needed = algorithm.quantizer is not None or algorithm.p1 > 0 or algorithm.p2 > 0
     try:
         embeddings = embedding_rules(params) if config.quantize_embeddings else ()
         rules = (*config.site_rules, *embeddings)
-        return find_sites(params, rules, config.sites)  # type: ignore[arg-type]
+        return find_sites(params, rules, config.sites, needed=needed)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(f"site_rules: {error}") from error

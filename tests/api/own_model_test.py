@@ -1,5 +1,7 @@
 """The one call for a model and arrays of one's own: what it gives, and what it refuses."""
 
+import warnings
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,6 +70,104 @@ class _Column(nn.Module):
     def __call__(self, x):
         x = nn.relu(nn.Dense(16, name="hidden")(x))
         return nn.Dense(1, name="score")(x)
+
+
+class Named(nn.Module):
+    """Layers that are called as one likes, and a dropout that nobody tells to act."""
+
+    names: tuple[str, ...]
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, learns=False):
+        for name in self.names[:-1]:
+            x = nn.relu(nn.Dense(8, name=name)(x))
+        x = nn.Dropout(self.rate, name="drop")(x, deterministic=not learns)
+        return nn.Dense(3, name=self.names[-1])(x)
+
+
+def hidden(model, test=None, **settings):
+    """The paths of tensors of which columns are hidden; no round is run."""
+    test = rows(9) if test is None else test
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "attacker_|the training diverged")
+        result = federate(model, CLIENTS, test, **{**SHORT, "rounds": 0, **settings})
+    return [row.path for row in result.tensors if row.hidden]
+
+
+def of(*layers):
+    return [f"{layer}/{name}" for layer in layers for name in ("bias", "kernel")]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("names", [("l2", "l[2]"), ("Dense", "dense"), ("dense", "Dense")])
+def test_the_head_and_no_layer_that_is_called_nearly_so_is_never_hidden(names):
+    assert hidden(Named(names)) == of(names[0])
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_rule_cannot_hide_the_head():
+    assert hidden(Named(("a", "b")), site_rules=("*/kernel: input column",)) == of("a")
+    with pytest.warns(UserWarning, match=r"^site_rules: 'b/kernel: input column' has no effect"):
+        assert hidden(Named(("a", "b")), site_rules=("b/kernel: input column",)) == of("a")
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_haikus_names_are_known():
+    params = {
+        "mlp/~/linear_0": {"w": jnp.ones((4, 8)), "b": jnp.ones(8)},
+        "mlp/~/linear_1": {"w": jnp.ones((8, 3)), "b": jnp.ones(3)},
+    }
+
+    def apply_fn(params, batch, key):
+        first, last = (params[f"mlp/~/linear_{index}"] for index in (0, 1))
+        x = jnp.tanh(batch["image"] @ first["w"] + first["b"][None])
+        return x @ last["w"] + last["b"][None]
+
+    assert hidden((apply_fn, params)) == ["mlp/~/linear_0/b", "mlp/~/linear_0/w"]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_where_nothing_is_hidden_no_site_and_no_head_are_needed():
+    assert hidden(nn.Dense(3), algorithm="fedavg") == []
+    assert hidden(Separate(), algorithm="fedavg") == []
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_what_the_first_test_row_holds_does_not_hide_the_head():
+    test = rows(9)
+    test["image"][0] = 0
+    assert hidden(Named(("a", "b")), test) == of("a")
+    test["image"][0] = np.nan
+    with pytest.warns(UserWarning, match="^test: 'image' has 4 values that are not finite$"):
+        assert hidden(Named(("a", "b")), test) == of("a")
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_dropout_that_never_acts_is_told():
+    with pytest.warns(
+        UserWarning, match=r"^model: drop drops nothing in training\. A model is told"
+    ):
+        hidden(Named(("a", "b"), rate=0.5))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_dropout_acts_under_another_name():
+    """With nine tenths dropped a step is another one; both start from the same parameters."""
+
+    class Dropping(nn.Module):
+        rate: float
+
+        @nn.compact
+        def __call__(self, x, is_training=False):
+            x = nn.relu(nn.Dense(16)(x))
+            x = nn.Dropout(self.rate, rng_collection="noise")(x, deterministic=not is_training)
+            return nn.Dense(3)(x)
+
+    runs = [federate(Dropping(rate), CLIENTS, rows(9), **SHORT).history for rate in (0.0, 0.9)]
+    losses = [[entry["global/loss"] for entry in run] for run in runs]
+    assert losses[0][0] == losses[1][0]
+    assert abs(losses[0][1] - losses[1][1]) > 1e-4
 
 
 def test_a_model_without_a_head_that_can_be_told_is_refused_unless_rules_name_it():

@@ -47,7 +47,7 @@ def only_shapes(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("it was not refused")
 
-    monkeypatch.setattr("fedqsn_jax.api.own_model.linen_init", initial)
+    monkeypatch.setattr("fedqsn_jax.api.own_function.linen_init", initial)
     monkeypatch.setattr("fedqsn_jax.api.own_model.find_heads", refuse)
 
 

@@ -7,7 +7,15 @@ import pytest
 from flax import linen, nnx
 
 from fedqsn_jax.core.trees import leaves_by_path
-from fedqsn_jax.models.functional import linen_apply, linen_init, nnx_split
+from fedqsn_jax.models.functional import (
+    EVALUATION_NAMES,
+    TRAINING_NAMES,
+    idle_dropouts,
+    linen_apply,
+    linen_init,
+    nnx_split,
+    nnx_update,
+)
 from fedqsn_jax.protocol.sites import find_sites
 
 BATCH = {"image": jnp.ones((8, 6)), "label": jnp.zeros(8, jnp.int32)}
@@ -35,6 +43,12 @@ class Normalized(linen.Module):
     @linen.compact
     def __call__(self, x):
         return linen.BatchNorm(use_running_average=True)(linen.Dense(6)(x))
+
+
+class Remembering(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(6)(x) + self.variable("memory", "last", jnp.zeros, (1, 6)).value
 
 
 class Empty(linen.Module):
@@ -78,7 +92,45 @@ def linen_pair(module):
     return linen_init(module, jax.random.key(0), BATCH), linen_apply(module)
 
 
+class DropPath(linen.Module):
+    @linen.compact
+    def __call__(self, x, is_training=False):
+        drop = linen.Dropout(0.5, rng_collection="drop_path")
+        return drop(linen.Dense(6)(x), deterministic=not is_training)
+
+
+class Field(linen.Module):
+    deterministic: bool = False
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dropout(0.5, deterministic=self.deterministic)(linen.Dense(6)(x))
+
+
+class NnxArgument(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(6, 6, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs, rng_collection="drop_path")
+
+    def __call__(self, x, is_training=False):
+        return self.drop(self.linear(x), deterministic=not is_training)
+
+
+class NnxAttribute(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(6, 6, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.is_training = False
+
+    def __call__(self, x):
+        return self.drop(self.linear(x), deterministic=not self.is_training)
+
+
 PAIRS = {
+    "drop_path": lambda: linen_pair(DropPath()),
+    "field": lambda: linen_pair(Field()),
+    "nnx_argument": lambda: nnx_split(NnxArgument(nnx.Rngs(0))),
+    "nnx_attribute": lambda: nnx_split(NnxAttribute(nnx.Rngs(0))),
     "train": lambda: linen_pair(Train()),
     "training": lambda: linen_pair(Training()),
     "deterministic": lambda: linen_pair(Deterministic()),
@@ -172,6 +224,10 @@ def test_sown_values_are_no_obstacle():
     ("split", "message"),
     [
         (lambda: linen_init(Normalized(), jax.random.key(0), BATCH), "batch_stats.*GroupNorm"),
+        (
+            lambda: linen_init(Remembering(), jax.random.key(0), BATCH),
+            "'memory': only .* constants",
+        ),
         (lambda: linen_init(Empty(), jax.random.key(0), BATCH), "no parameters"),
         (lambda: nnx_split(NnxNormalized(nnx.Rngs(0))), "norm/.* BatchStat.*GroupNorm"),
     ],
@@ -225,3 +281,115 @@ def test_nnx_shared_layers_stay_shared():
     np.testing.assert_allclose(
         apply_fn(params, BATCH, None), BATCH["image"] @ kernel @ kernel, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", [*TRAINING_NAMES, *EVALUATION_NAMES])
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_every_name_of_a_mode_is_told(framework, name):
+    """The module returns what it was told; by hand: True in training, or in evaluation."""
+    namespace: dict = {"jnp": jnp, "linen": linen}
+    source = f"def call(self, x, {name}=None):\n    return jnp.float32({name}) * self.one(x)"
+    exec(source, namespace)
+    if framework == "linen":
+
+        def setup(self):
+            self.one = linen.Dense(1, kernel_init=linen.initializers.ones)
+
+        body = {"setup": setup, "__call__": namespace["call"], "__annotations__": {}}
+        params, apply_fn = linen_pair(type("Told", (linen.Module,), body)())
+    else:
+
+        def build(self):
+            ones = nnx.initializers.ones
+            self.one = nnx.Linear(6, 1, kernel_init=ones, rngs=nnx.Rngs(0))
+
+        body = {"__init__": build, "__call__": namespace["call"]}
+        params, apply_fn = nnx_split(type("Told", (nnx.Module,), body)())
+    trains = [float(apply_fn(params, BATCH, key)[0, 0]) for key in (jax.random.key(0), None)]
+    assert trains == ([6.0, 0.0] if name in TRAINING_NAMES else [0.0, 6.0])
+
+
+class Unknown(linen.Module):
+    """It is told in a way that nobody knows."""
+
+    @linen.compact
+    def __call__(self, x, learns=False):
+        x = linen.Dropout(0.5, deterministic=False, name="acts")(linen.Dense(6)(x))
+        return linen.Dropout(0.5, name="idle")(x, deterministic=not learns)
+
+
+class NnxUnknown(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(6, 6, rngs=rngs)
+        self.acts = nnx.Dropout(0.5, rngs=rngs)
+        self.idle = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x, learns=False):
+        return self.idle(self.acts(self.linear(x)), deterministic=not learns)
+
+
+def test_dropouts_that_never_act_are_found():
+    for module in (Train(), Deterministic(), DropPath(), Field()):
+        assert idle_dropouts(module, linen_pair(module)[0], BATCH) == []
+    for module in (NnxNet(nnx.Rngs(0)), NnxArgument(nnx.Rngs(0))):
+        assert idle_dropouts(module, nnx_split(module)[0], BATCH) == []
+    params = {"Dense_0": linen_init(linen.Dense(6), jax.random.key(0), BATCH)}
+    assert idle_dropouts(Unknown(), params, BATCH) == ["idle"]
+    module = NnxUnknown(nnx.Rngs(0))
+    assert idle_dropouts(module, nnx_split(module)[0], BATCH) == ["idle"]
+
+
+class Recurrent(nnx.Module):
+    """It draws random numbers in evaluation, too, and has constants."""
+
+    def __init__(self, cell):
+        rngs = nnx.Rngs(0)
+        self.recurrent = nnx.RNN(cell(5, 6, rngs=rngs))
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+        self.shift = jnp.arange(3.0)[None]
+        self.scale = nnx.Variable(jnp.full((1, 3), 2.0))
+
+    def __call__(self, x):
+        return self.head(self.recurrent(x)[:, -1]) * self.scale[...] + self.shift
+
+
+@pytest.mark.parametrize("cell", [nnx.GRUCell, nnx.LSTMCell, nnx.SimpleCell])
+def test_nnx_recurrent_layers_and_constants_are_what_nnx_makes_of_them(cell):
+    batch = {"image": jnp.asarray(np.random.default_rng(0).normal(size=(4, 7, 5)), jnp.float32)}
+    params, apply_fn = nnx_split(Recurrent(cell))
+    expected = Recurrent(cell)(batch["image"])
+    jitted = jax.jit(apply_fn)
+    for key in (None, jax.random.key(1), None):
+        np.testing.assert_allclose(jitted(params, batch, key), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(apply_fn(params, batch, None), expected, rtol=1e-5, atol=1e-6)
+
+
+class Counting(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(6, 6, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.linear(x)
+
+
+def test_an_nnx_variable_that_a_call_changes_is_refused():
+    params, apply_fn = nnx_split(Counting(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"^calls is changed by a call: only param"):
+        jax.eval_shape(lambda: apply_fn(params, BATCH, None))
+
+
+def test_parameters_are_put_back_into_an_nnx_module():
+    source, target = NnxNet(nnx.Rngs(0)), NnxNet(nnx.Rngs(1))
+    params, _ = nnx_split(source)
+    nnx_update(target, params)
+    for module in (source, target):
+        module.eval()
+    np.testing.assert_array_equal(source(BATCH["image"]), target(BATCH["image"]))
+    del params["layers"]["11"]["bias"]
+    with pytest.raises(ValueError, match=r"^params: there is no layers/11/bias, which the module"):
+        nnx_update(target, params)
+    params["layers"]["11"]["bias"] = jnp.zeros(7)
+    with pytest.raises(ValueError, match=r"^params: layers/11/bias has shape \[7\]; allowed"):
+        nnx_update(target, params)
