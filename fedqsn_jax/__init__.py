@@ -15,6 +15,15 @@ if TYPE_CHECKING:
         Federated as Federated,
         federate as federate,
     )
+    from fedqsn_jax.audit.case import (
+        OwnModel as OwnModel,
+    )
+    from fedqsn_jax.audit.running import (
+        audit_run as audit_run,
+    )
+    from fedqsn_jax.audit.scene import (
+        AuditSettings as AuditSettings,
+    )
     from fedqsn_jax.config.schema import (
         Config as Config,
         ConfigError as ConfigError,
@@ -175,6 +184,9 @@ if TYPE_CHECKING:
 
 _PUBLIC = """
 api.own_model: Federated federate
+audit.case: OwnModel
+audit.running: audit_run
+audit.scene: AuditSettings
 config.schema: Config ConfigError default_config resolve
 core.tasks: Task classification
 core.trees: TensorRoles select_trained

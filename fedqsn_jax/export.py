@@ -1,7 +1,12 @@
 """The export: ``python -m fedqsn_jax.export --workdir=DIR --out=DIR``."""
 
+from fedqsn_jax.host.signals import end_at_signals, run_as_process
+
+if __name__ == "__main__":
+    # Before the imports, which take a while: a Ctrl-C during them is no traceback.
+    end_at_signals()
+
 from fedqsn_jax.cli.export import main
-from fedqsn_jax.host.signals import run_as_process
 
 __all__ = ["main"]
 

@@ -23,7 +23,7 @@ FOLDERS = (
     ("problems",),
     ("simulation",),
     ("runs",),
-    ("api", "sweeps", "benchmarks", "deploy"),
+    ("api", "sweeps", "benchmarks", "audit", "deploy"),
     ("cli", "tools"),
 )
 LEVEL = {name: level for level, names in enumerate(FOLDERS) for name in names}

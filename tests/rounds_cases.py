@@ -11,10 +11,11 @@ from fedqsn_jax.core.keys import client_round_key, fold_in_name
 from fedqsn_jax.core.tasks import classification
 from fedqsn_jax.core.trees import TensorRoles
 from fedqsn_jax.protocol.algorithms import fedqsn
+from fedqsn_jax.protocol.broadcast import EVERY_ROUND
 from fedqsn_jax.protocol.proxy import dequantize_proxy, whole_proxy
 from fedqsn_jax.protocol.quantization import NormalFloat
 from fedqsn_jax.protocol.upload import whole_upload
-from fedqsn_jax.rounds.aggregation import make_aggregator
+from fedqsn_jax.rounds.aggregation import make_aggregator, make_running_mean
 from fedqsn_jax.rounds.client import make_client_update
 from fedqsn_jax.rounds.client_axis import ClientAxis, sample_cohort
 from fedqsn_jax.rounds.client_optimizer import unscheduled
@@ -47,6 +48,8 @@ def federate(
     proximal=0.0,
     participation=EVERYONE,
     upload=None,
+    broadcast=EVERY_ROUND,
+    mask_per="round",
     **aggregation,
 ):
     task = classification()
@@ -62,13 +65,15 @@ def federate(
     method = Method(
         transform=algorithm.transform,
         update=update,
-        aggregator=make_aggregator(
-            model.sites, server or optax.sgd(1.0), trained=trained, **aggregation
-        ),
+        aggregator=make_running_mean(model.sites, trained=trained, **aggregation)
+        if broadcast.is_one_way
+        else make_aggregator(model.sites, server or optax.sgd(1.0), trained=trained, **aggregation),
         sites=model.sites,
         roles=TensorRoles(sent=sent, trained=trained, returned=trained),
         upload=upload or whole_upload(),
         participation=participation,
+        broadcast=broadcast,
+        mask_per=mask_per,
     )
     evaluation = Evaluation(
         evaluator=make_evaluator(model.apply_fn, task, 16),

@@ -123,13 +123,14 @@ def export(workdir: Path, out: Path, round: int | str | None = None) -> Exported
       ConfigError: The directories are not what they should be.
       CheckpointError: The checkpoint cannot be read.
     """
+    from fedqsn_jax.config.paths import user_path
     from fedqsn_jax.config.schema import ConfigError
     from fedqsn_jax.core.trees import leaves_by_path
     from fedqsn_jax.models.language.pretrained import nested
     from fedqsn_jax.runs.working_directory import WorkDirectory
     from fedqsn_jax.simulation.from_config import merge_configured
 
-    work = WorkDirectory(workdir)
+    work, out = WorkDirectory(workdir), user_path(out)
     run = _read_run(work)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out}: it is not empty; name a new or empty directory")

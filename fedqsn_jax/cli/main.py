@@ -96,21 +96,27 @@ def _run(
         told.
     """
     # Only now, so that mistakes are answered without waiting for JAX.
+    import jax
+
     from fedqsn_jax.core.errors import UserError
     from fedqsn_jax.host import distributed
     from fedqsn_jax.host.checkpoints import CheckpointError
+    from fedqsn_jax.host.devices import keep_compiled_programs, require_devices
     from fedqsn_jax.reporting.display import Display, silent_display
     from fedqsn_jax.runs import experiment
 
     directory = Path(options.workdir) if options.workdir else None
-    if options.compilation_cache:
-        experiment.keep_compiled_programs(options.compilation_cache)
     try:
+        if options.compilation_cache:
+            keep_compiled_programs(options.compilation_cache)
+        require_devices()
         display = Display() if distributed.is_leader() else silent_display()
-        if options.dry_run or directory is None:
-            experiment.dry_run(config, directory, display, chosen)
-        else:
-            experiment.run(config, directory, display, chosen)
+        # As the programs are written. Strict is for users' own programs.
+        with jax.numpy_dtype_promotion("standard"):
+            if options.dry_run or directory is None:
+                experiment.dry_run(config, directory, display, chosen)
+            else:
+                experiment.run(config, directory, display, chosen)
     except UserError as error:
         leave()
         return signals.refuse(error)

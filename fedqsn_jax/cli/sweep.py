@@ -68,13 +68,14 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _run(plan: "Plan", options: argparse.Namespace) -> None:
-    from fedqsn_jax.runs.experiment import keep_compiled_programs
+    from fedqsn_jax.host.devices import keep_compiled_programs, require_devices
     from fedqsn_jax.sweeps import run
     from fedqsn_jax.sweeps.display import SweepDisplay
     from fedqsn_jax.sweeps.results import SweepDirectory
 
     if options.compilation_cache:
         keep_compiled_programs(options.compilation_cache)
+    require_devices()
     directory = Path(options.workdir) if options.workdir else None
     display = SweepDisplay()
     if options.dry_run or directory is None:

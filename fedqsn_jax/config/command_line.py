@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import ml_collections
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import Config, ConfigError, flatten, resolve, unknown_field
 
 PACKAGED_CONFIGS = Path(__file__).parent.parent / "configs"
@@ -88,7 +89,7 @@ def find_file(path: str, option: str) -> Path:
     Raises:
       ConfigError: There is no such file.
     """
-    given = Path(path)
+    given = user_path(path)
     if given.is_file():
         return given
     inside = given.parts[:1] == ("configs",)

@@ -36,8 +36,8 @@ _AUXILIARY = unless(".auxiliary_share", 0.0)
 _DISTILS = unless("fedsp.distillation_steps", 0)
 _CODED = unless("upload.bits", 0)
 _ADAPTED = unless("lora.rank", 0)
-_CLIENT_MASKED = both(_HIDES, unless("p2", 0.0))
 _ONE_WAY = when("broadcast.every", 0)
+_CLIENT_MASKED = both(_HIDES, unless("p2", 0.0))
 _SCALE_CHOSEN = both(_ONE_WAY, when(".scale", 0.0))
 
 
@@ -181,6 +181,12 @@ class ParticipationConfig:
         0.5, between(0, 1), "share of its steps that a straggler takes, at least one", _STRAGGLING
     )
     nan: float = field(0.0, between(0, 1), "probability of an update that is NaN, put in to test")
+    lost_copies: float = field(
+        0.0,
+        between(0, 1),
+        "probability that a client has lost its proxy, which it then is sent again",
+        _ONE_WAY,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

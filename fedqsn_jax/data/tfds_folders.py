@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError
 from fedqsn_jax.core.errors import UserError
 
@@ -100,7 +101,7 @@ class PreparedSet:
         given = self.directory or os.environ.get("TFDS_DATA_DIR") or _DEFAULT_DIRECTORY
         if "://" in given:
             raise ConfigError(f"data.directory = {given!r}: allowed is a local directory")
-        return Path(given).expanduser()
+        return user_path(given)
 
     def _how_to_prepare(self) -> str:
         return (

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.core.keys import client_round_key
 from fedqsn_jax.core.trees import select
 from fedqsn_jax.core.types import Columns, Key, Params
 from fedqsn_jax.protocol.layout import Layout
@@ -68,7 +67,7 @@ class Round:
         The token is of the system's entropy: an answer to another round, or another client's, does
         not have it.
         """
-        key = client_round_key(self.state.secret_key, self.state.round, client)
+        key = self.method.mask_key(self.state.secret_key, self.state.round, client)
         proxy = _apply(self.method, key, self.state.transform_state, self.prepared)
         token = secrets.token_bytes(16)
         self.sent[client] = (token, jax.device_get(proxy.visible))
@@ -155,7 +154,8 @@ def open_round(method: Method, layout: Layout, state: ServerState) -> Round:
 
 
 def _prepare(method: Method, state: ServerState) -> Proxy:
-    whole = whole_proxy(select(state.params, method.roles.sent), method.sites)
+    model = method.broadcast.sent(state.broadcast, state.params)
+    whole = whole_proxy(select(model, method.roles.sent), method.sites)
     return method.transform.prepare(state.transform_state, whole)
 
 
@@ -189,7 +189,7 @@ def _close(
 ) -> ServerState:
     values = dequantize_proxy(prepared)
     params, optimizer_state = method.aggregator.finish(
-        state.params,
+        method.broadcast.start_of_step(state.broadcast, state.params),
         state.optimizer_state,
         total,
         server_visible=values.visible,
@@ -207,4 +207,5 @@ def _close(
         optimizer_state=optimizer_state,
         attackers=attackers,
         round=state.round + 1,
+        broadcast=method.broadcast.after_round(state.broadcast, params, state.round + 1),
     )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.config.schema import Config, ConfigError
+from fedqsn_jax.config.schema import Config, ConfigError, chooses_scale
 from fedqsn_jax.core.keys import fold_in_name, keyed_permutation, root_key
 from fedqsn_jax.core.tasks import classification
 from fedqsn_jax.core.trees import select
@@ -151,6 +151,10 @@ def make_server(
 def _check(config: Config) -> None:
     if config.algorithm == "fedsp":
         raise ConfigError("algorithm = 'fedsp': not deployed; allowed are the other algorithms")
+    if chooses_scale(config):
+        raise ConfigError(
+            "server.scale = 0: a deployment does not choose it; allowed is server.scale above 0"
+        )
     if config.upload.error_feedback:
         raise ConfigError(
             "upload.error_feedback = True: clients keep nothing between rounds in a deployment; "

@@ -1,11 +1,46 @@
 """Files that are replaced as a whole: a reader sees the old content or the new, never a part."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.host.signals import cleaning_up
+
+_OF_THE_FILE_SYSTEM = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "EISDIR", "ENOTDIR"),
+        *("EEXIST", "ENOENT", "ENOTEMPTY", "EMFILE", "ENFILE", "ENAMETOOLONG", "ELOOP", "ESTALE"),
+    )
+    if hasattr(errno, name)
+}
+
+
+class FileError(UserError):
+    """A file that cannot be written or read: a full disk, a missing right, a directory there."""
+
+
+@contextlib.contextmanager
+def told_as_file_error(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what the file system refuses inside the block into a `FileError`, which is one line.
+
+    Other `OSError`, such as those of a network, pass.
+
+    Args:
+      path: What the block writes or reads, for the line.
+
+    Raises:
+      FileError: The file system refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_THE_FILE_SYSTEM:
+            raise
+        raise FileError(f"{os.fspath(path)}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

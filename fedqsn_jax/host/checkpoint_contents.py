@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +11,10 @@ import numpy as np
 
 DIGEST = "digest"
 """The name of the digest among the facts that it covers."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, read or used; the message is one line."""
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -38,6 +43,15 @@ def is_key(leaf: Any) -> bool:
 def type_of(leaf: Any) -> str:
     """Returns dtype and shape as text: ``float32[64,10]``."""
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def facts_of(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Returns what tells a state from others: the types of its tensors, the kinds of its keys."""
+    keys = {name: leaf for name, leaf in leaves.items() if is_key(leaf)}
+    return {
+        "types": {name: type_of(leaf) for name, leaf in leaves.items()},
+        "keys": {name: str(jax.random.key_impl(key)) for name, key in keys.items()},
+    }
 
 
 def digest_of(tensors: dict[str, Any], state: dict[str, Any], history: Any) -> str:
@@ -85,3 +99,13 @@ def first_reason(error: BaseException) -> str:
     # TensorStore tells the place first and the reason last.
     text = text if len(text) <= 300 else f"{text[:80]} ... {text[-200:]}"
     return f"{type(error).__name__}: {text}"
+
+
+def unreadable(path: Path, round: int, rounds: list[int], error: Exception) -> CheckpointError:
+    """Returns what is told of a checkpoint that cannot be read, and what to do."""
+    earlier = [other for other in rounds if other < round]
+    goal = f"resume from round {earlier[-1]}" if earlier else "start from the beginning"
+    return CheckpointError(
+        f"{path}: this checkpoint cannot be read ({first_reason(error)}); "
+        f"if it is damaged, move or remove that directory to {goal}"
+    )

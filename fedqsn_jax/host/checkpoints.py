@@ -21,8 +21,8 @@ writes, and Orbax lets none go on before the others are ready. Each reads by its
 
 import contextlib
 import json
-import logging
 import math
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -34,16 +34,19 @@ from orbax.checkpoint import v1 as ocp
 
 from fedqsn_jax.host.checkpoint_contents import (
     DIGEST,
+    CheckpointError,
     digest_of,
+    facts_of,
     first_difference,
     first_reason,
     host_array,
     is_key,
     named_leaves,
     type_of,
+    unreadable,
 )
-from fedqsn_jax.host.failed_reads import failures_told_once
 from fedqsn_jax.host.history import ChunkedHistory, History, HistoryError
+from fedqsn_jax.host.orbax_silence import OrbaxSilence, failures_told_once
 
 State = TypeVar("State")
 """A pytree of arrays: jax arrays of plain dtypes and typed pseudo-random keys."""
@@ -53,10 +56,7 @@ _TENSORS = "tensors"
 _HISTORY = "history"
 _SCORE = "score"
 _METRICS = "metrics"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, read or used; the message is one line."""
+_CLOSING_SECONDS = 3.0
 
 
 class Checkpoints:
@@ -95,7 +95,8 @@ class Checkpoints:
         self._writer: ocp.training.Checkpointer | None = None
         # The round of the save that may still be in flight, and Orbax's handle on it.
         self._pending: tuple[int, Any] | None = None
-        self._silence = _OrbaxSilence()
+        self._unheard = contextlib.ExitStack()
+        self._silence = OrbaxSilence()
         absl_logging.get_absl_logger().addFilter(self._silence)
 
     def __enter__(self) -> Self:
@@ -148,12 +149,8 @@ class Checkpoints:
         if round in self.rounds():
             return
         keys = {name: leaf for name, leaf in leaves.items() if is_key(leaf)}
-        tensors: dict[str, Any] = {
-            "types": {name: type_of(leaf) for name, leaf in leaves.items()},
-            "keys": {name: str(jax.random.key_impl(key)) for name, key in keys.items()},
-            # As text: JSON has no NaN.
-            _SCORE: repr(float(score)),
-        }
+        # The score as text: JSON has no NaN.
+        tensors = {**facts_of(leaves), _SCORE: repr(float(score))}
         plain = leaves | {name: jax.random.key_data(key) for name, key in keys.items()}
         # Orbax refuses empty arrays; their type says all about them.
         plain = {name: leaf for name, leaf in plain.items() if leaf.size}
@@ -167,6 +164,8 @@ class Checkpoints:
             host = jax.device_get(plain)
             tensors[DIGEST] = digest_of(tensors, host, rest)
             items = {_STATE: host, _TENSORS: tensors, _HISTORY: rest}
+            self._unheard = contextlib.ExitStack()
+            self._unheard.enter_context(failures_told_once(self._directory))
             response = self._open_writer().save_checkpointables_async(
                 round, items, metrics={_SCORE: float(score)}, force=True
             )
@@ -181,8 +180,7 @@ class Checkpoints:
         """Returns what a checkpoint holds: arrays on the default device, none weakly typed.
 
         Args:
-          like: A pytree of arrays or of `jax.ShapeDtypeStruct`: the state that is expected. Only
-            its structure, shapes and dtypes matter.
+          like: The state that is expected, arrays or `jax.ShapeDtypeStruct`.
           round: Which checkpoint; None is the latest.
 
         Raises:
@@ -195,7 +193,7 @@ class Checkpoints:
             tensors = _load(path, _TENSORS)[_TENSORS]
             stored, implementations = dict(tensors["types"]), dict(tensors["keys"])
         except Exception as error:
-            raise _unreadable(path, round, rounds, error) from error
+            raise unreadable(path, round, rounds, error) from error
         difference = first_difference(stored, expected)
         if difference:
             raise CheckpointError(f"{path}: {difference}")
@@ -208,7 +206,7 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:
-            raise _unreadable(path, round, rounds, error) from error
+            raise unreadable(path, round, rounds, error) from error
         arrays = jax.device_put(host)
         for name, implementation in implementations.items():
             arrays[name] = jax.random.wrap_key_data(arrays[name], impl=implementation)
@@ -236,7 +234,7 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:
-            raise _unreadable(path, round, rounds, error) from error
+            raise unreadable(path, round, rounds, error) from error
         prefix = f"{prefix}/"
         found = {name: array for name, array in state.items() if name.startswith(prefix)}
         arrays = {name.removeprefix(prefix): np.asarray(array) for name, array in found.items()}
@@ -292,22 +290,37 @@ class Checkpoints:
         round = rounds[-1] if round is None else round
         return self._directory / self._names.build_name(round), round, rounds
 
-    def wait(self) -> None:
+    def wait(self, timeout: float | None = None) -> None:
         """Waits until the save in flight is on disk.
 
         Raises:
+          TimeoutError: It is not over after ``timeout`` seconds.
           CheckpointError: It failed. It is reported once, and later saves start afresh.
         """
         if self._pending is None:
             return
         round, response = self._pending
         try:
-            response.result()
+            response.result(timeout)
         except Exception as error:
+            if timeout is not None and isinstance(error, TimeoutError):
+                raise
             self._pending = None
             self._close_writer()
             raise self._unwritten(round, error) from error
         self._pending = None
+        # After a failure what follows stays unheard: it may come at any time.
+        self._unheard.close()
+
+    def raise_failure(self) -> None:
+        """Raises at once what has become of the save in flight, if it has failed by now.
+
+        Raises:
+          CheckpointError: It failed; as `wait`.
+        """
+        if self._pending is not None:
+            with contextlib.suppress(TimeoutError):
+                self.wait(timeout=0)
 
     def close(self) -> None:
         """Waits, and ends Orbax's threads.
@@ -351,11 +364,20 @@ class Checkpoints:
 
     def _close_writer(self) -> None:
         writer, self._writer = self._writer, None
-        if writer is not None:
+        if writer is None:
+            return
+
+        def close() -> None:
             # What failed has been reported; Orbax would raise it again when it closes.
             with contextlib.suppress(Exception):
                 writer.wait()
-            writer.close()
+            with contextlib.suppress(Exception):
+                writer.close()
+
+        # Where a directory could not be made, Orbax's threads wait five minutes for it.
+        closing = threading.Thread(target=close, daemon=True)
+        closing.start()
+        closing.join(_CLOSING_SECONDS)
 
     def _unwritten(self, round: int, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -371,27 +393,6 @@ def _load(path: Path, *items: str) -> dict[str, Any]:
     context = ocp.Context(multiprocessing_options=alone if jax.process_count() > 1 else None)
     with failures_told_once(path), context:
         return ocp.load_checkpointables(path, dict.fromkeys(items))
-
-
-class _OrbaxSilence(logging.Filter):
-    """Drops Orbax's records, unless absl's verbosity is debug.
-
-    Orbax tells every save's story at the level of absl's default verbosity, and every failure
-    several times with tracebacks; failures reach the caller as exceptions.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        from_orbax = "/orbax/checkpoint/" in record.pathname.replace("\\", "/")
-        return not from_orbax or absl_logging.level_debug()
-
-
-def _unreadable(path: Path, round: int, rounds: list[int], error: Exception) -> CheckpointError:
-    earlier = [other for other in rounds if other < round]
-    goal = f"resume from round {earlier[-1]}" if earlier else "start from the beginning"
-    return CheckpointError(
-        f"{path}: this checkpoint cannot be read ({first_reason(error)}); "
-        f"if it is damaged, move or remove that directory to {goal}"
-    )
 
 
 def _sortable_score(metrics: dict[str, float]) -> float:

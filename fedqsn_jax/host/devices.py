@@ -10,8 +10,11 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fedqsn_jax.config.paths import user_path
+from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.core.types import Array
 
 Tree = TypeVar("Tree")
@@ -76,3 +79,31 @@ def device_bytes() -> int:
         return int(_USABLE * stats["bytes_limit"])
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(_USABLE * machine / jax.local_device_count())
+
+
+def keep_compiled_programs(directory: str) -> None:
+    """Makes JAX keep compiled programs in a directory, and look for them there first.
+
+    Programs that compile in less than a second are not kept, by JAX's default.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(user_path(directory)))
+    # JAX looks at the setting once, which may have been before.
+    compilation_cache.reset_cache()
+
+
+def require_devices() -> None:
+    """Lets JAX look for its devices; it does so once, when they are first needed.
+
+    Raises:
+      UserError: A platform that was asked for is not there, or does not start.
+    """
+    try:
+        jax.devices()
+    # JAX has several kinds of errors for it, an AssertionError among them.
+    except Exception as error:
+        asked = jax.config.values["jax_platforms"] or ""
+        reason = " ".join(str(error).split()) or "it does not start"
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: JAX has no such device here ({reason[:200]}); allowed are "
+            f"platforms of this machine, for example cpu, or to leave it unset"
+        ) from error

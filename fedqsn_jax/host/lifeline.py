@@ -6,6 +6,11 @@ closes without a farewell, or falls silent, means that the process at the other 
 this one says so in a line and ends, whatever it is waiting for. (A collective operation with a
 process that is gone would fail in its own words, or never.)
 
+JAX's runtime has heartbeats of its own, which do not replace this. Without it nobody tells in a
+line which process is gone and what stands: the others end in the runtime's words, or in those of
+the collective operation that has failed. And processes that are about to run different
+configurations are not refused before they start.
+
 Only the standard library is used: all this happens before JAX starts.
 """
 

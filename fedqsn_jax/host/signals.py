@@ -15,13 +15,14 @@ slow is imported.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 REFUSED = 2
 """The exit code after a mistake of the user's."""
@@ -57,7 +58,7 @@ def refuse(error: Exception) -> int:
 
 def tell(line: str) -> None:
     """Prints a line to standard error, if anyone still reads it."""
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
@@ -105,24 +106,125 @@ def cleaning_up(action: Callable[[], object]) -> Iterator[None]:
             _cleanups.remove(action)
 
 
+@contextlib.contextmanager
+def stopping_at(kind: signal.Signals, stopped: threading.Event) -> Iterator[None]:
+    """Turns the first signal of a kind into a request to stop at the next boundary.
+
+    Not a signal that is ignored, as a shell lets its background jobs ignore Ctrl-C, nor one that
+    is handled by something other than Python.
+
+    Args:
+      kind: The signal.
+      stopped: Is set by it.
+    """
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+        # A second one acts as it would have without us.
+        signal.signal(kind, previous)
+        # This may be in the middle of a write to the same stream, which refuses another one; and
+        # whatever is raised here would end the round.
+        with contextlib.suppress(Exception):
+            tell("stopping after the rounds that are running; once more: at once")
+
+    previous = signal.getsignal(kind)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or previous in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(kind, request)
+    try:
+        yield
+    finally:
+        signal.signal(kind, previous)
+
+
+def end_at_signals() -> None:
+    """Lets Ctrl-C and SIGTERM end this process in a line from here on.
+
+    Not where Ctrl-C is ignored, as in a shell's background jobs, or a debugger has its own.
+    """
+    for kind, usual in _USUAL.items():
+        if signal.getsignal(kind) == usual:
+            signal.signal(kind, _end)
+
+
 def run_as_process(main: Callable[[], int]) -> NoReturn:
     """Runs a command as what this process is for, and ends the process.
 
     Args:
       main: The command; it takes its arguments from the process and returns the exit code.
     """
-    # Not where Ctrl-C is ignored, as in a shell's background jobs, or a debugger has its own.
-    for kind, usual in _USUAL.items():
-        if signal.getsignal(kind) == usual:
-            signal.signal(kind, _end)
-    code = main()
+    end_at_signals()
+    output = EnduringStream(sys.stdout)
+    with contextlib.redirect_stdout(output):
+        code = main()
+        with contextlib.suppress(BrokenPipeError):
+            output.flush()
+    if output.lost:
+        code = code or REFUSED
     # All is said and done; what is left is Python's shutdown.
     for kind in _USUAL:
         if signal.getsignal(kind) is _end:
             signal.signal(kind, signal.SIG_DFL)
-    if code == INTERRUPTED:
+    if code:
+        # After a failed save Orbax's threads may keep Python's shutdown waiting for minutes.
         leave(code)
     sys.exit(code)
+
+
+class EnduringStream(io.TextIOBase):
+    """Standard output that falls silent where the file system takes no more, as on a full disk.
+
+    A run should not cost more than its output. The first failure is told to standard error. That
+    nobody reads any more, as after ``| head``, is for others to answer.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        """Wraps a text stream."""
+        self._stream = stream
+        self.lost = False
+
+    def write(self, text: str) -> int:
+        """Writes, or does nothing once something was lost."""
+        if not self.lost:
+            self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes."""
+        if not self.lost:
+            self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self.lost = True
+            tell(f"fedqsn_jax: standard output: {error.strerror}; nothing more is written there")
+            # What the stream still holds must not fail again when Python ends.
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def fileno(self) -> int:
+        """The stream's own."""
+        return int(self._stream.fileno())
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return bool(self._stream.isatty())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The stream's own."""
+        return str(self._stream.encoding)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -147,6 +249,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 def leave(code: int) -> NoReturn:
     """Ends the process without shutting down Python, during which JAX's threads may crash it."""
     try:
+        sys.stderr.flush()
         sys.stdout.flush()
     finally:
         os._exit(code)

@@ -53,12 +53,12 @@ def load_image_problem(settings: ProblemSettings, shapes: bool = False) -> Probl
     pretraining = make_model(settings.model, splits.num_classes, settings.server_dropout)
     apply_fn = linen_apply(module)
     return Problem(
-        splits,
-        params,
-        apply_fn,
-        linen_apply(pretraining),
-        None,
-        classification(),
+        splits=splits,
+        params=params,
+        apply_fn=apply_fn,
+        pretraining_apply=linen_apply(pretraining),
+        client_apply=None,
+        task=classification(),
         notes=gpu_blocks.missing_note(),
         size=size,
     )

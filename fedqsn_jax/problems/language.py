@@ -21,7 +21,12 @@ from fedqsn_jax.generation.language_tasks import conditional_generation, sequenc
 from fedqsn_jax.generation.text_evaluation import make_text_evaluator
 from fedqsn_jax.models.kernels import gpu_blocks
 from fedqsn_jax.models.language.encoder_config import EncoderConfig
-from fedqsn_jax.models.language.families import LanguageConfig, LanguageModel, make_language_model
+from fedqsn_jax.models.language.families import (
+    FAMILIES,
+    LanguageConfig,
+    LanguageModel,
+    make_language_model,
+)
 from fedqsn_jax.models.language.pretrained import (
     description_files,
     directory_of,
@@ -93,13 +98,13 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
         )
         return problem._replace(files=files)
     return Problem(
-        data.splits,
-        params,
-        clients.apply_fn,
-        server.apply_fn,
-        clients.apply_fn,
-        task,
-        _texts(settings, clients, tokenizer, data.prompts),
+        splits=data.splits,
+        params=params,
+        apply_fn=clients.apply_fn,
+        pretraining_apply=server.apply_fn,
+        client_apply=clients.apply_fn,
+        task=task,
+        texts=_texts(settings, clients, tokenizer, data.prompts),
         notes=tuple(notes),
         files=files,
     )
@@ -119,22 +124,29 @@ def _overrides(settings: ProblemSettings, kind: TextFormat) -> dict[str, Any]:
     return {"classes": len(kind.labels)} | ({} if pooling == "auto" else {"pooling": pooling})
 
 
+def _families(classify: bool) -> str:
+    """The families of models that classify, or of those that write."""
+    return ", ".join(
+        sorted(name for name, kind in FAMILIES.items() if (kind is EncoderConfig) == classify)
+    )
+
+
 def _check_fit(settings: ProblemSettings, model: LanguageConfig, kind: TextFormat) -> None:
     source, task = settings.model.pretrained, settings.data.task
     if kind.generates and isinstance(model, EncoderConfig):
         raise ConfigError(
             f"data.task = {task!r} is to write texts; model.pretrained = {source!r} is a "
-            f"{model.family}, which cannot; allowed are gpt2, llama, qwen2, t5"
+            f"{model.family}, which cannot; allowed are {_families(False)}"
         )
     if not kind.generates and not isinstance(model, EncoderConfig):
         raise ConfigError(
             f"data.task = {task!r} is classification; model.pretrained = {source!r} is a "
-            f"{model.family}, which has no classifier; allowed are bert, roberta"
+            f"{model.family}, which has no classifier; allowed are {_families(True)}"
         )
     if settings.prompted is not None and not isinstance(model, EncoderConfig):
         raise ConfigError(
             f"algorithm = 'fedsp' with model.pretrained = {source!r}: it is a {model.family}; "
-            f"allowed are bert, roberta"
+            f"allowed are {_families(True)}"
         )
     if settings.label_smoothing and not kind.generates:
         raise ConfigError(

@@ -54,15 +54,15 @@ class ProblemSettings:
 def problem_settings(config: Config) -> ProblemSettings:
     """Returns those of a configuration's settings that its problem can depend on."""
     return ProblemSettings(
-        config.seed,
-        config.data,
-        config.model,
-        config.generation,
-        config.pretraining.dropout,
-        config.client.dropout,
-        config.client.compute_dtype,
-        config.client.label_smoothing,
-        config.fedsp if config.algorithm == FEDSP else None,
+        seed=config.seed,
+        data=config.data,
+        model=config.model,
+        generation=config.generation,
+        server_dropout=config.pretraining.dropout,
+        client_dropout=config.client.dropout,
+        compute_dtype=config.client.compute_dtype,
+        label_smoothing=config.client.label_smoothing,
+        prompted=config.fedsp if config.algorithm == FEDSP else None,
     )
 
 

@@ -55,7 +55,9 @@ def prompted_problem(
     """
     try:
         key = fold_in_name(root_key(settings.seed), "prompts")
-        whole = add_prompts(key, params, prompted.prompts, prompted.layers, prompted.passes)
+        whole = add_prompts(
+            key, params, count=prompted.prompts, layers=prompted.layers, passes=prompted.passes
+        )
     except ValueError as error:
         raise ConfigError(f"fedsp.{error}") from error
 
@@ -86,12 +88,12 @@ def prompted_problem(
 
     clients = apply_of(settings.client_dropout)
     return Problem(
-        splits,
-        whole,
-        clients,
-        apply_of(settings.server_dropout),
-        clients,
-        task,
+        splits=splits,
+        params=whole,
+        apply_fn=clients,
+        pretraining_apply=apply_of(settings.server_dropout),
+        client_apply=clients,
+        task=task,
         preparation=Preparation(full_tensors(whole), finish),
         notes=notes,
     )

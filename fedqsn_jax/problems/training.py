@@ -1,7 +1,7 @@
 """The server's own training on its private rows, before the first round."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -141,3 +141,15 @@ def make_pretraining(
         return finish(fold_in_name(key, "preparation"), params, private) if finish else params
 
     return pretrain
+
+
+def first_steps(config: Config) -> Iterator[str]:
+    """What the server does before the first round, which may take a while, a line each."""
+    if config.pretraining.steps:
+        yield f"the server trains on its own rows first, {config.pretraining.steps} steps"
+    distillation = config.fedsp.distillation_steps
+    if config.algorithm == "fedsp" and distillation:
+        yield (
+            f"the server distils on its own rows the small model that clients get, "
+            f"{distillation} steps"
+        )

@@ -315,7 +315,9 @@ def distil(
     def loss(outputs: Any, batch: Batch, valid: Array) -> Array:
         real = batch.get("mask", jnp.ones(batch["tokens"].shape, bool)).astype(bool)
         student, teacher = outputs
-        return distillation_loss(student, teacher, real, valid, settings.temperature)
+        return distillation_loss(
+            student, teacher, real=real, valid=valid, temperature=settings.temperature
+        )
 
     task = Task(loss, lambda outputs, batch, valid: {}, lambda sums: sums, score="loss")
     update = make_client_update(

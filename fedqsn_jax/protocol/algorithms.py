@@ -116,7 +116,7 @@ def make_algorithm(
         "fedavg": fedavg,
         "fedsn": lambda: fedsn(p1, p2, sampling),
         "fedq": lambda: fedq(quantizer),
-        "fedqsn": lambda: fedqsn(quantizer, p1, p2, sampling),
+        "fedqsn": lambda: fedqsn(quantizer, p1=p1, p2=p2, sampling=sampling),
         "fedlpp": lambda: fedlpp(quantizer),
         "fedsp": fedsp,
     }

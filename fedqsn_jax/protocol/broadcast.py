@@ -15,13 +15,14 @@ The deltas of the clients go to ``W_t`` whatever was sent.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from fedqsn_jax.core.trees import Selection, combine, select
-from fedqsn_jax.core.types import Array, Params
+from fedqsn_jax.core.types import Array, Columns, Params
 
 
 @struct.dataclass
@@ -32,11 +33,16 @@ class BroadcastState:
       first: The returned tensors of the first model, ``W_0``.
       latest: The same of the model that was sent last.
       received: Who has received a payload, bool ``[population]``.
+      payloads: How many payloads were sent so far; such a count is uint32 ``[2]``, the upper 32
+        bits and the lower ones.
+      columns: How many visible columns they had, a count a masked site.
     """
 
     first: Params | None = None
     latest: Params | None = None
     received: Array | None = None
+    payloads: Array | None = None
+    columns: dict[str, Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +71,31 @@ class Broadcast:
         """Whether nothing that was learned is ever sent."""
         return self.every == 0
 
-    def init(self, params: Params, returned: Selection, population: int) -> BroadcastState:
+    def init(
+        self, params: Params, returned: Selection, population: int, masked: Iterable[str] = ()
+    ) -> BroadcastState:
         """Returns the state before the first round.
 
         Args:
           params: The hidden model.
           returned: The tensors that rounds change.
           population: Number of clients.
+          masked: The names of the sites of which columns are hidden.
         """
         # Copies: the state's own leaves are donated.
         own = jax.tree.map(jnp.copy, select(params, returned))
         keeps_first = self.is_one_way or self.share != 1
-        return BroadcastState(
+        state = BroadcastState(
             first=own if keeps_first else None,
             latest=jax.tree.map(jnp.copy, own) if self.every > 1 else None,
-            received=jnp.zeros(population, bool) if self.is_one_way else None,
+        )
+        if not self.is_one_way:
+            return state
+        return dataclasses.replace(
+            state,
+            received=jnp.zeros(population, bool),
+            payloads=jnp.zeros(2, jnp.uint32),
+            columns={path: jnp.zeros(2, jnp.uint32) for path in masked},
         )
 
     def sent(self, state: BroadcastState, params: Params) -> Params:
@@ -94,6 +110,15 @@ class Broadcast:
         if self.every > 1:
             return combine(state.latest, params)
         return self._shared(state, params)
+
+    def start_of_step(self, state: BroadcastState, params: Params) -> Params:
+        """Returns the model that the server's step starts from: in one-way rounds the first one.
+
+        Args:
+          state: The broadcast's.
+          params: The hidden model.
+        """
+        return self.sent(state, params) if self.is_one_way else params
 
     def after_round(self, state: BroadcastState, params: Params, finished: Array) -> BroadcastState:
         """Returns the state after a round.
@@ -114,20 +139,39 @@ class Broadcast:
         )
         return dataclasses.replace(state, latest=latest)
 
-    def receivers(self, state: BroadcastState, ids: Array) -> tuple[Array, BroadcastState]:
-        """Returns who of a cohort is sent a payload, and the state after that.
+    def send(
+        self, state: BroadcastState, ids: Array, visible: Columns, lost: Array | bool = False
+    ) -> tuple[BroadcastState, dict[str, Array]]:
+        """Counts the payloads of a round's clients, but for those who have theirs already.
 
         Args:
           state: The broadcast's.
           ids: The cohort, int32 ``[cohort]``.
+          visible: What each client sees, bool ``[cohort, layers, columns]`` a masked site.
+          lost: Who has lost what it had received, bool ``[cohort]``.
 
         Returns:
-          bool ``[cohort]``: all, but for those who have all that they would be sent; and the state.
+          The state after that; and in one-way rounds uint32 facts: ``clients/sent``, the payloads
+          of this round, and the counts of all rounds so far (see `BroadcastState`), ``payloads``
+          and ``visible/PATH``.
         """
-        if state.received is None:
-            return jnp.ones(ids.shape, bool), state
-        due = ~state.received[ids] | self.renewed
-        return due, dataclasses.replace(state, received=state.received.at[ids].set(True))
+        if state.received is None or state.payloads is None or state.columns is None:
+            return state, {}
+        due = ~state.received[ids] | self.renewed | lost
+        sent = due.sum(dtype=jnp.uint32)
+        columns = {
+            path: _add(count, (visible[path] & due[:, None, None]).sum(dtype=jnp.uint32))
+            for path, count in state.columns.items()
+        }
+        payloads = _add(state.payloads, sent)
+        state = dataclasses.replace(
+            state,
+            received=state.received.at[ids].set(True),
+            payloads=payloads,
+            columns=columns,
+        )
+        facts = {f"visible/{path}": count for path, count in columns.items()}
+        return state, {"clients/sent": sent, "payloads": payloads, **facts}
 
     def _shared(self, state: BroadcastState, params: Params) -> Params:
         """The first model with a share of what was learned since."""
@@ -142,6 +186,12 @@ class Broadcast:
             is_leaf=lambda leaf: leaf is None,
         )
         return combine(moved, params)
+
+
+def _add(count: Array, more: Array) -> Array:
+    """Adds a uint32 scalar to a count."""
+    low = count[1] + more
+    return jnp.stack([count[0] + (low < more), low])
 
 
 EVERY_ROUND = Broadcast()

@@ -109,13 +109,17 @@ class Layout:
                 dtype, quantizer = leaf.scales.dtype, leaf.quantizer
             else:
                 shape, dtype, quantizer = tuple(leaf.shape), leaf.dtype, None
-            tensors.append(TensorLayout(path, shape, str(dtype), site, is_bias, quantizer))
+            tensors.append(
+                TensorLayout(
+                    path, shape, dtype=str(dtype), site=site, is_bias=is_bias, quantizer=quantizer
+                )
+            )
         return cls(
-            tuple(sorted(tensors, key=lambda tensor: tensor.path)),
-            tuple(sorted(proxy.visible)),
-            tuple(sorted(proxy.scale)),
-            proxy.sites,
-            jax.tree.structure(proxy.params, is_leaf=is_quantized),
+            tensors=tuple(sorted(tensors, key=lambda tensor: tensor.path)),
+            masked=tuple(sorted(proxy.visible)),
+            scaled=tuple(sorted(proxy.scale)),
+            sites=proxy.sites,
+            structure=jax.tree.structure(proxy.params, is_leaf=is_quantized),
             trained=trained,
             upload=upload,
         )

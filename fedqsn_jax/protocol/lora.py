@@ -163,7 +163,7 @@ class Lora:
             masked = base is not None and base.hideable and not flat
             layers = len(adapter.matrix.layer_axes)
             a, b = (
-                _adapter_site(path, shape, layers, columns, flat)
+                _adapter_site(path, shape, layers=layers, columns=columns, flat=flat)
                 for path, shape, columns in (
                     (adapter.a_path, adapter.a_shape, 1),
                     (adapter.b_path, adapter.b_shape, len(adapter.matrix.column_axes)),
@@ -225,7 +225,14 @@ def _adapter_site(
     """A site that is quantized and never hidden; flat, all of a layer is one column."""
     axes = tuple(range(len(shape)))
     end = len(shape) if flat else len(shape) - columns
-    return MaskSite(path, shape, axes[:layers], axes[layers:end], axes[end:], hideable=False)
+    return MaskSite(
+        path,
+        shape,
+        layer_axes=axes[:layers],
+        input_axes=axes[layers:end],
+        column_axes=axes[end:],
+        hideable=False,
+    )
 
 
 def _rebuild(tree: Any, change: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Any:

@@ -70,7 +70,7 @@ class ProxyTransform(NamedTuple):
 
 def whole_proxy(params: Params, sites: Sites) -> Proxy:
     """Returns the proxy that hides nothing: the parameters as they are."""
-    return Proxy(params, {}, {}, sites)
+    return Proxy(params=params, visible={}, scale={}, sites=sites)
 
 
 def identity() -> ProxyTransform:
@@ -109,7 +109,7 @@ def chain(*transforms: ProxyTransform) -> ProxyTransform:
             proxy = transform.apply(key, state, proxy)
         return proxy
 
-    return ProxyTransform(init, prepare, apply, tuple(steps))
+    return ProxyTransform(init=init, prepare=prepare, apply=apply, steps=tuple(steps))
 
 
 def quantize(quantizer: Quantizer) -> ProxyTransform:

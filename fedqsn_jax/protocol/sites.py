@@ -345,7 +345,15 @@ def _make_site(
     layer_axes, input_axes, column_axes = (
         tuple(axis for axis, role in enumerate(axes) if role == wanted) for wanted in _ROLES
     )
-    site = MaskSite(path, tuple(shape), layer_axes, input_axes, column_axes, None, hideable)
+    site = MaskSite(
+        path,
+        tuple(shape),
+        layer_axes=layer_axes,
+        input_axes=input_axes,
+        column_axes=column_axes,
+        bias_path=None,
+        hideable=hideable,
+    )
     parent, _, name = path.rpartition("/")
     bias = "b" if name == "w" else "bias"
     bias_path = f"{parent}/{bias}" if parent else bias

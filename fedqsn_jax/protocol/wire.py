@@ -79,7 +79,7 @@ def decode_proxy(payload: bytes, layout: Layout) -> Proxy:
     values = {t.path: _decode_tensor(t, reader) for t in layout.tensors}
     scale = {path: jnp.float32(x) for path, x in zip(layout.scaled, factors, strict=True)}
     visible = {path: jax.device_put(mask) for path, mask in reader.visible.items()}
-    return Proxy(_as_tree(layout, values), visible, scale, layout.sites)
+    return Proxy(params=_as_tree(layout, values), visible=visible, scale=scale, sites=layout.sites)
 
 
 def encode_update(delta: Params, visible: Columns, layout: Layout) -> bytes:

@@ -3,7 +3,8 @@
 A *history* is a list of dictionaries, one for each evaluated round, in order. Keys: ``round``;
 ``VIEW/METRIC`` for the views (``global``, ``server``, ``proxy``, ``attacker_N``), with
 ``proxy/SCORE_std`` for the spread over client masks; ``train/loss``; ``bytes/down_per_client`` and
-``bytes/up_per_client``, means over the sampled clients; ``clients/returned`` and
+``bytes/up_per_client``, means over the sampled clients; in one-way rounds, which have
+``clients/sent``, bytes down are means over all rounds so far; ``clients/returned`` and
 ``clients/rejected``, numbers of updates; where rows of clients are held out, ``GROUP/VIEW/METRIC``,
 means over the clients of the groups ``own`` and ``new``, with ``SCORE_worst_decile`` and
 ``SCORE_spread``; ``seconds`` since the run began. Only ``round`` must be
@@ -209,6 +210,9 @@ def _summarize_bytes(
     name = f"bytes/{direction}_per_client"
     values = (number(entry.get(name)) for entry in history)
     measured = [value for value in values if value is not None]
+    if direction == "down" and "clients/sent" in history[-1]:
+        # In one-way rounds each is a mean over the rounds before, too.
+        measured = measured[-1:]
     per_client = math.fsum(measured) / len(measured) if measured else float(expected)
     return {
         "per_client": per_client,

@@ -69,8 +69,8 @@ class Federation(NamedTuple):
         `with_client_axis` for others. Facts are float32 ``train/loss``, and uint32 counts:
         ``clients/returned`` and ``clients/rejected``; for each site that has masks
         ``visible/PATH``, visible columns summed over the cohort, and ``returned/PATH``, summed over
-        the clients that returned an update. In one-way rounds ``clients/sent`` is how many were
-        sent a payload, and ``visible/PATH`` sums over them.
+        the clients that returned an update. In one-way rounds ``visible/PATH`` is over all payloads
+        that were sent so far; see `Broadcast.send`.
       prepare: ``state -> Proxy``: the proxy before client masks, dequantized.
       cohort: ``state -> ids``, int32 ``[cohort]``: who takes part in the state's next round.
       proxy_keys: ``state -> keys`` of the client masks that the proxy view averages over; where
@@ -125,7 +125,9 @@ def make_federation(
       population: Number of clients.
       cohort: Clients a round.
     """
-    composed = _Composed(method, evaluation, population, cohort)
+    composed = _Composed(
+        method=method, evaluation=evaluation, population=population, cohort_size=cohort
+    )
     return Federation(
         init=composed.init,
         round=composed.round,
@@ -158,13 +160,20 @@ class _Composed:
         secret_key, public_key = fold_in_name(key, "secret"), fold_in_name(key, "public")
         attacker_key = fold_in_name(public_key, "attackers")
         sent = self._sent(params)
+        transform_state = method.transform.init(secret_key, whole_proxy(sent, method.sites))
+
+        def any_proxy() -> Proxy:
+            prepared = method.transform.prepare(transform_state, whole_proxy(sent, method.sites))
+            return method.transform.apply(secret_key, transform_state, prepared)
+
+        masked = jax.eval_shape(any_proxy).visible
         return ServerState(
             params=params,
             optimizer_state=method.aggregator.init(params),
-            transform_state=method.transform.init(secret_key, whole_proxy(sent, method.sites)),
+            transform_state=transform_state,
             attackers={
                 f"attacker_{count}": make_attacker(
-                    attacker_key, self.population, count, sent, method.sites
+                    attacker_key, self.population, count, params=sent, sites=method.sites
                 )
                 for count in self.evaluation.attackers
             },
@@ -172,7 +181,7 @@ class _Composed:
             round=jnp.int32(0),
             secret_key=secret_key,
             public_key=public_key,
-            broadcast=method.broadcast.init(params, method.roles.returned, self.population),
+            broadcast=method.broadcast.init(params, method.roles.returned, self.population, masked),
         )
 
     def prepare(self, state: ServerState) -> Proxy:
@@ -210,9 +219,11 @@ class _Composed:
             training_key=training_key,
         )
         total, kept = train_cohort(method, cohort, attendance.steps, client_axis)
-        receives, broadcast = method.broadcast.receivers(state.broadcast, ids)
+        broadcast, facts = method.broadcast.send(
+            state.broadcast, ids, visible, lost=attendance.lost
+        )
         params, optimizer_state = method.aggregator.finish(
-            self._start_of_step(state),
+            method.broadcast.start_of_step(state.broadcast, state.params),
             state.optimizer_state,
             total["update"],
             server_visible=prepared.visible,
@@ -233,24 +244,15 @@ class _Composed:
             round=state.round + 1,
             broadcast=method.broadcast.after_round(broadcast, params, state.round + 1),
         )
-        facts = _facts(total, attendance, visible)
-        if method.broadcast.is_one_way:
-            facts |= _facts_of_payloads(receives, visible)
-        return state, facts
-
-    def _start_of_step(self, state: ServerState) -> Params:
-        """What the server's step starts from: a running mean always from the first model."""
-        broadcast = self.method.broadcast
-        if broadcast.is_one_way:
-            return broadcast.sent(state.broadcast, state.params)
-        return state.params
+        return state, {**_facts(total, attendance, visible), **facts}
 
     def choose_scale(self, state: ServerState, rows: HeldOut) -> ServerState:
         if rows.validation is None:
             raise ValueError("there are no validation rows to choose the scale on")
         validation = rows.validation
         evaluation, aggregator = self.evaluation, self.method.aggregator
-        start, server_visible = self._start_of_step(state), self.prepare(state).visible
+        start = self.method.broadcast.start_of_step(state.broadcast, state.params)
+        server_visible = self.prepare(state).visible
         scales = jnp.asarray(evaluation.scales, jnp.float32)
 
         def rescaled(scale: Array) -> tuple[Params, optax.OptState]:
@@ -330,14 +332,6 @@ def _facts(total: dict[str, Any], attendance: Attendance, visible: Columns) -> d
         facts[f"visible/{path}"] = seen.sum(dtype=jnp.uint32)
         returned = seen & attendance.returns[:, None, None]
         facts[f"returned/{path}"] = returned.sum(dtype=jnp.uint32)
-    return facts
-
-
-def _facts_of_payloads(receives: Array, visible: Columns) -> dict[str, Array]:
-    """Who of the cohort was sent a payload, and the visible columns of these payloads."""
-    facts = {"clients/sent": receives.sum(dtype=jnp.uint32)}
-    for path, seen in visible.items():
-        facts[f"visible/{path}"] = (seen & receives[:, None, None]).sum(dtype=jnp.uint32)
     return facts
 
 

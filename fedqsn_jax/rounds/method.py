@@ -43,7 +43,7 @@ class Method(NamedTuple):
     broadcast: Broadcast = EVERY_ROUND
     mask_per: MaskPer = "round"
 
-    def mask_key(self, secret_key: Key, round_index: Array, client_id: Array) -> Key:
+    def mask_key(self, secret_key: Key, round_index: Array | int, client_id: Array | int) -> Key:
         """Returns the key of a client's mask in a round."""
         if self.mask_per == "client":
             return sticky_client_key(secret_key, client_id)

@@ -25,12 +25,15 @@ class Participation:
       stragglers: Probability that a client is cut off before its last step.
       straggler_share: Share of its steps that a straggler takes, rounded, at least one of them.
       nan: Probability that all of a client's update is NaN: a fault that is put in on purpose.
+      lost_copies: Probability that a client of the cohort has lost what it was sent before, where
+        it would not be sent it in every round anyway.
     """
 
     dropout: float = 0.0
     stragglers: float = 0.0
     straggler_share: float = 0.5
     nan: float = 0.0
+    lost_copies: float = 0.0
 
 
 EVERYONE = Participation()
@@ -45,11 +48,13 @@ class Attendance:
       returns: Who returns an update, bool ``[cohort]``; a client without steps does not.
       steps: The steps that each takes, int32 ``[cohort]``; zero for those that return nothing.
       broken: Whose update is NaN, bool ``[cohort]``.
+      lost: Who has lost what it was sent before, bool ``[cohort]``.
     """
 
     returns: Array
     steps: Array
     broken: Array
+    lost: Array
 
 
 def draw_attendance(key: Key, ids: Array, steps: Array, settings: Participation) -> Attendance:
@@ -75,4 +80,9 @@ def draw_attendance(key: Key, ids: Array, steps: Array, settings: Participation)
     returns = (steps > 0) & ~draw("dropout of clients", settings.dropout)
     fewer = jnp.round(settings.straggler_share * steps).astype(jnp.int32)
     taken = jnp.where(draw("stragglers", settings.stragglers), jnp.maximum(fewer, 1), steps)
-    return Attendance(returns, jnp.where(returns, taken, 0), draw("nan", settings.nan))
+    return Attendance(
+        returns=returns,
+        steps=jnp.where(returns, taken, 0),
+        broken=draw("nan", settings.nan),
+        lost=draw("lost copies", settings.lost_copies),
+    )

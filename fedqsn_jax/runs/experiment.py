@@ -6,11 +6,9 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from fedqsn_jax.config.schema import LANGUAGE, Config
 from fedqsn_jax.core.keys import root_key
@@ -18,17 +16,19 @@ from fedqsn_jax.core.types import Batch
 from fedqsn_jax.data.population import HeldOut
 from fedqsn_jax.data.splits import fingerprint
 from fedqsn_jax.host import distributed
-from fedqsn_jax.host.checkpoints import Checkpoints
-from fedqsn_jax.host.signals import tell
+from fedqsn_jax.host.atomic_files import FileError, told_as_file_error
+from fedqsn_jax.host.checkpoints import CheckpointError, Checkpoints
+from fedqsn_jax.host.signals import stopping_at
 from fedqsn_jax.problems.images import load_image_problem
 from fedqsn_jax.problems.problem import Problem, ProblemSettings, problem_settings
-from fedqsn_jax.problems.training import hold_back, pretrain
+from fedqsn_jax.problems.training import first_steps, hold_back, pretrain
 from fedqsn_jax.reporting.display import Display, draw_safely
 from fedqsn_jax.reporting.summary import Costs, summarize
 from fedqsn_jax.reporting.verdict import verdict
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
 from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.rounds.views import has_received
+from fedqsn_jax.runs.room import check_room
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.runs.written_texts import passes, write_texts
 from fedqsn_jax.simulation.compose import Simulation, make_simulation
@@ -54,32 +54,25 @@ class Experiment(NamedTuple):
 
     Attributes:
       config: What to run.
-      problem: Data, model and task; the data in their place. Of the server's rows those that it
-        trains on.
+      problem: Data, model and task; the data in their place.
       simulation: The method.
-      validation: The server's rows on which settings are chosen; None: there are none.
     """
 
     config: Config
     problem: Problem
     simulation: Simulation
-    validation: Batch | None = None
+
+    @property
+    def private(self) -> Batch:
+        """The server's rows that it trains on."""
+        return hold_back(self.config, self.problem.splits.private)[0]
 
     @property
     def held_out(self) -> HeldOut:
         """What is evaluated on."""
         splits = self.problem.splits
-        return HeldOut(splits.test, splits.client_tests, self.validation)
-
-
-def keep_compiled_programs(directory: str) -> None:
-    """Makes JAX keep compiled programs in a directory, and look for them there first.
-
-    Programs that compile in less than a second are not kept, by JAX's default.
-    """
-    jax.config.update("jax_compilation_cache_dir", directory)
-    # JAX looks at the setting once, which may have been before.
-    compilation_cache.reset_cache()
+        _, validation = hold_back(self.config, splits.private)
+        return HeldOut(splits.test, splits.client_tests, validation)
 
 
 def dry_run(
@@ -122,7 +115,8 @@ def run(config: Config, directory: Path, display: Display, chosen: Collection[st
     Raises:
       ConfigError: The configuration is not possible, or the directory belongs to another one.
       OutOfMemoryError: The device ran out of memory; the last checkpoint stands.
-      CheckpointError: The checkpoints in the directory cannot be read or do not fit.
+      CheckpointError: The checkpoints in the directory cannot be read or written, or do not fit.
+      FileError: The file system refuses another file, as a full disk does.
     """
     work = WorkDirectory(directory)
     distributed.by_leader(lambda: work.check(config))
@@ -154,13 +148,26 @@ def run_in(
       ConfigError, OutOfMemoryError, CheckpointError: As `run` does.
     """
     config = experiment.config
+    room = distributed.by_leader(lambda: _check_room(experiment, work))
+    if room:
+        display.warning(room)
     # It was chosen by the memory that each found on its own devices.
     at_once = experiment.simulation.choice.axis.chunk_size
     distributed.require_same("cohort.chunk_size = 0, so that each chose its own", str(at_once))
     with contextlib.ExitStack() as claim:
         distributed.by_leader(lambda: claim.enter_context(work.claim(config)))
-        return _run(experiment, work, display, chosen, on_entries)
-    raise AssertionError("a claim suppresses nothing")
+        with told_as_file_error(work.path), _telling_what_remains(work):
+            return _run(experiment, work, display, chosen, on_entries)
+    raise RuntimeError("a claim suppresses nothing")
+
+
+@contextlib.contextmanager
+def _telling_what_remains(work: WorkDirectory) -> Iterator[None]:
+    """Adds to what the file system refuses what a run that ends there leaves behind."""
+    try:
+        yield
+    except (FileError, CheckpointError) as error:
+        raise type(error)(f"{error}; {work.what_remains()}") from error
 
 
 def _run(
@@ -173,10 +180,7 @@ def _run(
     """The run in a directory that is ours alone."""
     config, settings = experiment.config, experiment.config.checkpoint
     stopped = threading.Event()
-    with (
-        _stops_at(signal.SIGTERM, stopped),
-        Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints,
-    ):
+    with Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints:
         restored = _restore(experiment, checkpoints)
         if restored is not None:
             rows = fingerprint(experiment.problem.splits)
@@ -186,6 +190,7 @@ def _run(
             display.message(
                 f"finished at round {config.rounds}; a larger --config.rounds would extend the run"
             )
+            distributed.by_leader(lambda: _mend(work, restored[1], display))
             distributed.by_leader(lambda: _finish(experiment, work, *restored, display))
             return restored
         _show(experiment, display, chosen)
@@ -201,7 +206,7 @@ def _run(
                         f"round 1"
                     )
                 problem = experiment.problem
-                for line in _first_steps(config):
+                for line in first_steps(config):
                     display.message(line)
                 with display.waiting("the server's own training"):
                     params = pretrain(
@@ -209,7 +214,7 @@ def _run(
                         problem.pretraining_apply,
                         problem.task,
                         problem.params,
-                        problem.splits.private,
+                        experiment.private,
                         problem.preparation,
                     )
                     # Two processes' devices may round differently: the leader's is the model.
@@ -218,8 +223,8 @@ def _run(
                 display.message("every view is evaluated before the first round")
                 with display.waiting("the first evaluation"):
                     history = [first_entry(experiment.simulation, state, experiment.held_out)]
-            # Before the rounds Ctrl-C does not wait: there is nothing of this run to be saved.
-            with _stops_at(signal.SIGINT, stopped):
+            # Before and after the rounds neither waits: there is nothing more to be saved.
+            with stopping_at(signal.SIGINT, stopped), stopping_at(signal.SIGTERM, stopped):
                 state = _train(
                     experiment, state, history, work, checkpoints, display, stopped, on_entries
                 )
@@ -229,18 +234,6 @@ def _run(
     else:
         display.message(f"stopped after round {finished}; the same command resumes there")
     return state, history
-
-
-def _first_steps(config: Config) -> Iterator[str]:
-    """What the server does before the first round, which may take a while, a line each."""
-    if config.pretraining.steps:
-        yield f"the server trains on its own rows first, {config.pretraining.steps} steps"
-    distillation = config.fedsp.distillation_steps
-    if config.algorithm == "fedsp" and distillation:
-        yield (
-            f"the server distils on its own rows the small model that clients get, "
-            f"{distillation} steps"
-        )
 
 
 def _is_finished(
@@ -271,13 +264,13 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
         size=problem.size,
     )
     splits = problem.splits
-    private, validation = hold_back(config, splits.private)
-    clients, test, client_tests, validation = place(
-        simulation, (splits.clients, splits.test, splits.client_tests, validation)
+    hold_back(config, splits.private)  # Refused before anything is trained.
+    clients, test, client_tests = place(
+        simulation, (splits.clients, splits.test, splits.client_tests)
     )
-    splits = splits._replace(clients=clients, test=test, client_tests=client_tests, private=private)
+    splits = splits._replace(clients=clients, test=test, client_tests=client_tests)
     _check_memory(config, problem, simulation)
-    return Experiment(config, problem._replace(splits=splits), simulation, validation)
+    return Experiment(config, problem._replace(splits=splits), simulation)
 
 
 def _check_memory(config: Config, problem: Problem, simulation: Simulation) -> None:
@@ -308,6 +301,20 @@ def load_problem(settings: ProblemSettings, shapes: bool = False) -> Problem:
     return load_language_problem(settings)
 
 
+def _check_room(experiment: Experiment, work: WorkDirectory) -> str | None:
+    state = _state_shapes(experiment)
+    return check_room(work.path, state, experiment.config.checkpoint, len(work.saved_rounds()))
+
+
+def _state_shapes(experiment: Experiment) -> ServerState:
+    """The server's state as shapes, from which nothing is computed."""
+    key = root_key(experiment.config.seed)
+    shapes: ServerState = jax.eval_shape(
+        experiment.simulation.federation.init, key, experiment.problem.params
+    )
+    return shapes
+
+
 def _what_stands(checkpoints: Checkpoints) -> str:
     latest = checkpoints.latest_round()
     if latest is None:
@@ -319,16 +326,14 @@ def _restore(
     experiment: Experiment, checkpoints: Checkpoints
 ) -> tuple[ServerState, list[Entry]] | None:
     """The latest checkpoint, if there is one, in its place."""
-    simulation, params = experiment.simulation, experiment.problem.params
 
     def restore() -> tuple[ServerState, list[Entry]] | None:
         if checkpoints.latest_round() is None:
             return None
-        key = root_key(experiment.config.seed)
-        return checkpoints.restore(jax.eval_shape(simulation.federation.init, key, params))
+        return checkpoints.restore(_state_shapes(experiment))
 
     restored = distributed.together(restore)
-    return restored and (place(simulation, restored[0]), restored[1])
+    return restored and (place(experiment.simulation, restored[0]), restored[1])
 
 
 def _train(
@@ -345,7 +350,7 @@ def _train(
     config, simulation = experiment.config, experiment.simulation
     splits = experiment.problem.splits
     score = f"global/{simulation.task.score}"
-    metrics, board = MetricsFile(work.metrics), TensorBoard(work.tensorboard)
+    metrics, board = MetricsFile(work.metrics), _board(work, display)
     finished = int(state.round)
 
     def begin() -> None:
@@ -363,6 +368,8 @@ def _train(
     distributed.by_leader(begin)
     if finished == 0:
         checkpoints.save(0, state, history, history[-1][score])
+        # What cannot be written is told before the first round, not after it.
+        checkpoints.wait()
     calls = run_rounds(
         simulation,
         state,
@@ -384,6 +391,7 @@ def _train(
             every = config.checkpoint.every
             due = stop or after // every > finished // every or after == config.rounds
             distributed.by_leader(functools.partial(record, entries))
+            checkpoints.raise_failure()
             if due:
                 checkpoints.save(after, state, history, history[-1][score])
             finished = after
@@ -393,33 +401,19 @@ def _train(
     return state
 
 
-@contextlib.contextmanager
-def _stops_at(kind: signal.Signals, stopped: threading.Event) -> Iterator[None]:
-    """Turns the first signal of a kind into a request to stop at the next boundary.
+def _board(work: WorkDirectory, display: Display) -> TensorBoard:
+    return TensorBoard(work.tensorboard, display.warning)
 
-    Not a signal that is ignored, as a shell lets its background jobs ignore Ctrl-C, nor one that
-    is handled by something other than Python.
-    """
 
-    def request(number: int, frame: FrameType | None) -> None:
-        stopped.set()
-        # A second one acts as it would have without us.
-        signal.signal(kind, previous)
-        # This may be in the middle of a write to the same stream, which refuses another one; and
-        # whatever is raised here would end the round.
-        with contextlib.suppress(Exception):
-            tell("stopping after the rounds that are running; once more: at once")
-
-    previous = signal.getsignal(kind)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or previous in (signal.SIG_IGN, None):
-        yield
-        return
-    signal.signal(kind, request)
-    try:
-        yield
-    finally:
-        signal.signal(kind, previous)
+def _mend(work: WorkDirectory, history: list[Entry], display: Display) -> None:
+    """Writes the metrics of a finished run again, where they are not what its checkpoint says."""
+    metrics = MetricsFile(work.metrics)
+    if not metrics.holds(history):
+        display.warning(f"{work.metrics}: it is written again from the checkpoint's history")
+        metrics.rewrite(history)
+    if not any(work.tensorboard.glob("events.out.tfevents.*")):
+        with _board(work, display) as board:
+            board.rewrite(history)
 
 
 def _finish(

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,10 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import Config, ConfigError, flatten, resolve, to_dict
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.host.signals import cleaning_up
+from fedqsn_jax.runs.room import check_writable
 
 try:
     import fcntl
@@ -44,6 +47,14 @@ class WorkDirectory:
 
     path: Path
     own_model: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Expands ``~``.
+
+        Raises:
+          UserError: There is no such home directory.
+        """
+        object.__setattr__(self, "path", user_path(self.path))
 
     @property
     def checkpoints(self) -> Path:
@@ -124,11 +135,15 @@ class WorkDirectory:
         It may be called at any time: it waits for no save, and only reads names. (A checkpoint is a
         directory that is called by its round, once it is whole.)
         """
-        names = [path.name for path in self.checkpoints.glob("*")]
-        rounds = [int(name) for name in names if name.isdecimal()]
+        rounds = self.saved_rounds()
         if not rounds:
             return "nothing was saved, the same command starts again"
         return f"the same command resumes after round {max(rounds)}, the last that was saved"
+
+    def saved_rounds(self) -> list[int]:
+        """Returns the rounds that have a whole checkpoint, in no order."""
+        names = [path.name for path in self.checkpoints.glob("*")]
+        return [int(name) for name in names if name.isdecimal()]
 
     @contextmanager
     def claim(self, config: Config) -> Iterator[None]:
@@ -191,10 +206,15 @@ class WorkDirectory:
         file = self.path / _ROWS_FILE
         try:
             # Runs of earlier versions have none.
-            same = not file.exists() or file.read_bytes().strip() == fingerprint.encode()
+            stored = file.read_bytes().strip() if file.exists() else fingerprint.encode()
         except OSError as error:
-            raise ConfigError(f"--workdir={self.path}: {error.strerror}") from error
-        if not same:
+            raise ConfigError(f"--workdir={self.path}: {_ROWS_FILE}: {error.strerror}") from error
+        if re.fullmatch(rb"[0-9a-f]{64}", stored) is None:
+            raise ConfigError(
+                f"--workdir={self.path}: {_ROWS_FILE} is damaged; if the data are those with which "
+                f"the run was begun, remove that file"
+            )
+        if stored != fingerprint.encode():
             raise ConfigError(
                 f"--workdir={self.path}: the rows are not those with which the run was begun; "
                 f"allowed are the same data, or another directory"
@@ -250,7 +270,9 @@ class WorkDirectory:
 
     def _compare(self, stored: dict[str, Any], config: Config) -> None:
         ours = {name: _as_json(value) for name, value in flatten(config).items()}
-        theirs = _flatten(stored)
+        # A run from before a field existed did what its default says.
+        defaults = {name: _as_json(value) for name, value in flatten(Config()).items()}
+        theirs = {**defaults, **_flatten(stored)}
         differing = {
             name
             for name in ours.keys() | theirs.keys()
@@ -274,21 +296,6 @@ class WorkDirectory:
                 f"rounds = {config.rounds}: the run in {self.path} has {theirs['rounds']}; "
                 f"allowed are as many or more"
             )
-
-
-def check_writable(path: Path) -> None:
-    """Makes sure that a directory can be made or written, without doing so.
-
-    Raises:
-      ConfigError: It cannot.
-    """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--workdir={path}: it exists and is not a directory")
-    nearest = path
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"--workdir={path}: {nearest} cannot be written")
 
 
 def check_free(path: Path) -> None:

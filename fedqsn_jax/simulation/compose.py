@@ -161,7 +161,7 @@ def make_simulation(
     fitted = fit(config, algorithm, model, _batch_shapes(data, config.client.batch_size))
     parts = _compose(config, algorithm, fitted, data.clients)
     memory, choice = _choose_client_axis(config, fitted, parts, data)
-    return _simulation(config, fitted, parts, choice, memory)
+    return _simulation(config, fitted, parts, choice=choice, memory=memory)
 
 
 def _check_population(config: Config, population: int) -> None:
@@ -251,7 +251,7 @@ def _simulation(
 ) -> Simulation:
     def recompose(config: Config) -> Simulation:
         again = _compose(config, algorithm_of(config), fitted, parts.population)
-        return _simulation(config, fitted, again, choice, memory)
+        return _simulation(config, fitted, again, choice=choice, memory=memory)
 
     federation = parts.federation.with_client_axis(choice.axis)
     return Simulation(
@@ -306,8 +306,8 @@ def _choose_client_axis(
         model.client_apply,
         model.task,
         _optimizer(config, parts.algorithm),
-        exclude(model.params, roles.withheld),
-        fitted.batch,
+        params=exclude(model.params, roles.withheld),
+        batch=fitted.batch,
         trained=roles.trained,
         proximal=config.client.proximal,
     )
@@ -318,7 +318,7 @@ def _choose_client_axis(
     an_arrival = tree_bytes(select(model.params, roles.trained)) + frozen
     fixed = {
         **proxy_and_deltas(select(model.params, roles.sent), select(model.params, roles.returned)),
-        **fixed_memory(parts.federation, fitted.plain, fitted.sites, config, data),
+        **fixed_memory(parts.federation, fitted.plain, fitted.sites, config=config, data=data),
         SAMPLES: sample_bytes(config),
         REPORTS: report_bytes(config, len(fitted.sites.drawing)),
     }

@@ -47,10 +47,10 @@ def tensor_rows(simulation: Simulation, params: Params) -> list[TensorRow]:
         kernel = sites.by_kernel.get(path)
         rows.append(
             TensorRow(
-                path,
-                tuple(leaf.shape),
-                str(leaf.dtype),
-                travels,
+                path=path,
+                shape=tuple(leaf.shape),
+                dtype=str(leaf.dtype),
+                travels=travels,
                 columns=None if kernel is None else kernel.layers * kernel.columns,
                 fan_in=None if kernel is None else kernel.fan_in,
                 hidden=hidden,
@@ -78,13 +78,14 @@ def payloads_per_client(simulation: Simulation) -> float:
     """Expected payloads that a client of a cohort is sent in a round, over a whole run.
 
     One, but for one-way rounds in which a client's payload stays the same: it is sent once to each
-    client that ever takes part.
+    client that ever takes part, and again to one that has lost it.
     """
     config, broadcast = simulation.config, simulation.method.broadcast
     if not broadcast.is_one_way or broadcast.renewed or not config.rounds:
         return 1.0
     drawn = config.cohort.size / simulation.population
-    return (1 - (1 - drawn) ** config.rounds) / (drawn * config.rounds)
+    first = (1 - (1 - drawn) ** config.rounds) / (drawn * config.rounds)
+    return first + (1 - first) * config.participation.lost_copies
 
 
 def expected_costs(simulation: Simulation) -> Costs:

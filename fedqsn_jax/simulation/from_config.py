@@ -27,9 +27,9 @@ def algorithm_of(config: Config) -> Algorithm:
     return make_algorithm(
         config.algorithm,
         make_quantizer(config),
-        config.p1,
-        config.p2,
-        config.sampling,  # type: ignore[arg-type]
+        p1=config.p1,
+        p2=config.p2,
+        sampling=config.sampling,  # type: ignore[arg-type]
     )
 
 
@@ -134,10 +134,10 @@ def configured_adapters(config: Config, params: Params) -> Lora | None:
     try:
         return find_adapters(
             params,
-            config.site_rules,
-            settings.matrices,
-            settings.rank,
-            settings.alpha or float(settings.rank),
+            rules=config.site_rules,
+            matrices=settings.matrices,
+            rank=settings.rank,
+            alpha=settings.alpha or float(settings.rank),
         )
     except ValueError as error:
         raise ConfigError(f"lora.matrices: {error}") from error

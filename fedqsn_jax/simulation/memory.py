@@ -3,7 +3,9 @@
 A round keeps, on every device:
 
 - the server's state (its dtypes, donated from call to call, so there is one copy of it): hidden
-  model, server optimizer, server mask, the attackers' copies;
+  model, server optimizer, server mask, the attackers' copies; in one-way rounds also the first
+  model and the sum of all deltas (float32), with rarer broadcasts what was sent last, of what
+  clients return;
 - one dequantized ``Q(W)`` (float32) for all clients, and the client masks (bool, a byte a column
   and client of the cohort);
 - one sum of weighted deltas (float32): deltas are never stacked for a cohort;
@@ -83,7 +85,7 @@ def client_bytes(
     """
     some = select(params, trained)
     state = jax.eval_shape(lambda params: optimizer(jnp.int32(1)).init(params), some)
-    activations = saved_activations(apply_fn, task, params, batch, trained)
+    activations = saved_activations(apply_fn, task, params, batch=batch, trained=trained)
     # Effective weights, gradient, perhaps the weights of the start; optimizer state; the batch;
     # what is saved, and one cotangent of about the same size in the worst case.
     copies = 3 if proximal else 2

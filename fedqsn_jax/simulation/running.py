@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedqsn_jax.core.keys import federation_key
-from fedqsn_jax.core.types import Batch, Params
+from fedqsn_jax.core.types import Array, Batch, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
 from fedqsn_jax.host.devices import Tree, replicate
@@ -82,45 +82,55 @@ def run_rounds(
         entries = []
         for index in np.flatnonzero(result.evaluated[: stop - finished]):
             share = (index + 1) / (stop - finished)
-            entry = {"round": finished + int(index) + 1, **entry_of(simulation, result, int(index))}
+            entry = entry_of(simulation, result, int(index), finished)
             entries.append({**entry, "seconds": round(float(seconds + share * took), 6)})
         seconds += took
         yield stop, state, entries
         began = time.perf_counter()
 
 
-def entry_of(simulation: Simulation, result: CallResult, index: int) -> Entry:
+def entry_of(simulation: Simulation, result: CallResult, index: int, finished: int) -> Entry:
     """Returns what one evaluated round of a call tells.
 
-    That is metrics, the training loss, how many clients returned an update and whose were rejected,
-    and bytes, means over the sampled clients.
+    That is its number, metrics, the training loss, how many clients returned an update and whose
+    were rejected, and bytes, means over the sampled clients. In one-way rounds some have already
+    what they would be sent: there bytes down are means over all rounds so far.
 
     Args:
       simulation: The method, whose payloads are counted.
       result: What the call brought to the host.
       index: The round's place in it.
+      finished: Number of rounds that were finished before the call.
     """
-    cohort, traffic = simulation.config.cohort.size, simulation.traffic
+    number, traffic = finished + index + 1, simulation.traffic
     facts = {name: values[index] for name, values in result.facts.items()}
+    cohort = simulation.config.cohort.size
+    drawn = cohort * number if "payloads" in facts else cohort
+    payloads = _count(facts["payloads"]) / drawn if "payloads" in facts else 1
 
-    def columns(kind: str) -> dict[str, float]:
+    def columns(kind: str, clients: int) -> dict[str, float]:
         of_kind = (name for name in facts if name.startswith(f"{kind}/"))
-        return {name.partition("/")[2]: int(facts[name]) / cohort for name in of_kind}
+        return {name.partition("/")[2]: _count(facts[name]) / clients for name in of_kind}
 
     counts = {
         name: int(facts[f"clients/{name}"])
         for name in ("sent", "returned", "rejected")
         if f"clients/{name}" in facts
     }
-    # In one-way rounds some have all that they would be sent.
-    payloads = counts["sent"] / cohort if "sent" in counts else 1
+    returned = counts["returned"] / cohort
     return {
+        "round": number,
         **_ordered({name: values[index] for name, values in result.metrics.items()}),
         "train/loss": float(facts["train/loss"]),
         **{f"clients/{name}": count for name, count in counts.items()},
-        "bytes/down_per_client": traffic.down.of(columns("visible"), payloads),
-        "bytes/up_per_client": traffic.up.of(columns("returned"), counts["returned"] / cohort),
+        "bytes/down_per_client": traffic.down.of(columns("visible", drawn), payloads),
+        "bytes/up_per_client": traffic.up.of(columns("returned", cohort), returned),
     }
+
+
+def _count(value: Array) -> int:
+    """A count of one round, or one of all rounds in two words; see `BroadcastState`."""
+    return int(value) if value.ndim == 0 else (int(value[0]) << 32) + int(value[1])
 
 
 def _feed(

@@ -149,7 +149,9 @@ def choose_client_axis(config: CohortConfig, workload: Workload, platform: str) 
     mesh = Mesh(np.asarray(jax.devices()[:devices]), (CLIENTS_AXIS,)) if wants_mesh else None
     at_once = "one client at a time" if chunk == 1 else f"{chunk} clients at once"
     where = f"{devices} devices, {at_once} on each" if wants_mesh else at_once
-    axis = ClientAxis(chunk, schedule.refills, workload.equal_steps, mesh)
+    axis = ClientAxis(
+        chunk_size=chunk, refills=schedule.refills, steps=workload.equal_steps, mesh=mesh
+    )
     return ClientAxisChoice(axis, f"{where} ({why})", chunk * workload.client_bytes)
 
 

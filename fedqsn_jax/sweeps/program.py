@@ -105,8 +105,7 @@ class Program:
             for place_, simulation in enumerate(simulations):
                 own = jax.tree.map(lambda leaf, place_=place_: leaf[place_], result)
                 for index in np.flatnonzero(own.evaluated[: stop - finished]):
-                    entry = entry_of(simulation, own, int(index))
-                    latest[place_] = {"round": finished + int(index) + 1, **entry}
+                    latest[place_] = entry_of(simulation, own, int(index), finished)
             yield stop, state, latest
 
     def _with(self, arguments: Arguments) -> Simulation:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError, flatten
 from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.host.signals import cleaning_up
@@ -25,7 +26,7 @@ class SweepDirectory:
     """The directory of a sweep: ``sweep.json``, ``results.jsonl``, and what is made of them."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = user_path(path)
         self.records = path / "results.jsonl"
         self.points = path / "points.csv"
         self.table = path / "results.csv"

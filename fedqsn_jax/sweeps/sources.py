@@ -17,7 +17,7 @@ from fedqsn_jax.core.trees import tree_bytes
 from fedqsn_jax.core.types import Key, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
 from fedqsn_jax.problems.problem import Problem, ProblemSettings, problem_settings
-from fedqsn_jax.problems.training import make_pretraining
+from fedqsn_jax.problems.training import hold_back, make_pretraining
 from fedqsn_jax.rounds.evaluation import make_evaluator
 from fedqsn_jax.runs.experiment import Experiment, load_problem, prepare
 
@@ -84,11 +84,12 @@ class Sources:
           experiment: What `prepare` returned.
         """
         config, problem = experiment.config, experiment.problem
+        private, _ = hold_back(config, problem.splits.private)
         training = _Training(
             problem=problem_settings(config),
             pretraining=config.pretraining,
             evaluation=config.evaluation,
-            private_rows=jax.tree.leaves(problem.splits.private)[0].shape[0],
+            private_rows=jax.tree.leaves(private)[0].shape[0],
         )
         params, score = self._once(training, lambda: self._train(training, problem))
         clients = problem.splits.clients
@@ -96,7 +97,10 @@ class Sources:
 
     def _train(self, training: _Training, problem: Problem) -> tuple[Params, float]:
         train, evaluate = self._functions(training, problem)
-        params = train(training.problem.seed, problem.params, problem.splits.private)
+        private = {
+            name: rows[: training.private_rows] for name, rows in problem.splits.private.items()
+        }
+        params = train(training.problem.seed, problem.params, private)
         score = float(evaluate(params, problem.splits.test)[problem.task.score])
         return params, score
 

@@ -254,7 +254,7 @@ def test_a_run_writes_resumes_finishes_and_is_extended(tmp_path, capsys, monkeyp
         assert "seed = 9 (there: 0)" in message
         message = refusal(capsys, [*arguments, *mode, "--config.rounds=2"])
         assert "rounds = 2" in message
-    (directory / "rows.sha256").write_text("other rows\n")
+    (directory / "rows.sha256").write_text("f" * 64 + "\n")
     assert "the rows are not those with which the run was begun" in refusal(capsys, arguments)
     (directory / "rows.sha256").write_bytes(before[directory / "rows.sha256"])
     with WorkDirectory(directory).claim(trained.config), monkeypatch.context() as patch:

@@ -236,3 +236,23 @@ def test_a_dtype_that_cannot_be_stored_is_told_in_one_line(tmp_path, capfd):
         assert_one_line(error)
         assert checkpoints.latest_round() is None
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("damage", ["{", '{"score": 0.875}', "[]"])
+def test_a_damaged_score_is_told_of_its_own_checkpoint_before_the_next_save(tmp_path, damage):
+    """Orbax reads it at the next save, whose checkpoint would be blamed."""
+    with Checkpoints(tmp_path, keep_latest=1, keep_best=1) as checkpoints:
+        checkpoints.save(5, weights(5.0), [], score=0.75)
+        checkpoints.save(10, weights(10.0), [], score=0.5)
+    (file,) = (tmp_path / "5" / "metrics").glob("metrics")
+    file.write_text(damage)
+    with Checkpoints(tmp_path, keep_latest=1, keep_best=1) as checkpoints:
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(weights(0.0))
+        message = assert_one_line(error)
+        assert message.startswith(f"{tmp_path / '5'}: its score cannot be read")
+        # As the message says.
+        shutil.rmtree(tmp_path / "5")
+        state, history = checkpoints.restore(weights(0.0))
+        checkpoints.save(15, state, history, score=0.5)
+        assert checkpoints.latest_round() == 15

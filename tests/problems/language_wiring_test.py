@@ -172,6 +172,16 @@ def test_texts_are_searched_for_as_configured(family, places, monkeypatch):
     assert len(prompts.texts) == 2
 
 
+def test_labels_that_a_heads_names_contradict_are_told(tmp_path):
+    """The head of a fine-tuned model is taken in order: 0 is what it calls good, not bad."""
+    for labels, told in ((("positive", "negative"), True), (("negative", "positive"), False)):
+        place = tmp_path / labels[0]
+        write_model(place, dataclasses.replace(BERT, classes=2, labels=labels))
+        problem = load_problem(problem_settings(configured(classify(place), model__pooling="cls")))
+        line = "the model's head is of positive, negative, and the task's labels are negative, "
+        assert any(note.startswith(line) for note in problem.notes) == told
+
+
 FEDSP = {
     "fedsp__layers": (-1,),
     "fedsp__passes": 1,

@@ -24,7 +24,6 @@ from fedqsn_jax.config.schema import (
     to_dict,
     with_fields,
 )
-from fedqsn_jax.core.keys import client_round_key
 from fedqsn_jax.core.tasks import classification
 from fedqsn_jax.core.trees import leaves_by_path, select
 from fedqsn_jax.core.types import Params
@@ -94,6 +93,18 @@ CASES: dict[str, dict[str, Any]] = {
         "participation.stragglers": 0.5,
         "participation.nan": 0.3,
     },
+    # Clients' masks stay, and nothing that is learned is sent.
+    "one-way": {"broadcast.every": 0, "mask_per": "client"},
+    "one-way with everything": {
+        **UPLOADS,
+        "broadcast.every": 0,
+        "server.scale": 2.0,
+        "server.normalize": "coverage",
+        "server.clip_norm": 0.05,
+        "participation.dropout": 0.3,
+    },
+    "one-way adapters": {"algorithm": "fedlpp", "lora.rank": 3, "broadcast.every": 0},
+    "half is sent every second round": {"broadcast.every": 2, "broadcast.share": 0.5},
     "released": {
         "codebook": "symmetric_normal_float",
         "blocks": "row",
@@ -226,7 +237,8 @@ def test_hidden_values_neither_change_nor_show(name, subject_of, plain):
     prepare, apply = fast(transform.prepare), fast(transform.apply)
 
     def prepared_of(state):
-        whole = whole_proxy(select(state.params, simulation.roles.sent), sites)
+        model = simulation.method.broadcast.sent(state.broadcast, state.params)
+        whole = whole_proxy(select(model, simulation.roles.sent), sites)
         return prepare(state.transform_state, whole)
 
     visible = prepared_of(init(KEY, subject.params)).visible
@@ -252,7 +264,7 @@ def test_hidden_values_neither_change_nor_show(name, subject_of, plain):
             assert (now[~hidden] != before[~hidden]).any() == returned, path
         prepared, payloads = prepared_of(state), []
         for client_id in range(POPULATION):
-            key = client_round_key(state.secret_key, state.round, client_id)
+            key = simulation.method.mask_key(state.secret_key, state.round, client_id)
             proxy = apply(key, state.transform_state, prepared)
             payloads.append(encode_proxy(proxy))
             counts = {path: int(np.sum(seen)) for path, seen in proxy.visible.items()}
@@ -264,7 +276,15 @@ def test_hidden_values_neither_change_nor_show(name, subject_of, plain):
             if proxy.visible:
                 blank = conceal(values, proxy.visible, 0.0)
                 jax.tree.map(np.testing.assert_array_equal, values, blank)
-        state = state.replace(params=conceal(state.params, visible, 0.0))
+        sent_before = {
+            name: conceal(model, visible, 0.0)
+            for name in ("first", "latest")
+            if (model := getattr(state.broadcast, name)) is not None
+        }
+        state = state.replace(
+            params=conceal(state.params, visible, 0.0),
+            broadcast=state.broadcast.replace(**sent_before),
+        )
         return kept, flat(state.params), (octets(state), octets(facts), payloads)
 
     # A value that is no number would spread; those that leak are told apart by finite ones.

@@ -52,6 +52,22 @@ def test_summary_of_a_run_without_rounds_or_attackers():
         summarize([], COSTS, 0)
 
 
+def test_bytes_down_of_one_way_rounds_are_told_of_all_rounds_at_the_end():
+    history = [{"round": 0, "global/accuracy": 0.5}] + [
+        {
+            "round": t,
+            "global/accuracy": 0.5,
+            "clients/sent": sent,
+            "bytes/down_per_client": down,
+            "bytes/up_per_client": 100.0 * t,
+        }
+        for t, sent, down in ((1, 10, 400.0), (2, 0, 200.0))
+    ]
+    summary = summarize(history, COSTS, 1.0)
+    assert summary["bytes"]["down"]["per_client"] == 200.0
+    assert summary["bytes"]["up"]["per_client"] == 150.0
+
+
 def test_best_is_by_the_tasks_score_and_ignores_what_is_no_number():
     history = [
         {"round": r, "global/log_likelihood": score, "global/accuracy": 1.0 - r}

@@ -106,7 +106,7 @@ def expected_events(history):
 
 def test_tensorboard_has_every_scalar_once_after_a_resume(tmp_path, history):
     directory = tmp_path / "tensorboard"
-    with TensorBoard(directory) as board:
+    with TensorBoard(directory, pytest.fail) as board:
         board.rewrite(history[:1])
         board.append(history[1:])
         board.append([])
@@ -114,7 +114,7 @@ def test_tensorboard_has_every_scalar_once_after_a_resume(tmp_path, history):
     assert sorted(event[:3] for event in read_events(directory)) == expected_events(history)
 
     # The checkpoint was two entries behind when the run stopped; those rounds run again.
-    with TensorBoard(directory) as board:
+    with TensorBoard(directory, pytest.fail) as board:
         board.rewrite(history[:2])
         board.append(history[2:])
     events = read_events(directory)
@@ -125,7 +125,7 @@ def test_tensorboard_has_every_scalar_once_after_a_resume(tmp_path, history):
 
 
 def test_tensorboard_reopens_without_losing_anything(tmp_path, history):
-    board = TensorBoard(tmp_path)
+    board = TensorBoard(tmp_path, pytest.fail)
     board.close()
     for each in history:
         board.append([each | {"train/loss": None, "proxy/bleu": math.nan, "a": math.inf}])

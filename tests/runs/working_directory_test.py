@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from fedqsn_jax.config.schema import Config, ConfigError, resolve, with_fields
+from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.runs import working_directory
 from fedqsn_jax.runs.working_directory import WorkDirectory
 
@@ -237,3 +238,32 @@ def test_the_configuration_comes_back(tmp_path):
         with pytest.raises(ConfigError) as error:
             work.config()
         assert str(error.value) == f"--workdir={tmp_path}: {message}"
+
+
+def test_a_home_directory_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert WorkDirectory(pathlib.Path("~/run")).path == tmp_path / "home" / "run"
+    with WorkDirectory(pathlib.Path("~/run")).claim(Config()):
+        assert (tmp_path / "home" / "run").is_dir()
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(UserError, match=r"^~nobody-of-this-name/run: there is no such home"):
+        WorkDirectory(pathlib.Path("~nobody-of-this-name/run"))
+
+
+def test_a_damaged_file_of_rows_is_not_told_as_other_rows(tmp_path):
+    work = WorkDirectory(tmp_path)
+    ours, others = "0123456789abcdef" * 4, "f" * 64
+    work.write_rows(ours)
+    work.check_rows(ours)
+    with pytest.raises(ConfigError, match="the rows are not those"):
+        work.check_rows(others)
+    file = tmp_path / "rows.sha256"
+    for damaged in (b"", ours[:-1].encode(), b"\xff" + ours[1:].encode()):
+        file.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"rows\.sha256 is damaged; [^\n]*remove that file$"):
+            work.check_rows(ours)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ConfigError, match=r"rows\.sha256: Is a directory$"):
+        work.check_rows(ours)

@@ -61,10 +61,15 @@ def made(monkeypatch):
         ("model.hidden", (8,), 2, 2),
         ("client.dropout", 0.1, 2, 2),
         ("client.compute_dtype", "bfloat16", 2, 2),
+        ("mask_per", "client", 1, 1),
+        ("broadcast.every", 0, 1, 1),
+        ("server.validation_rows", 2, 1, 2),
     ],
 )
 def test_what_is_made_anew(made, field, value, loaded, trained):
-    both = Config(), with_fields(Config(), {field: value})
+    chosen = {"broadcast.every": 0, "server.scale": 0.0}
+    more = chosen if field == "server.validation_rows" else {}
+    both = Config(), with_fields(Config(), {field: value} | more)
     shared = sources.Sources()
     for config in (*both, *both):
         shared.start(shared.prepare(config))

@@ -8,13 +8,13 @@ import dataclasses
 import hashlib
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError, DataConfig
 from fedqsn_jax.data.population import Splits
 from fedqsn_jax.data.splits import CLIENT_COLUMN, Rows, make_splits, take
@@ -296,7 +296,7 @@ def _arrays(
             )
         return packed.arrays | {_CUT: np.asarray(packed.cut)}
 
-    directory = Path(settings.cache).expanduser() if settings.cache else default_directory()
+    directory = user_path(settings.cache) if settings.cache else default_directory()
     key = _key(source, settings, kind, options, tokenizer)
     arrays = dict(cached(directory, key, build))
     return arrays, int(arrays.pop(_CUT))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError
 from fedqsn_jax.data.tfds_folders import FORMAT, PreparedSet
 
@@ -70,7 +71,7 @@ def open_source(spec: str, directory: str = "", split: str = "train") -> TextSou
         raise ConfigError(f"data source {spec!r}: allowed are {allowed}")
     if kind == "tfds":
         return _tfds(spec, rest, directory, split)
-    path = Path(rest).expanduser()
+    path = user_path(rest)
     if not path.is_file():
         reason = "is a directory" if path.is_dir() else "does not exist"
         raise ConfigError(f"data source {spec!r}: {path} {reason}")

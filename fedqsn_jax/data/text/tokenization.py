@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError
 
 _USUAL_SHARE = 0.99
@@ -112,7 +113,7 @@ def load_tokenizer(
             "text data needs the tokenizers library: pip install 'fedqsn_jax[language]'"
         ) from error
 
-    file = Path(directory).expanduser()
+    file = user_path(directory)
     file = file if file.name.endswith(".json") else file / "tokenizer.json"
     try:
         content = file.read_bytes()

@@ -79,6 +79,7 @@ class Attention(nn.Module):
       stddev: Of the initial kernels.
       query_stddev: Of the initial query kernel; None: ``stddev``.
       scale: What products of queries and keys are multiplied by; None: ``size ** -0.5``.
+      norm_epsilon: Of root-mean-square norms of each head's queries and keys; None: not normed.
       causal: Whether tokens attend to none after them. (With a cache, the mask says so.)
     """
 
@@ -93,6 +94,7 @@ class Attention(nn.Module):
     stddev: float = 0.02
     query_stddev: float | None = None
     scale: float | None = None
+    norm_epsilon: float | None = None
     causal: bool = False
 
     @nn.compact
@@ -163,6 +165,7 @@ class Attention(nn.Module):
             and self.execution.attention == "auto"
             and self.biases
             and self.heads == self.kv_heads
+            and self.norm_epsilon is None
             and (mask is None or mask.shape[1:3] == (1, 1))
             and attention_gpu.fits(hidden.shape[1], self.size, self.execution.dtype)
         )
@@ -214,6 +217,10 @@ class Attention(nn.Module):
             source = hidden if source is None else source
             key = self._project("key", self.kv_heads, self.stddev)(source)
             value = self._project("value", self.kv_heads, self.stddev)(source)
+        if self.norm_epsilon is not None:
+            dtype = self.execution.dtype
+            query = nn.RMSNorm(self.norm_epsilon, dtype, name="query_norm")(query)
+            key = nn.RMSNorm(self.norm_epsilon, dtype, name="key_norm")(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         return query, key, value

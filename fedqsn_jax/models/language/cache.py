@@ -93,6 +93,34 @@ def attendable(
     return pairs, dataclasses.replace(cache, mask=seen)
 
 
+def within_window(
+    seen: Array | None, mask: Array, cache: Cache | None, window: int
+) -> Array | None:
+    """Narrows what new tokens may attend to: to the last so many real tokens, their own included.
+
+    Args:
+      seen: What `attendable` gave.
+      mask: bool ``[rows, length]``: which of the new tokens are real.
+      cache: What `attendable` gave.
+      window: The number of tokens.
+
+    Returns:
+      bool ``[rows, 1, length, keys]``; or ``seen``, where there are no more keys than that.
+    """
+    present = mask if cache is None else cache.mask
+    if present.shape[1] <= window:
+        return seen
+    keys = positions_of(present)
+    # New tokens stand behind those in the cache, which has noted their masks.
+    queries = (
+        keys
+        if cache is None
+        else jax.lax.dynamic_slice_in_dim(keys, cache.used, mask.shape[1], axis=1)
+    )
+    near = jnp.expand_dims(keys[:, None] > queries[..., None] - window, 1)
+    return near if seen is None else near & seen
+
+
 def write(stacked: Array, layer: Array, used: Array, new: Array) -> tuple[Array, Array]:
     """Writes a layer's new keys, or values, into the slots from ``used`` on.
 

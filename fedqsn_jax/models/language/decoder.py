@@ -8,7 +8,13 @@ from flax import linen as nn
 from fedqsn_jax.core.types import Array
 from fedqsn_jax.models.kernels.dropout import Dropout
 from fedqsn_jax.models.language.attention import Attention, Slots
-from fedqsn_jax.models.language.cache import Cache, attendable, last_real, positions_of
+from fedqsn_jax.models.language.cache import (
+    Cache,
+    attendable,
+    last_real,
+    positions_of,
+    within_window,
+)
 from fedqsn_jax.models.language.transformer import (
     Embed,
     Execution,
@@ -75,9 +81,12 @@ class CausalModel(nn.Module):
         layers = stack(self.layer, config.layers, self.execution)
         layers = layers(config, self.execution, train, name="layers")
         seen, cache = attendable(mask, cache, padded)
+        near = seen
+        if any(config.windowed):
+            near = within_window(seen, mask, cache, config.window)
         arrays, used = (None, None) if cache is None else (cache.arrays, cache.used)
         numbers = jnp.arange(config.layers, dtype=jnp.int32)
-        (hidden, arrays), _ = layers((hidden, arrays), numbers, (seen, used, rotation))
+        (hidden, arrays), _ = layers((hidden, arrays), numbers, (seen, near, used, rotation))
         if cache is not None:
             cache = cache.written(arrays, mask.shape[1])
         hidden = self.layer.norm_class(config.norm_epsilon, dtype, name="final_norm")(hidden)
@@ -92,7 +101,8 @@ class CausalLayer(nn.Module):
     """A layer: attention and an MLP, each normed before it.
 
     The carry is the hidden states with the cache's arrays, or None; each layer gets its number; all
-    share what tokens may attend to, the slots that are used, and the rotation.
+    share what tokens may attend to, the same within the window, the slots that are used, and the
+    rotation.
     """
 
     config: Any
@@ -113,7 +123,8 @@ class CausalLayer(nn.Module):
     @nn.compact
     def __call__(self, carry: Any, layer: Array, shared: Any) -> tuple[Any, None]:
         """Returns the carry after this layer."""
-        (hidden, arrays), (seen, used, rotation) = carry, shared
+        (hidden, arrays), (seen, near, used, rotation) = carry, shared
+        seen = self._within_window(layer, seen, near)
         slots = None if arrays is None else Slots(arrays[0], arrays[1], layer, used)
         attended, arrays = self.attention()(
             self._norm("attention_norm")(hidden), seen, rotation=rotation, memory=slots
@@ -121,6 +132,15 @@ class CausalLayer(nn.Module):
         hidden += self._dropped(attended)
         hidden += self._dropped(self.mlp()(self._norm("mlp_norm")(hidden)))
         return (hidden, arrays), None
+
+    def _within_window(self, layer: Array, seen: Array | None, near: Array | None) -> Array | None:
+        """What this layer's tokens may attend to."""
+        windowed = self.config.windowed
+        if near is seen or near is None or not any(windowed):
+            return seen
+        if all(windowed):
+            return near
+        return jnp.where(jnp.asarray(windowed)[layer], near, True if seen is None else seen)
 
     def _norm(self, name: str) -> Any:
         return self.norm_class(self.config.norm_epsilon, self.execution.dtype, name=name)

@@ -191,7 +191,7 @@ class _Classifier(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.stddev)
         if config.pooling == "cls":
-            if config.family == "roberta":
+            if config.is_roberta:
                 pooled = Dropout(config.classifier_dropout, self.train)(pooled)
             pooled = jnp.tanh(nn.Dense(config.width, kernel_init=init, name="dense")(pooled))
         pooled = Dropout(config.classifier_dropout, self.train)(pooled)

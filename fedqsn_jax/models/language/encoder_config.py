@@ -36,6 +36,9 @@ _HEADS = {
 }
 """Tensors of the heads of each family, as the transformers library knows them."""
 
+_CLASSES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
+"""How the names of the transformers library's classes begin."""
+
 _OTHER_TASKS = ("ForTokenClassification", "ForMultipleChoice")
 _OTHER_HEADS = _weights_and_biases("classifier")
 """Tensors of heads that classify something else than whole texts."""
@@ -46,7 +49,7 @@ class EncoderConfig:
     """An encoder with a classification head.
 
     Attributes:
-      family: ``bert`` or ``roberta``.
+      family: ``bert``, ``roberta`` or ``xlm-roberta``.
       vocab_size: Number of tokens.
       width: Of the hidden states.
       layers: Number of layers.
@@ -93,7 +96,7 @@ class EncoderConfig:
     labels: tuple[str, ...] = ()
     own_head: bool = True
 
-    FAMILIES: ClassVar[tuple[str, ...]] = ("bert", "roberta")
+    FAMILIES: ClassVar[tuple[str, ...]] = ("bert", "roberta", "xlm-roberta")
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
@@ -102,9 +105,14 @@ class EncoderConfig:
             raise ValueError(f"width {self.width} is no multiple of {self.heads} heads")
 
     @property
+    def is_roberta(self) -> bool:
+        """Whether this is a RoBERTa; XLM-R (arXiv 1911.02116) is one, of many languages."""
+        return self.family != "bert"
+
+    @property
     def first_position(self) -> int:
         """Where real tokens' positions begin: RoBERTa's follow the padding's id."""
-        return (self.pad_token_id or 0) + 1 if self.family == "roberta" else 0
+        return (self.pad_token_id or 0) + 1 if self.is_roberta else 0
 
     @property
     def max_length(self) -> int:
@@ -114,7 +122,7 @@ class EncoderConfig:
     @property
     def prefix(self) -> str:
         """What names of tensors begin with, where the file has a head."""
-        return f"{self.family}."
+        return "roberta." if self.is_roberta else "bert."
 
     @property
     def ignored(self) -> tuple[Unread, ...]:
@@ -124,13 +132,16 @@ class EncoderConfig:
         of pre-training.
         """
         positions = Unread("embeddings.position_ids", "0, 1, 2 and so on", counts_up)
-        heads = [*_HEADS[self.family], *(() if self.own_head else _OTHER_HEADS)]
+        heads = [
+            *_HEADS["roberta" if self.is_roberta else "bert"],
+            *(() if self.own_head else _OTHER_HEADS),
+        ]
         return (positions, *[Unread(name) for name in heads])
 
     @property
     def architecture(self) -> str:
         """The transformers library's class that reads what is written."""
-        name = {"bert": "Bert", "roberta": "Roberta"}[self.family]
+        name = _CLASSES[self.family]
         whole = self.classes and self.pooling == "cls"
         return name + ("ForSequenceClassification" if whole else "Model")
 
@@ -173,7 +184,7 @@ class EncoderConfig:
             attention_dropout=settings.rate("attention_probs_dropout_prob", 0.1),
             classifier_dropout=settings.rate("classifier_dropout", hidden_dropout),
             stddev=settings.number("initializer_range", 0.02),
-            pad_token_id=settings.token("pad_token_id", 1 if family == "roberta" else 0),
+            pad_token_id=settings.token("pad_token_id", 0 if family == "bert" else 1),
             bos_token_id=settings.token("bos_token_id"),
             eos_token_ids=settings.tokens("eos_token_id"),
             classes=labels or settings.integer("num_labels", 2),
@@ -229,7 +240,7 @@ class EncoderConfig:
         ]
         if not self.classes:
             return found
-        roberta = self.family == "roberta"
+        roberta = self.is_roberta
         if self.pooling == "cls":
             dense = "classifier.dense" if roberta else f"{base}pooler.dense"
             found += linear("classifier/dense", dense, drawn=True)

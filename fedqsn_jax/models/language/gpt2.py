@@ -65,6 +65,9 @@ class GPT2Config:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    windowed: ClassVar[tuple[bool, ...]] = ()
+    """No layer has a window."""
+
     FAMILIES: ClassVar[tuple[str, ...]] = ("gpt2",)
 
     def __post_init__(self) -> None:

@@ -30,6 +30,12 @@ class Settings:
             raise self._error(name, value, "a positive integer")
         return value
 
+    def optional_integer(self, name: str, default: int | None) -> int | None:
+        """Returns a positive integer; None where it is null, and the default where it is absent."""
+        if name in self._values and self._values[name] is None:
+            return None
+        return None if default is None and name not in self._values else self.integer(name, default)
+
     def number(self, name: str, default: float | None = None) -> float:
         """Returns a number that is not negative; required where there is no default."""
         value = self._get(name, default)

@@ -1,7 +1,11 @@
-"""LLaMA (arXiv 2302.13971, 2407.21783) and Qwen2 (arXiv 2407.10671), which adds biases."""
+"""LLaMA (arXiv 2302.13971, 2407.21783) and those that differ from it in few settings.
+
+Qwen2 (arXiv 2407.10671) adds biases, Qwen3 (arXiv 2505.09388) norms of queries and keys, Mistral
+(arXiv 2310.06825) a window of attention.
+"""
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from flax import linen as nn
@@ -18,16 +22,17 @@ from fedqsn_jax.models.language.hugging_face import (
     output_copy,
     token_ids,
 )
-from fedqsn_jax.models.language.rotary_positions import RopeScaling, rope_frequencies, rotation_of
+from fedqsn_jax.models.language.rotary_positions import Scaling, rope_frequencies, rotation_of
+from fedqsn_jax.models.language.rotary_settings import read_rope, rope_settings
 from fedqsn_jax.models.language.transformer import Mlp
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """A LLaMA or Qwen2.
+    """A LLaMA, Qwen2, Qwen3 or Mistral.
 
     Attributes:
-      family: ``llama`` or ``qwen2``.
+      family: ``llama``, ``qwen2``, ``qwen3`` or ``mistral``.
       vocab_size: Number of tokens.
       width: Of the hidden states.
       layers: Number of layers.
@@ -39,10 +44,13 @@ class LlamaConfig:
       positions: The longest sequence.
       norm_epsilon: Of the root-mean-square norms.
       rope_base: Base of the rotary frequencies.
-      rope_scaling: LLaMA 3's stretching of them, or None.
+      rope_scaling: How they are changed for longer sequences, or None.
       biases: Whether query, key and value have biases.
       out_bias: Whether the attention's output has one.
       mlp_biases: Whether the MLP's matrices have.
+      head_norms: Whether queries and keys are normed, each head's by itself.
+      window: Tokens that a token of a windowed layer attends to, its own included; None: all.
+      windowed: For each layer, whether it has the window; empty: none has.
       attention_dropout: Rate of the attention's probabilities.
       stddev: Of initial kernels.
       tied: Whether the token embedding is the output layer too.
@@ -63,10 +71,13 @@ class LlamaConfig:
     positions: int = 2048
     norm_epsilon: float = 1e-6
     rope_base: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Scaling | None = None
     biases: bool = False
     out_bias: bool = False
     mlp_biases: bool = False
+    head_norms: bool = False
+    window: int | None = None
+    windowed: tuple[bool, ...] = ()
     attention_dropout: float = 0.0
     stddev: float = 0.02
     tied: bool = False
@@ -77,13 +88,15 @@ class LlamaConfig:
     residual_dropout: ClassVar[float] = 0.0
     """LLaMA drops nothing in the residual branches."""
 
-    FAMILIES: ClassVar[tuple[str, ...]] = ("llama", "qwen2")
+    FAMILIES: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads are no multiple of {self.kv_heads} key heads")
         if self.head_size % 2:
             raise ValueError(f"head_size = {self.head_size}: rotary positions need an even one")
+        if any(self.windowed) and (self.window is None or len(self.windowed) != self.layers):
+            raise ValueError("a window needs a number of tokens, and for each layer if it has one")
 
     @property
     def max_length(self) -> int:
@@ -114,48 +127,58 @@ class LlamaConfig:
     @classmethod
     def from_settings(cls, family: str, settings: Settings) -> Self:
         """Reads a config.json."""
-        settings.require("use_sliding_window", False)
-        qwen = family == "qwen2"
+        defaults = _DEFAULTS[family]
         width, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
-        rope_base, rope_scaling = _read_rope(settings)
-        biases = qwen or settings.flag("attention_bias", False)
+        positions = settings.integer("max_position_embeddings", defaults.positions)
+        rope_base, rope_scaling = read_rope(settings, positions)
+        layers = settings.integer("num_hidden_layers")
+        window, windowed = _read_window(family, settings, layers)
+        # Of Qwen2 and Mistral the library reads none of these settings.
+        chosen = family in ("llama", "qwen3") and settings.flag("attention_bias", False)
+        head_size = settings.optional_integer("head_dim", defaults.head_size)
         return cls(
             family=family,
             vocab_size=settings.integer("vocab_size"),
             width=width,
-            layers=settings.integer("num_hidden_layers"),
+            layers=layers,
             heads=heads,
-            kv_heads=settings.integer("num_key_value_heads", heads),
-            head_size=settings.integer("head_dim", width // heads),
+            kv_heads=settings.optional_integer("num_key_value_heads", defaults.kv_heads) or heads,
+            head_size=head_size or width // heads,
             inner=settings.integer("intermediate_size"),
             activation=settings.activation("hidden_act", "silu"),
-            positions=settings.integer("max_position_embeddings", 32768 if qwen else 2048),
+            positions=positions,
             norm_epsilon=settings.number("rms_norm_eps", 1e-6),
             rope_base=rope_base,
             rope_scaling=rope_scaling,
-            biases=biases,
-            out_bias=biases and not qwen,
-            mlp_biases=settings.flag("mlp_bias", False),
+            biases=chosen or family == "qwen2",
+            out_bias=chosen,
+            mlp_biases=family == "llama" and settings.flag("mlp_bias", False),
+            head_norms=family == "qwen3",
+            window=window,
+            windowed=windowed,
             attention_dropout=settings.rate("attention_dropout", 0.0),
             stddev=settings.number("initializer_range", 0.02),
             tied=settings.flag("tie_word_embeddings", False),
             pad_token_id=settings.token("pad_token_id"),
-            bos_token_id=settings.token("bos_token_id", None if qwen else 1),
-            eos_token_ids=settings.tokens("eos_token_id", [] if qwen else [2]),
+            bos_token_id=settings.token("bos_token_id", defaults.bos),
+            eos_token_ids=settings.tokens("eos_token_id", defaults.eos),
         )
 
     def to_settings(self) -> dict[str, Any]:
         """Returns what config.json holds."""
-        scaling = self.rope_scaling and {
-            "rope_type": "llama3",
-            "factor": self.rope_scaling.factor,
-            "low_freq_factor": self.rope_scaling.low_frequency_factor,
-            "high_freq_factor": self.rope_scaling.high_frequency_factor,
-            "original_max_position_embeddings": self.rope_scaling.original_length,
-        }
-        biases = {} if self.family == "qwen2" else {"attention_bias": self.biases}
-        return biases | {
-            "architectures": [{"llama": "Llama", "qwen2": "Qwen2"}[self.family] + "ForCausalLM"],
+        own: dict[str, Any] = {}
+        if self.family in ("llama", "qwen3"):
+            own["attention_bias"] = self.biases
+        if self.family == "llama":
+            own["mlp_bias"] = self.mlp_biases
+        else:
+            own["sliding_window"] = self.window
+        if self.family.startswith("qwen"):
+            kinds = [_KINDS[is_windowed] for is_windowed in self.windowed]
+            own["use_sliding_window"] = self.window is not None
+            own["layer_types"] = kinds or [_KINDS[False]] * self.layers
+        return own | {
+            "architectures": [f"{self.family.capitalize()}ForCausalLM"],
             "model_type": self.family,
             "vocab_size": self.vocab_size,
             "hidden_size": self.width,
@@ -168,8 +191,7 @@ class LlamaConfig:
             "max_position_embeddings": self.positions,
             "rms_norm_eps": self.norm_epsilon,
             "rope_theta": self.rope_base,
-            "rope_scaling": scaling,
-            "mlp_bias": self.mlp_biases,
+            "rope_scaling": rope_settings(self.rope_scaling),
             "attention_dropout": self.attention_dropout,
             "initializer_range": self.stddev,
             "tie_word_embeddings": self.tied,
@@ -199,28 +221,51 @@ class LlamaConfig:
             *linear(f"{ours}/mlp/up", f"{layer}mlp.up_proj", self.mlp_biases),
             *linear(f"{ours}/mlp/down", f"{layer}mlp.down_proj", self.mlp_biases),
         ]
+        if self.head_norms:
+            found.append(norm(f"{attention}/query_norm", f"{theirs}.q_norm"))
+            found.append(norm(f"{attention}/key_norm", f"{theirs}.k_norm"))
         return found if self.tied else [*found, *linear("lm_head", "lm_head", bias=False)]
 
 
-def _read_rope(settings: Settings) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, which stand in one section or, in older files, apart."""
-    sections = {name: settings.section(name) for name in ("rope_scaling", "rope_parameters")}
-    # The transformers library lets the older name win, too.
-    name = "rope_scaling" if sections["rope_scaling"] else "rope_parameters"
-    rope = settings.within(name, sections[name]).in_current_names({"type": "rope_type"})
-    base = rope.number("rope_theta", settings.number("rope_theta", 10000.0))
-    settings.agree("rope_theta", base)
-    settings.within("rope_parameters", sections["rope_parameters"]).agree("rope_theta", base)
-    for either in (settings, rope):
-        either.require("partial_rotary_factor", 1, None)
-    if rope.choice("rope_type", "default", "default", "llama3") == "default":
-        return base, None
-    return base, RopeScaling(
-        rope.number("factor"),
-        rope.number("low_freq_factor"),
-        rope.number("high_freq_factor"),
-        rope.integer("original_max_position_embeddings"),
-    )
+class _Defaults(NamedTuple):
+    """What a family's settings are where its config.json does not say them."""
+
+    positions: int
+    kv_heads: int | None = None
+    head_size: int | None = None
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+
+
+_DEFAULTS = {
+    "llama": _Defaults(2048, bos=1, eos=(2,)),
+    "mistral": _Defaults(4096 * 32, kv_heads=8, bos=1, eos=(2,)),
+    "qwen2": _Defaults(32768, kv_heads=32),
+    "qwen3": _Defaults(32768, kv_heads=32, head_size=128),
+}
+_KINDS = {False: "full_attention", True: "sliding_attention"}
+_WINDOW, _FIRST_WINDOWED = 4096, 28
+
+
+def _read_window(
+    family: str, settings: Settings, layers: int
+) -> tuple[int | None, tuple[bool, ...]]:
+    """The window, and which layers have it."""
+    if family == "llama":
+        return None, ()
+    if family.startswith("qwen") and not settings.flag("use_sliding_window", False):
+        window = None
+    else:
+        window = settings.optional_integer("sliding_window", _WINDOW)
+    windowed = (window is not None,) * layers
+    if family.startswith("qwen") and window is not None:
+        if settings.has("layer_types"):
+            windowed = tuple(kind == _KINDS[True] for kind in settings.texts("layer_types"))
+        else:
+            first = settings.number("max_window_layers", _FIRST_WINDOWED)
+            windowed = tuple(layer >= first for layer in range(layers))
+    settings.agree("layer_types", [_KINDS[is_windowed] for is_windowed in windowed])
+    return (window, windowed) if any(windowed) else (None, ())
 
 
 class _Layer(CausalLayer):
@@ -238,6 +283,7 @@ class _Layer(CausalLayer):
             rate=config.attention_dropout,
             train=self.train,
             stddev=config.stddev,
+            norm_epsilon=config.norm_epsilon if config.head_norms else None,
             causal=True,
             name="attention",
         )
@@ -264,4 +310,4 @@ class Llama(CausalModel):
         """Leaves the embeddings as they are, and turns queries and keys in the layers."""
         config = self.config
         frequencies = rope_frequencies(config.head_size, config.rope_base, config.rope_scaling)
-        return hidden, rotation_of(positions, frequencies)
+        return hidden, rotation_of(positions, frequencies, config.rope_scaling)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.trees import leaves_by_path
 from fedqsn_jax.core.types import Key, Params
@@ -75,8 +76,8 @@ def directory_of(source: str | Path) -> Path:
     Raises:
       PretrainedError: There is no such directory, and the name cannot be downloaded.
     """
-    if Path(source).is_dir():
-        return Path(source)
+    if user_path(source).is_dir():
+        return user_path(source)
     if not _HUB_NAME.fullmatch(str(source)):
         raise PretrainedError(f"model {source}: no such directory")
     absent = f"model {source}: no such directory in {Path.cwd()}"
@@ -250,7 +251,7 @@ def save_pretrained(directory: str | Path, config: LanguageConfig, params: Param
       PretrainedError: The parameters are not of this architecture, or the file system refuses.
     """
     save_file = safetensors_numpy().save_file
-    directory = Path(directory)
+    directory = user_path(directory)
     leaves, shapes = leaves_by_path(params), _shapes(config)
     for path in sorted({*leaves, *shapes}):
         have = tuple(leaves[path].shape) if path in leaves else None

@@ -25,16 +25,67 @@ class RopeScaling(NamedTuple):
     original_length: int
 
 
-def rope_frequencies(size: int, base: float, scaling: RopeScaling | None = None) -> list[float]:
+class LinearScaling(NamedTuple):
+    """Positions are divided by a factor.
+
+    Attributes:
+      factor: The factor.
+    """
+
+    factor: float
+
+
+class DynamicScaling(NamedTuple):
+    """Periods that grow with a sequence beyond the model's positions; up to these, the plain ones.
+
+    Attributes:
+      factor: How they grow. Longer sequences are refused here, so that nothing depends on it.
+    """
+
+    factor: float
+
+
+class YarnScaling(NamedTuple):
+    """YaRN (arXiv 2309.00071): long periods are stretched, short ones are not.
+
+    Attributes:
+      factor: By which long periods are stretched.
+      attention_factor: What cosines and sines are multiplied by.
+      fast: A pair of entries that turns so often within the original length is not stretched.
+      slow: One that turns so often is stretched by the whole factor.
+      original_length: The number of positions of the first training.
+      whole: Whether the first and last pair in between are rounded outwards.
+    """
+
+    factor: float
+    attention_factor: float
+    fast: float
+    slow: float
+    original_length: int
+    whole: bool = True
+
+
+Scaling = RopeScaling | LinearScaling | DynamicScaling | YarnScaling
+
+
+def rope_frequencies(size: int, base: float, scaling: Scaling | None = None) -> list[float]:
     """Returns the ``size / 2`` angular frequencies of rotary positions (arXiv 2104.09864).
 
     Args:
       size: Width of a head.
       base: The period of the slowest pair of entries, over 2 pi, roughly.
-      scaling: LLaMA 3's (arXiv 2407.21783), or None.
+      scaling: How they are changed, or None.
     """
     frequencies = [base ** (-2 * index / size) for index in range(size // 2)]
-    if scaling is None:
+    if isinstance(scaling, LinearScaling):
+        return [frequency / scaling.factor for frequency in frequencies]
+    if isinstance(scaling, YarnScaling):
+        shares = _unstretched_shares(size, base, scaling)
+        return [
+            frequency * (share + (1 - share) / scaling.factor)
+            for frequency, share in zip(frequencies, shares, strict=True)
+        ]
+    if not isinstance(scaling, RopeScaling):
         return frequencies
 
     def stretched(frequency: float) -> float:
@@ -47,10 +98,28 @@ def rope_frequencies(size: int, base: float, scaling: RopeScaling | None = None)
     return [stretched(frequency) for frequency in frequencies]
 
 
-def rotation_of(positions: Array, frequencies: list[float]) -> tuple[Array, Array]:
+def _unstretched_shares(size: int, base: float, scaling: YarnScaling) -> list[float]:
+    """For each pair of entries how much of its frequency is kept: 1 for short periods."""
+
+    def pair_that_turns(times: float) -> float:
+        ratio = scaling.original_length / (times * 2 * math.pi)
+        return size * math.log(ratio) / (2 * math.log(base))
+
+    first, last = pair_that_turns(scaling.fast), pair_that_turns(scaling.slow)
+    if scaling.whole:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    last += 0.001 if first == last else 0
+    return [1 - min(max((pair - first) / (last - first), 0), 1) for pair in range(size // 2)]
+
+
+def rotation_of(
+    positions: Array, frequencies: list[float], scaling: Scaling | None = None
+) -> tuple[Array, Array]:
     """Returns cosines and sines, float32 ``[rows, length, 1, size / 2]``, of int32 positions."""
     angles = positions[..., None, None] * jnp.asarray(frequencies, jnp.float32).reshape(1, 1, 1, -1)
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(heads: Array, rotation: tuple[Array, Array]) -> Array:

@@ -71,6 +71,11 @@ def models() -> dict[str, Callable[[], Any]]:
         "roberta": lambda: t.RobertaForSequenceClassification(
             t.RobertaConfig(**SIZES, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=2)
         ),
+        "xlm_roberta": lambda: t.XLMRobertaForSequenceClassification(
+            t.XLMRobertaConfig(
+                **SIZES | {"num_hidden_layers": 1}, type_vocab_size=1, num_labels=3
+            )
+        ),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**gpt2)),
         "gpt2_untied": lambda: t.GPT2LMHeadModel(
             t.GPT2Config(**gpt2, n_inner=20, tie_word_embeddings=False)
@@ -93,6 +98,32 @@ def models() -> dict[str, Callable[[], Any]]:
                 **SIZES, num_key_value_heads=2, rope_parameters={"rope_theta": 1e6} | {
                     "rope_type": "default"
                 },
+            )
+        ),
+        **{
+            f"llama_{kind}": lambda kind=kind: t.LlamaForCausalLM(
+                t.LlamaConfig(
+                    **SIZES | {"num_hidden_layers": 1},
+                    head_dim=8,
+                    rope_parameters={"rope_type": kind, "rope_theta": 100.0, "factor": 4.0}
+                    | ({"original_max_position_embeddings": 8} if kind == "yarn" else {}),
+                )
+            )
+            for kind in ("linear", "dynamic", "yarn")
+        },
+        # Windows shorter than the rows: in all layers, and in all but the first.
+        "mistral": lambda: t.MistralForCausalLM(
+            t.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)
+        ),
+        "qwen3": lambda: t.Qwen3ForCausalLM(
+            t.Qwen3Config(
+                **SIZES,
+                num_key_value_heads=2,
+                head_dim=6,
+                use_sliding_window=True,
+                sliding_window=3,
+                max_window_layers=1,
+                attention_bias=True,
             )
         ),
         "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**t5)),
@@ -124,7 +155,7 @@ def outputs_of(model: Any) -> dict[str, np.ndarray]:
     target = torch.tensor(rng.integers(2, VOCAB, (3, 6)))
     right, left = torch.tensor(RIGHT), torch.tensor(LEFT)
     kind = model.config.model_type
-    if kind in ("bert", "roberta"):
+    if kind in ("bert", "roberta", "xlm-roberta"):
         pad = model.config.pad_token_id
         tokens = torch.where(right == 1, tokens, pad)
         types = torch.tensor(rng.integers(0, model.config.type_vocab_size, (3, LENGTH)))

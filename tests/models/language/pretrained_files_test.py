@@ -220,15 +220,19 @@ def test_tensors_of_other_widths_become_float32(copy, dtype):
         ("llama", {"head_dim": 5}, "head_size = 5: rotary positions need an even one"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "yarn"}},
-            "config.json: rope_parameters: rope_type = 'yarn': allowed: default, llama3",
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "config.json: rope_parameters: rope_type = 'longrope': allowed: default, linear, dyn",
         ),
         (
             "llama",
             {"rope_parameters": {"rope_type": "llama3"}},
             "config.json: rope_parameters: factor is missing",
         ),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True: allowed: False"),
+        (
+            "qwen2",
+            {"layer_types": ["sliding_attention"] * 3},
+            "allowed: ['full_attention', 'full_att",
+        ),
         ("t5", {"feed_forward_proj": "gated-tanh"}, "'gated-tanh': allowed: relu, gelu"),
     ],
 )

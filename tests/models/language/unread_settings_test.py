@@ -81,6 +81,7 @@ def test_two_names_of_a_setting_agree_or_are_refused(altered, name, older, newer
             {"rope_parameters": LLAMA3 | {"type": "linear"}},
             "type = 'linear' and rope_type",
         ),
+        ("llama", {"original_max_position_embeddings": 8}, "original_max_position_embeddings = 8"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         # The older section wins, and with it its base, which the newer one contradicts.
         (

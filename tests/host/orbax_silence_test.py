@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedqsn_jax.host import failed_reads
+from fedqsn_jax.host import orbax_silence
 from fedqsn_jax.host.checkpoints import CheckpointError, Checkpoints
-from fedqsn_jax.host.failed_reads import failures_told_once
+from fedqsn_jax.host.orbax_silence import failures_told_once
 
 CLOSED = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"), object=None)
 
@@ -20,9 +20,9 @@ def passed_on(monkeypatch):
     """What comes through the hook; afterwards no read has failed."""
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    monkeypatch.setattr(failed_reads, "_expected", ())
+    monkeypatch.setattr(orbax_silence, "_expected", ())
     yield seen
-    logging.getLogger("asyncio").removeFilter(failed_reads._failures)
+    logging.getLogger("asyncio").removeFilter(orbax_silence._failures)
 
 
 def fail_to_read(directory):

@@ -1,0 +1,114 @@
+"""The command's body; see `main`."""
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedqsn_jax.host import signals
+
+if TYPE_CHECKING:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      arguments: What follows the program's name; by default the process's own.
+
+    Returns:
+      The exit code: 0; `signals.REFUSED` or `signals.INTERRUPTED`, told in one line.
+    """
+    return signals.answered(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    # Imports stand here, and below, so that a Ctrl-C during them is no traceback.
+    from fedqsn_jax.config.command_line import Parser
+    from fedqsn_jax.config.schema import ConfigError
+    from fedqsn_jax.core.errors import UserError
+    from fedqsn_jax.runs.working_directory import WorkDirectory
+
+    parser = Parser(
+        "Plays the thief: what colluding clients get from the model of a finished run.",
+        "writes audit.json, audit.png and audit.html to DIR/audit; an audit that was interrupted "
+        "goes on where it was",
+    )
+    parser.add_argument("--workdir", metavar="DIR", help="the directory of the finished run")
+    parser.add_argument(
+        "--colluders",
+        default="1,3,half",
+        help="numbers of colluding clients, half for half of all; 1,3,half",
+    )
+    parser.add_argument(
+        "--queries", default="50,500,10000", help="questions to the owner's model; 50,500,10000"
+    )
+    parser.add_argument("--steps", default="0", help="steps of each training; 0: by the rows")
+    parser.add_argument(
+        "--public_base",
+        metavar="DIR",
+        help="a public model of the same architecture: a run, or a pre-trained language model",
+    )
+    parser.add_argument("--reference", metavar="DIR", help="a FedAvg run on the same data, for U")
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="run the rounds again even if what clients were sent is there",
+    )
+    try:
+        options = parser.parse_args(arguments)
+        if not options.workdir:
+            raise ConfigError("no --workdir: name the directory of a finished run")
+        workdir = Path(options.workdir)
+        # Before JAX is waited for.
+        work = WorkDirectory(workdir)
+        work.check(work.config())
+        colluders = _numbers("--colluders", options.colluders, words=("half",))
+        queries = _numbers("--queries", options.queries)
+        (steps,) = _numbers("--steps", options.steps, low=0)[:1]
+        return _audit(workdir, options, colluders, queries, steps)
+    except UserError as error:
+        return signals.refuse(error)
+
+
+def _audit(workdir: Path, options: Any, colluders: tuple, queries: tuple, steps: int) -> int:
+    from fedqsn_jax.audit.running import audit_directory
+    from fedqsn_jax.audit.scene import AuditSettings
+    from fedqsn_jax.host.checkpoints import CheckpointError
+    from fedqsn_jax.reporting.display import Display
+
+    settings: AuditSettings = AuditSettings(colluders=colluders, queries=queries, steps=steps)
+    signals.remaining_after_interruption(lambda: "the same command goes on where it was")
+    try:
+        audit_directory(
+            workdir,
+            settings,
+            Display(),
+            public_base=Path(options.public_base) if options.public_base else None,
+            reference=Path(options.reference) if options.reference else None,
+            replay=options.replay,
+        )
+    except CheckpointError as error:
+        return signals.refuse(error)
+    return 0
+
+
+def _numbers(option: str, text: str, words: tuple[str, ...] = (), low: int = 1) -> tuple:
+    """The numbers, or words, in a list that is separated by commas."""
+    from fedqsn_jax.config.schema import ConfigError
+
+    found: list[int | str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            value = part if part in words else ast.literal_eval(part)
+        except (ValueError, SyntaxError):
+            value = None
+        is_number = isinstance(value, int) and not isinstance(value, bool) and value >= low
+        if not (is_number or (isinstance(value, str) and value in words)):
+            also = "".join(f", or {word}" for word in words)
+            raise ConfigError(f"{option}={text}: allowed are integers of {low} or more{also}")
+        found.append(value)  # type: ignore[arg-type]
+    if not found:
+        raise ConfigError(f"{option}={text}: name one or more")
+    return tuple(found)

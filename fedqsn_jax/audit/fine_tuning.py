@@ -1,0 +1,141 @@
+"""Training as a thief does it: several rates side by side, rate and steps chosen on held-back rows.
+
+The optimizer is Adam (arXiv 1412.6980) with a rate that rises for 6% of the steps and then falls
+linearly, as in the fine-tuning of BERT. What is best on the rows that the colluders hold back is
+kept, of all rates and of four places on the way; the test rows play no part.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedqsn_jax.audit.rows import PooledRows
+from fedqsn_jax.core.keys import fold_in_name
+from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
+from fedqsn_jax.rounds.client_optimizer import warmup_and_decay
+
+PLACES = 4
+"""How often on its way a training is measured on the held-back rows."""
+
+Loss = Callable[[Array, Batch, Array], Array]
+Measure = Callable[[Params, Batch, Array], tuple[Array, Array]]
+
+
+class Tuned(NamedTuple):
+    """What came of a training.
+
+    Attributes:
+      params: The best of all rates and places.
+      rate: Its rate.
+      steps: After how many steps; 0: training made nothing better.
+      held_score: Its score on the held-back rows.
+    """
+
+    params: Params
+    rate: float
+    steps: int
+    held_score: float
+
+
+FineTune = Callable[[Params, Params, PooledRows, int, Key], Tuned]
+
+
+class Best(NamedTuple):
+    """The best place of a training so far.
+
+    Attributes:
+      params: The parameters there.
+      score: On the held-back rows, float32 scalar.
+      error: The loss there, float32 scalar.
+      place: After how many steps, or rounds, int32 scalar.
+    """
+
+    params: Params
+    score: Array
+    error: Array
+    place: Array
+
+
+def better_of(kept: Best, new: Best) -> Best:
+    """The new place if its score is larger, or equal with a smaller loss; else the kept one."""
+    # Written so that NaN is never better.
+    better = (new.score > kept.score) | ((new.score == kept.score) & (new.error < kept.error))
+    return jax.tree.map(lambda ours, theirs: jnp.where(better, ours, theirs), new, kept)
+
+
+def make_fine_tuning(
+    apply_fn: ApplyFn,
+    loss: Loss,
+    measure: Measure,
+    *,
+    batch_size: int,
+    rates: Sequence[float],
+    at_once: int,
+) -> FineTune:
+    """Makes ``(start, trainable, rows, steps, key) -> Tuned``; one program for all starts.
+
+    Args:
+      apply_fn: The model, as it is trained.
+      loss: The task's, or another with the same arguments.
+      measure: What `evaluation.make_held_measure` gives.
+      batch_size: Rows a step, drawn with replacement.
+      rates: The rates that are tried.
+      at_once: How many of them are trained side by side.
+
+    In the function that is made ``trainable`` is a tree of bool arrays in the shapes of the
+    parameters: only entries where it is True change.
+    """
+
+    def lane(
+        rate: Array, start: Params, trainable: Params, rows: PooledRows, steps: Array, key: Key
+    ) -> Best:
+        optimizer = optax.adam(warmup_and_decay(rate, steps))  # type: ignore[arg-type]
+
+        def step(index: Array, carry: tuple) -> tuple:
+            params, state = carry
+            drawn = jax.random.randint(
+                jax.random.fold_in(key, index), (batch_size,), 0, jnp.maximum(rows.trained, 1)
+            )
+            batch = {name: array[drawn] for name, array in rows.train.items()}
+            own_key = fold_in_name(jax.random.fold_in(key, index), "dropout")
+            valid = jnp.ones(batch_size, bool)
+            gradient = jax.grad(lambda p: loss(apply_fn(p, batch, own_key), batch, valid))(params)
+            updates, state = optimizer.update(gradient, state, params)
+            updates = jax.tree.map(lambda u, on: jnp.where(on, u, 0), updates, trainable)
+            return optax.apply_updates(params, updates), state
+
+        def stretch(place: Array, carry: tuple) -> tuple:
+            params, state, best = carry
+            begin, end = place * steps // PLACES, (place + 1) * steps // PLACES
+            params, state = jax.lax.fori_loop(begin, end, step, (params, state))
+            score, error = measure(params, rows.held, rows.kept)
+            return params, state, better_of(best, Best(params, score, error, end))
+
+        score, error = measure(start, rows.held, rows.kept)
+        first = Best(start, jnp.nan_to_num(score, nan=-jnp.inf), error, jnp.int32(0))
+        carry = (start, optimizer.init(start), first)
+        return jax.lax.fori_loop(0, PLACES, stretch, carry)[2]
+
+    @jax.jit
+    def tune(start: Params, trainable: Params, rows: PooledRows, steps: Array, key: Key) -> tuple:
+        def one(rate: Array) -> tuple:
+            return lane(rate, start, trainable, rows, steps, key)
+
+        best, scores, errors, taken = jax.lax.map(
+            one, jnp.asarray(rates, jnp.float32), batch_size=at_once
+        )
+        # Of equal scores the smaller loss, then the smaller rate.
+        first = jnp.lexsort((errors, -scores))[0]
+        return jax.tree.map(lambda each: each[first], (best, scores, taken)), first
+
+    def fine_tune(
+        start: Params, trainable: Params, rows: PooledRows, steps: int, key: Key
+    ) -> Tuned:
+        (params, score, taken), lane_index = tune(start, trainable, rows, jnp.int32(steps), key)
+        rate = list(rates)[int(lane_index)]
+        return Tuned(params, rate, int(taken), float(score))
+
+    return fine_tune
