@@ -18,7 +18,7 @@ from fedqsn_jax.audit.report import make_report, show, write
 from fedqsn_jax.audit.scene import AuditSettings
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.reporting.display import Display, silent_display
-from fedqsn_jax.runs.working_directory import claim_directory
+from fedqsn_jax.runs.claims import claim_directory
 
 FOLDER = "audit"
 """Where an audit writes, in the run's directory."""

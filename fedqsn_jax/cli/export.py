@@ -235,7 +235,7 @@ def _all_or_nothing(out: Path, names: Sequence[str]) -> Iterator[None]:
         removed too, with those above it that were made for it.
       names: The files that it writes there.
     """
-    from fedqsn_jax.runs.working_directory import missing_directories, remove_empty
+    from fedqsn_jax.runs.claims import missing_directories, remove_empty
 
     created = missing_directories(out)
     complete = False

@@ -6,35 +6,25 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
-from fedqsn_jax.config.schema import LANGUAGE, Config
+from fedqsn_jax.config.schema import Config
 from fedqsn_jax.core.keys import root_key
-from fedqsn_jax.core.types import Batch
-from fedqsn_jax.data.population import HeldOut
 from fedqsn_jax.data.splits import fingerprint
 from fedqsn_jax.host import distributed
 from fedqsn_jax.host.atomic_files import FileError, told_as_file_error
 from fedqsn_jax.host.checkpoints import CheckpointError, Checkpoints
 from fedqsn_jax.host.signals import stopping_at
-from fedqsn_jax.problems.images import load_image_problem
-from fedqsn_jax.problems.problem import Problem, ProblemSettings, problem_settings
-from fedqsn_jax.problems.training import first_steps, hold_back, pretrain
-from fedqsn_jax.reporting.display import Display, draw_safely
-from fedqsn_jax.reporting.summary import Costs, summarize
-from fedqsn_jax.reporting.verdict import verdict
-from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
+from fedqsn_jax.problems.problem import problem_settings
+from fedqsn_jax.problems.training import first_steps, pretrain
+from fedqsn_jax.reporting.display import Display
+from fedqsn_jax.reporting.writers import MetricsFile
 from fedqsn_jax.rounds.federation import ServerState
-from fedqsn_jax.rounds.views import has_received
+from fedqsn_jax.runs.preparation import Experiment, load_problem, prepare
+from fedqsn_jax.runs.results import mend_metrics, open_board, show_overview, write_results
 from fedqsn_jax.runs.room import check_room
 from fedqsn_jax.runs.working_directory import WorkDirectory
-from fedqsn_jax.runs.written_texts import passes, write_texts
-from fedqsn_jax.simulation.compose import Simulation, make_simulation
-from fedqsn_jax.simulation.costs import expected_costs, tensor_rows
-from fedqsn_jax.simulation.fitting import Model
-from fedqsn_jax.simulation.limits import check_evaluation, check_pretraining
 from fedqsn_jax.simulation.memory import answer_out_of_memory
 from fedqsn_jax.simulation.running import (
     Entry,
@@ -43,36 +33,9 @@ from fedqsn_jax.simulation.running import (
     place,
     run_rounds,
 )
-from fedqsn_jax.simulation.warnings import warnings_after_run, warnings_before_run
 
 OnEntries = Callable[[int, list[Entry]], None]
 """Called with the number of finished rounds, and what was newly evaluated."""
-
-
-class Experiment(NamedTuple):
-    """A configuration with its data and its untrained model.
-
-    Attributes:
-      config: What to run.
-      problem: Data, model and task; the data in their place.
-      simulation: The method.
-    """
-
-    config: Config
-    problem: Problem
-    simulation: Simulation
-
-    @property
-    def private(self) -> Batch:
-        """The server's rows that it trains on."""
-        return hold_back(self.config, self.problem.splits.private)[0]
-
-    @property
-    def held_out(self) -> HeldOut:
-        """What is evaluated on."""
-        splits = self.problem.splits
-        _, validation = hold_back(self.config, splits.private)
-        return HeldOut(splits.test, splits.client_tests, validation)
 
 
 def dry_run(
@@ -97,7 +60,7 @@ def dry_run(
         experiment = distributed.together(
             lambda: prepare(config, load_problem(problem_settings(config), shapes=True))
         )
-    _show(experiment, display, chosen)
+    show_overview(experiment, display, chosen)
 
 
 def run(config: Config, directory: Path, display: Display, chosen: Collection[str] = ()) -> None:
@@ -190,10 +153,10 @@ def _run(
             display.message(
                 f"finished at round {config.rounds}; a larger --config.rounds would extend the run"
             )
-            distributed.by_leader(lambda: _mend(work, restored[1], display))
-            distributed.by_leader(lambda: _finish(experiment, work, *restored, display))
+            distributed.by_leader(lambda: mend_metrics(work, restored[1], display))
+            distributed.by_leader(lambda: write_results(experiment, work, *restored, display))
             return restored
-        _show(experiment, display, chosen)
+        show_overview(experiment, display, chosen)
         chunk = experiment.simulation.choice.axis.chunk_size
         with answer_out_of_memory(config, chunk, lambda: _what_stands(checkpoints)):
             if restored is not None:
@@ -230,7 +193,7 @@ def _run(
                 )
     finished = int(state.round)
     if finished == config.rounds:
-        distributed.by_leader(lambda: _finish(experiment, work, state, history, display))
+        distributed.by_leader(lambda: write_results(experiment, work, state, history, display))
     else:
         display.message(f"stopped after round {finished}; the same command resumes there")
     return state, history
@@ -241,64 +204,6 @@ def _is_finished(
 ) -> bool:
     summarized = distributed.is_leader() and work.summary.exists()
     return int(restored[0].round) == config.rounds and distributed.any_of(summarized)
-
-
-def prepare(config: Config, problem: Problem | None = None) -> Experiment:
-    """Loads the data, initializes the model and composes the method; writes nothing.
-
-    Args:
-      config: What to run.
-      problem: What `load_problem` returned for its `problem_settings`, if that was called.
-
-    Raises:
-      ConfigError: The configuration is not possible.
-    """
-    problem = problem or load_problem(problem_settings(config))
-    simulation = make_simulation(
-        config,
-        problem.apply_fn,
-        problem.task,
-        problem.params,
-        problem.splits.clients,
-        problem.client_apply,
-        size=problem.size,
-    )
-    splits = problem.splits
-    hold_back(config, splits.private)  # Refused before anything is trained.
-    clients, test, client_tests = place(
-        simulation, (splits.clients, splits.test, splits.client_tests)
-    )
-    splits = splits._replace(clients=clients, test=test, client_tests=client_tests)
-    _check_memory(config, problem, simulation)
-    return Experiment(config, problem._replace(splits=splits), simulation)
-
-
-def _check_memory(config: Config, problem: Problem, simulation: Simulation) -> None:
-    """Refuses what comes before and between the rounds where it does not fit, as they were."""
-    shapes = jax.eval_shape(lambda tree: tree, problem.params)
-    model = Model(
-        problem.apply_fn, problem.pretraining_apply, problem.task, shapes, size=problem.size
-    )
-    check_pretraining(config, model, problem.splits.private)
-    check_evaluation(config, model, problem.splits.test, simulation.held_bytes)
-
-
-def load_problem(settings: ProblemSettings, shapes: bool = False) -> Problem:
-    """Loads the data and initializes the model, or reads its pre-trained weights.
-
-    Args:
-      settings: Which.
-      shapes: Whether shapes do for parameters that would be initialized.
-
-    Raises:
-      ConfigError: One of them is absent or damaged, or they do not fit each other.
-    """
-    if settings.model.name != LANGUAGE:
-        return load_image_problem(settings, shapes)
-    # Only here: images do without what texts need, which takes a second to import.
-    from fedqsn_jax.problems.language import load_language_problem
-
-    return load_language_problem(settings)
 
 
 def _check_room(experiment: Experiment, work: WorkDirectory) -> str | None:
@@ -350,7 +255,7 @@ def _train(
     config, simulation = experiment.config, experiment.simulation
     splits = experiment.problem.splits
     score = f"global/{simulation.task.score}"
-    metrics, board = MetricsFile(work.metrics), _board(work, display)
+    metrics, board = MetricsFile(work.metrics), open_board(work, display)
     finished = int(state.round)
 
     def begin() -> None:
@@ -399,78 +304,3 @@ def _train(
                 break
     checkpoints.wait()
     return state
-
-
-def _board(work: WorkDirectory, display: Display) -> TensorBoard:
-    return TensorBoard(work.tensorboard, display.warning)
-
-
-def _mend(work: WorkDirectory, history: list[Entry], display: Display) -> None:
-    """Writes the metrics of a finished run again, where they are not what its checkpoint says."""
-    metrics = MetricsFile(work.metrics)
-    if not metrics.holds(history):
-        display.warning(f"{work.metrics}: it is written again from the checkpoint's history")
-        metrics.rewrite(history)
-    if not any(work.tensorboard.glob("events.out.tfevents.*")):
-        with _board(work, display) as board:
-            board.rewrite(history)
-
-
-def _finish(
-    experiment: Experiment,
-    work: WorkDirectory,
-    state: ServerState,
-    history: list[Entry],
-    display: Display,
-) -> None:
-    """Writes and shows the final table, what the views wrote, and then the curves."""
-    simulation, config = experiment.simulation, experiment.config
-    score = simulation.task.score
-    summary = summarize(history, _costs(experiment), history[-1]["seconds"], score)
-    idle = [name for name, each in state.attackers.items() if not has_received(each)]
-    summary["verdict"] = verdict(summary, config, idle)
-    # Results first: nothing that comes later may cost them.
-    write_json(work.summary, summary)
-    texts = experiment.problem.texts
-    if texts is not None:
-        total = passes(simulation, state) * len(texts.prompts.texts)
-        with display.steps("writing texts", total) as steps:
-            summary["texts"] = write_texts(simulation, state, texts, work.texts, steps.add)
-        write_json(work.summary, summary)
-    display.final_table(summary)
-    for line in warnings_after_run(config, history, state.attackers):
-        display.warning(line)
-    title = f"{config.algorithm} on {_data_name(experiment)}, seed {config.seed}"
-
-    def draw() -> None:
-        from fedqsn_jax.reporting import plots  # Slow to import, and only needed at the end.
-
-        plots.accuracy_curves(history, work.picture, title, score)
-
-    draw_safely(display, work.picture.name, draw)
-    display.message(f"written to {work.path}")
-
-
-def _show(experiment: Experiment, display: Display, chosen: Collection[str]) -> None:
-    simulation, config = experiment.simulation, experiment.config
-    clients = experiment.problem.splits.clients.clients
-    display.message(
-        f"{config.algorithm} on {_data_name(experiment)}: {clients} clients, "
-        f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
-        f"{simulation.choice.reason}"
-    )
-    for line in warnings_before_run(config, chosen):
-        display.warning(line)
-    for note in experiment.problem.notes:
-        display.message(note)
-    display.overview(tensor_rows(simulation, experiment.problem.params), _costs(experiment))
-
-
-def _data_name(experiment: Experiment) -> str:
-    data = experiment.config.data
-    own = data.task if data.name == "text" else data.name
-    return experiment.problem.name or own
-
-
-def _costs(experiment: Experiment) -> Costs:
-    return expected_costs(experiment.simulation)

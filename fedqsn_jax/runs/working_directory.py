@@ -1,14 +1,11 @@
 """The directory of a run: whose it is, who may read it, and which configuration made it."""
 
 import dataclasses
-import errno
 import json
-import os
 import re
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,11 @@ from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import Config, ConfigError, flatten, resolve, to_dict
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.host.atomic_files import replacing
-from fedqsn_jax.host.signals import cleaning_up
+from fedqsn_jax.runs.claims import (
+    PRIVATE,
+    check_free,
+    claim_directory,
+)
 from fedqsn_jax.runs.room import check_writable
 
 try:
@@ -27,13 +28,6 @@ except ImportError:  # Not everywhere; there, two runs are not kept apart.
 _CONFIG_FILE = "config.json"
 _ROWS_FILE = "rows.sha256"
 _OWN_MODEL = "own_model"
-_MODE = 0o700
-
-_ATTEMPTS = 10
-"""How often a directory is made that others remove meanwhile; each of them does so once."""
-
-_LOOK_SECONDS = 0.1
-"""Longer than anyone takes to look whether a directory is free."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +231,7 @@ class WorkDirectory:
         """
         try:
             for file in files:
-                self.model.mkdir(mode=_MODE, exist_ok=True)
+                self.model.mkdir(mode=PRIVATE, exist_ok=True)
                 with replacing(self.model / file.name) as temporary:
                     shutil.copyfile(file, temporary)
         except OSError as error:
@@ -296,120 +290,6 @@ class WorkDirectory:
                 f"rounds = {config.rounds}: the run in {self.path} has {theirs['rounds']}; "
                 f"allowed are as many or more"
             )
-
-
-def check_free(path: Path) -> None:
-    """Makes sure that no run is at work in a directory, if there is one.
-
-    Raises:
-      ConfigError: One is, or the file system refuses.
-    """
-    try:
-        if path.is_dir():
-            os.close(_lock(path, shared=True))
-    except OSError as error:
-        raise _unavailable(path, error) from error
-
-
-@contextmanager
-def claim_directory(path: Path) -> Iterator[None]:
-    """Makes a directory private and ours while the ``with`` block runs; see `WorkDirectory.claim`.
-
-    Raises:
-      ConfigError: Another run is at work in it, or the file system refuses.
-    """
-    created: set[Path] = set()
-    try:
-        descriptor = _make_and_lock(path, created)
-    except OSError as error:
-        if not os.path.exists(path):
-            # Nobody has locked it, and those above it are nobody's yet.
-            remove_empty(created - {path})
-        raise _unavailable(path, error) from error
-    try:
-        # Only of what is locked: another's directory may be as empty. And before others may lock.
-        with cleaning_up(lambda: remove_empty(created)):
-            yield
-    finally:
-        os.close(descriptor)
-
-
-def _make_and_lock(path: Path, created: set[Path]) -> int:
-    """Makes a directory, and locks it as `_lock` does.
-
-    Whoever had it before may remove it between any two of the steps.
-
-    Args:
-      path: The directory.
-      created: What did not exist, it and those above it, is added here.
-    """
-    for attempt in range(_ATTEMPTS):
-        created |= missing_directories(path)
-        try:
-            path.mkdir(mode=_MODE, parents=True, exist_ok=True)
-            path.chmod(_MODE)
-            descriptor = _lock(path)
-        except FileNotFoundError:
-            if attempt + 1 == _ATTEMPTS:
-                raise
-            continue
-        if _is_at(descriptor, path):
-            return descriptor
-        os.close(descriptor)
-    raise FileNotFoundError(errno.ENOENT, "others make and remove it all the time")
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether a path still names what was opened."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def missing_directories(path: Path) -> set[Path]:
-    """Returns which of a directory and those above it do not exist."""
-    return {each for each in (path, *path.parents) if not each.exists()}
-
-
-def remove_empty(directories: Iterable[Path]) -> None:
-    """Removes directories, innermost first, up to the first that is not there or not empty."""
-    with suppress(OSError):
-        for directory in sorted(directories, reverse=True):
-            directory.rmdir()
-
-
-def _unavailable(path: Path, error: OSError) -> ConfigError:
-    reason = error.strerror
-    if error.errno == errno.EWOULDBLOCK:
-        reason = "another run is at work in it; wait for its end, or name another directory"
-    return ConfigError(f"--workdir={path}: {reason}")
-
-
-def _lock(directory: Path, shared: bool = False) -> int:
-    """Locks a directory until the descriptor that it returns is closed; EWOULDBLOCK if it is.
-
-    Those who only look have a shared lock for a moment, which keeps nobody out.
-
-    Args:
-      directory: Which.
-      shared: Whether others may have such a lock too: enough to see that nobody has one alone.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        if fcntl is not None:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            try:
-                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(_LOOK_SECONDS)
-                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        # Others mean that the file system has no such locks.
-        if error.errno == errno.EWOULDBLOCK:
-            os.close(descriptor)
-            raise
-    return descriptor
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -89,7 +89,8 @@ MISTAKES = {
 def refusal(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
+    # On a busy machine there may be signs of life.
+    assert [line for line in captured.out.splitlines() if not line.endswith("so far")] == []
     assert captured.err.count("\n") == 1
     return captured.err
 

@@ -13,7 +13,7 @@ import pytest
 
 from fedqsn_jax.config.schema import Config, ConfigError, resolve, with_fields
 from fedqsn_jax.core.errors import UserError
-from fedqsn_jax.runs import working_directory
+from fedqsn_jax.runs import claims
 from fedqsn_jax.runs.working_directory import WorkDirectory
 
 HOLD = """
@@ -87,15 +87,15 @@ def test_a_directory_in_which_nothing_happened_is_removed(tmp_path):
 
 def test_who_comes_second_removes_nothing_of_the_first(tmp_path, monkeypatch):
     """Also where both have found no directory, and one has made it and the other locked it."""
-    directory, lock = tmp_path / "new" / "run", working_directory._lock
+    directory, lock = tmp_path / "new" / "run", claims._lock
     with contextlib.ExitStack() as first:
 
         def be_overtaken(path, shared=False):
-            monkeypatch.setattr(working_directory, "_lock", lock)
+            monkeypatch.setattr(claims, "_lock", lock)
             first.enter_context(WorkDirectory(directory).claim(Config()))
             return lock(path, shared)
 
-        monkeypatch.setattr(working_directory, "_lock", be_overtaken)
+        monkeypatch.setattr(claims, "_lock", be_overtaken)
         with pytest.raises(ConfigError, match="another run is at work"):
             claim(directory)
         WorkDirectory(directory).write_config(Config())
@@ -106,7 +106,7 @@ def test_who_comes_second_removes_nothing_of_the_first(tmp_path, monkeypatch):
 def test_a_directory_that_its_last_run_removes_meanwhile_is_made_again(
     tmp_path, monkeypatch, locked
 ):
-    directory, lock, removals = tmp_path / "new" / "run", working_directory._lock, []
+    directory, lock, removals = tmp_path / "new" / "run", claims._lock, []
 
     def remove(path):
         if len(removals) < 2:
@@ -121,17 +121,17 @@ def test_a_directory_that_its_last_run_removes_meanwhile_is_made_again(
         remove(path)
         return descriptor
 
-    monkeypatch.setattr(working_directory, "_lock", lock_what_is_removed)
+    monkeypatch.setattr(claims, "_lock", lock_what_is_removed)
     with WorkDirectory(directory).claim(Config()):
         assert len(removals) == 2
-        monkeypatch.setattr(working_directory, "_lock", lock)
+        monkeypatch.setattr(claims, "_lock", lock)
         with pytest.raises(ConfigError, match="another run is at work"):
             claim(directory)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_is_removed_every_time_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(working_directory, "_is_at", lambda descriptor, path: False)
+    monkeypatch.setattr(claims, "_is_at", lambda descriptor, path: False)
     with pytest.raises(ConfigError, match="others make and remove it all the time"):
         claim(tmp_path)
 
@@ -148,14 +148,14 @@ def test_a_directory_that_cannot_be_made_leaves_none_above_it(tmp_path, monkeypa
 
 
 def test_who_only_looks_keeps_nobody_out(tmp_path, monkeypatch):
-    looking = working_directory._lock(tmp_path, shared=True)
+    looking = claims._lock(tmp_path, shared=True)
     waits = []
 
     def look_to_the_end(seconds):
         waits.append(seconds)
         os.close(looking)
 
-    monkeypatch.setattr(working_directory.time, "sleep", look_to_the_end)
+    monkeypatch.setattr(claims.time, "sleep", look_to_the_end)
     claim(tmp_path)
     assert len(waits) == 1
 
@@ -215,9 +215,9 @@ def test_without_locks_runs_go_on(tmp_path, monkeypatch, known):
         raise OSError(95, os.strerror(95))
 
     if known:
-        monkeypatch.setattr(working_directory.fcntl, "flock", no_locks)
+        monkeypatch.setattr(claims.fcntl, "flock", no_locks)
     else:
-        monkeypatch.setattr(working_directory, "fcntl", None)
+        monkeypatch.setattr(claims, "fcntl", None)
     with WorkDirectory(tmp_path).claim(Config()):
         claim(tmp_path)
 

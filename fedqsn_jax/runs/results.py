@@ -1,0 +1,101 @@
+"""What a run shows and leaves: the overview, metrics for TensorBoard, the final table, pictures."""
+
+from collections.abc import Collection
+
+from fedqsn_jax.reporting.display import Display, draw_safely
+from fedqsn_jax.reporting.summary import Costs, summarize
+from fedqsn_jax.reporting.verdict import verdict
+from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
+from fedqsn_jax.rounds.federation import ServerState
+from fedqsn_jax.rounds.views import has_received
+from fedqsn_jax.runs.preparation import Experiment
+from fedqsn_jax.runs.working_directory import WorkDirectory
+from fedqsn_jax.runs.written_texts import passes, write_texts
+from fedqsn_jax.simulation.costs import expected_costs, tensor_rows
+from fedqsn_jax.simulation.running import (
+    Entry,
+)
+from fedqsn_jax.simulation.warnings import warnings_after_run, warnings_before_run
+
+
+def open_board(work: WorkDirectory, display: Display) -> TensorBoard:
+    """Returns TensorBoard's files of a run; what they cannot take is told and switches them off."""
+    return TensorBoard(work.tensorboard, display.warning)
+
+
+def mend_metrics(work: WorkDirectory, history: list[Entry], display: Display) -> None:
+    """Writes the metrics of a finished run again, where they are not what its checkpoint says."""
+    metrics = MetricsFile(work.metrics)
+    if not metrics.holds(history):
+        display.warning(f"{work.metrics}: it is written again from the checkpoint's history")
+        metrics.rewrite(history)
+    if not any(work.tensorboard.glob("events.out.tfevents.*")):
+        with open_board(work, display) as board:
+            board.rewrite(history)
+
+
+def write_results(
+    experiment: Experiment,
+    work: WorkDirectory,
+    state: ServerState,
+    history: list[Entry],
+    display: Display,
+) -> None:
+    """Writes and shows the final table, what the views wrote, and then the curves."""
+    simulation, config = experiment.simulation, experiment.config
+    score = simulation.task.score
+    summary = summarize(history, _costs(experiment), history[-1]["seconds"], score)
+    idle = [name for name, each in state.attackers.items() if not has_received(each)]
+    summary["verdict"] = verdict(summary, config, idle)
+    # Results first: nothing that comes later may cost them.
+    write_json(work.summary, summary)
+    texts = experiment.problem.texts
+    if texts is not None:
+        total = passes(simulation, state) * len(texts.prompts.texts)
+        with display.steps("writing texts", total) as steps:
+            summary["texts"] = write_texts(simulation, state, texts, work.texts, steps.add)
+        write_json(work.summary, summary)
+    display.final_table(summary)
+    for line in warnings_after_run(config, history, state.attackers):
+        display.warning(line)
+    title = f"{config.algorithm} on {_data_name(experiment)}, seed {config.seed}"
+
+    def draw() -> None:
+        from fedqsn_jax.reporting import plots  # Slow to import, and only needed at the end.
+
+        plots.accuracy_curves(history, work.picture, title, score)
+
+    draw_safely(display, work.picture.name, draw)
+    display.message(f"written to {work.path}")
+
+
+def show_overview(experiment: Experiment, display: Display, chosen: Collection[str]) -> None:
+    """Shows what is about to run, what to be warned of, and every tensor with its cost.
+
+    Args:
+      experiment: What is about to run.
+      display: Where it is shown.
+      chosen: Fields that the user set one by one.
+    """
+    simulation, config = experiment.simulation, experiment.config
+    clients = experiment.problem.splits.clients.clients
+    display.message(
+        f"{config.algorithm} on {_data_name(experiment)}: {clients} clients, "
+        f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
+        f"{simulation.choice.reason}"
+    )
+    for line in warnings_before_run(config, chosen):
+        display.warning(line)
+    for note in experiment.problem.notes:
+        display.message(note)
+    display.overview(tensor_rows(simulation, experiment.problem.params), _costs(experiment))
+
+
+def _data_name(experiment: Experiment) -> str:
+    data = experiment.config.data
+    own = data.task if data.name == "text" else data.name
+    return experiment.problem.name or own
+
+
+def _costs(experiment: Experiment) -> Costs:
+    return expected_costs(experiment.simulation)
