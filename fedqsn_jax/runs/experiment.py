@@ -71,7 +71,7 @@ def run(config: Config, directory: Path, display: Display, chosen: Collection[st
 
     Args:
       config: What to run.
-      directory: Where everything is written; see `workdir.WorkDirectory`.
+      directory: Where everything is written; see `working_directory.WorkDirectory`.
       display: Where progress is shown.
       chosen: Fields that the user set one by one; see `unused.ignored_settings`.
 

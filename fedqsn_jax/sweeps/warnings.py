@@ -4,9 +4,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fedqsn_jax.config.schema import Config
+from fedqsn_jax.simulation.running import Entry
 from fedqsn_jax.simulation.warnings import (
     DIVERGED,
-    Entry,
     has_diverged,
     rejected,
     rejection,
