@@ -43,17 +43,14 @@ class SweepDisplay(Display):
         """
         self._say_repeated(repeated)
         done = f", {points - missing} of them finished before" if missing < points else ""
-        self.message(
-            f"{_counted(points, 'point')}{done}; {_counted(programs, 'program')} to compile; in {directory}"
-        )
+        to_compile = _counted(programs, "program")
+        self.message(f"{_counted(points, 'point')}{done}; {to_compile} to compile; in {directory}")
 
     def groups(self, groups: Sequence[tuple[int, str]], repeated: int = 0) -> None:
         """Shows how many points each compiled program has, and how their clients are run."""
         self._say_repeated(repeated)
         for count, reason in groups:
-            self.message(
-                f"{count:>5} {'point' if count == 1 else 'points'} in one compiled program, {reason}"
-            )
+            self.message(f"{count:>5} points in one compiled program, {reason}")
         self.message(f"{sum(count for count, _ in groups):>5} points in all")
 
     def sweep_progress(

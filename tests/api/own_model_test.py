@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from small_cases import CLIENTS, rows
 
 from fedqsn_jax import ConfigError, Task, federate
 from fedqsn_jax.reporting import progress
@@ -23,13 +24,6 @@ class Classifier(nn.Module):
         return nn.Dense(3)(nn.relu(nn.Dense(16)(x)))
 
 
-def rows(count, width=4):
-    random = np.random.default_rng(count)
-    x = random.normal(size=(count, width)).astype(np.float32)
-    return {"image": x, "label": (x[:, 0] > 0).astype(np.int32)}
-
-
-CLIENTS = [rows(5), rows(8)]
 SHORT = {"rounds": 1, "client": {"steps": 1}, "evaluation": {"proxy_samples": 2}}
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from small_cases import SMALL
 
 from fedqsn_jax import linen_apply, load
 from fedqsn_jax.cli.main import main
@@ -20,19 +21,6 @@ from fedqsn_jax.reporting import plots
 from fedqsn_jax.runs.experiment import prepare
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.simulation.running import initial_state
-
-SMALL = [
-    "--config=configs/digits.py",
-    "--config.rounds=4",
-    "--config.rounds_per_call=2",
-    "--config.evaluation.every=2",
-    "--config.evaluation.proxy_samples=2",
-    "--config.checkpoint.every=2",
-    "--config.pretraining.steps=5",
-    "--config.client.steps=1",
-    "--config.cohort.size=3",
-    "--config.model.hidden=(16,)",
-]
 
 MISTAKES = {
     "unknown field": (

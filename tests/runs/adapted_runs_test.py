@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
-from main_test import SMALL
-from own_model_test import CLIENTS, rows
+from small_cases import CLIENTS, SMALL, rows
 
 from fedqsn_jax import federate, linen_apply, load
 from fedqsn_jax.cli.main import main
