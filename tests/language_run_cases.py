@@ -1,19 +1,15 @@
 """Tiny pre-trained language models in directories, with texts, and flags that run on them."""
 
-import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from locations import LANGUAGE_GOLDENS
 from text_cases import MARKS, WORDS, write_tokenizer
 
-from fedqsn_jax.host.checkpoints import Checkpoints
 from fedqsn_jax.models.language.encoder import EncoderConfig
 from fedqsn_jax.models.language.families import LanguageConfig, make_language_model
 from fedqsn_jax.models.language.gpt2 import GPT2Config
-from fedqsn_jax.models.language.pretrained import load_pretrained, save_pretrained
+from fedqsn_jax.models.language.pretrained import save_pretrained
 
 VOCABULARY = len(MARKS) + len(WORDS)
 BERT = EncoderConfig("bert", VOCABULARY, 16, 2, 2, 16, positions=16, classes=0)
@@ -101,18 +97,3 @@ def write(place: Path) -> list[str]:
         "--config.generation.new_tokens=6",
         "--config.client.label_smoothing=0.1",
     ]
-
-
-def make_run(directory, name, rounds=(3, 5), **overrides):
-    """What a run leaves behind: its configuration and checkpoints, with parameters that changed."""
-    loaded = load_pretrained(LANGUAGE_GOLDENS / name, jax.random.key(0), **overrides)
-    directory.mkdir()
-    (directory / "config.json").write_text(
-        json.dumps({"model": {"pretrained": str(LANGUAGE_GOLDENS / name)}, "seed": 0})
-    )
-    with Checkpoints(directory / "checkpoints", keep_latest=2, keep_best=1) as checkpoints:
-        for number in rounds:
-            params = jax.tree.map(lambda leaf: jnp.asarray(leaf) + number, loaded.params)  # noqa: B023
-            state = {"params": params, "attackers": params, "key": jax.random.key(0)}
-            checkpoints.save(number, state, [{"round": number}], score=0.5)
-    return loaded

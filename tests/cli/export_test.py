@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from language_run_cases import make_run
 from locations import LANGUAGE_GOLDENS
+from run_cases import make_run
 from safetensors.numpy import load_file, save_file
 
 from fedqsn_jax.cli.export import export, main

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from small_cases import SMALL
+from run_cases import SMALL
 
 from fedqsn_jax import linen_apply, load
 from fedqsn_jax.cli.main import main

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from language_run_cases import make_run
+from run_cases import make_run
 
 from fedqsn_jax.cli import export
 from fedqsn_jax.config.schema import Config

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
-from small_cases import CLIENTS, SMALL, rows
+from run_cases import CLIENTS, SMALL, rows
 
 from fedqsn_jax import federate, linen_apply, load
 from fedqsn_jax.cli.main import main
