@@ -25,7 +25,7 @@ def warnings_before_sweep(
     Args:
       combinations: Every configuration that the grids mean, with the place of its point.
       points: The points.
-      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
+      chosen: Fields that the user set one by one; see `unused_settings.ignored_settings`.
     """
     concerned: dict[str, set[int]] = {}
     for config, place in combinations:
