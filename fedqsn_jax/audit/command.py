@@ -3,12 +3,9 @@
 import ast
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedqsn_jax.host import signals
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,17 +29,19 @@ def _main(arguments: Sequence[str] | None) -> int:
 
     parser = Parser(
         "Plays the thief: what colluding clients get from the model of a finished run.",
-        "writes audit.json, audit.png and audit.html to DIR/audit; an audit that was interrupted "
+        "writes audit.json, audit.png and audit.html to DIR/audit; an audit that was interrupted\n"
         "goes on where it was",
     )
     parser.add_argument("--workdir", metavar="DIR", help="the directory of the finished run")
     parser.add_argument(
         "--colluders",
         default="1,3,half",
-        help="numbers of colluding clients, half for half of all; 1,3,half",
+        help="numbers of colluding clients, half for half of all; by default 1,3,half",
     )
     parser.add_argument(
-        "--queries", default="50,500,10000", help="questions to the owner's model; 50,500,10000"
+        "--queries",
+        default="50,500,10000",
+        help="numbers of questions to the owner's model; by default 50,500,10000",
     )
     parser.add_argument("--steps", default="0", help="steps of each training; 0: by the rows")
     parser.add_argument(

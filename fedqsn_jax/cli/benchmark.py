@@ -2,7 +2,7 @@
 
   python -m fedqsn_jax.benchmark
 
-measures both workloads of `fedqsn_jax.workloads` (100 clients a round, a CNN and a dense network)
+measures both workloads of `benchmarks.workloads` (100 clients a round, a CNN and a dense network)
 on whatever device is there. FedAvg and FedQSN (p1 = p2 = 0.2, 4 bits) alternate, so that a drifting
 machine meets both. A second table says what FedQSN adds to a round, part by part.
 
@@ -53,15 +53,14 @@ def _main(arguments: Sequence[str] | None) -> int:
 
     from fedqsn_jax.benchmarks import measuring
     from fedqsn_jax.benchmarks.workloads import MODELS, make_population
+    from fedqsn_jax.config.command_line import Parser
     from fedqsn_jax.core.errors import UserError
     from fedqsn_jax.reporting.display import Display
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__ or "")
     parser.add_argument("--workload", action="append", choices=list(MODELS), help="default: all")
     parser.add_argument("--calls", type=int, default=10, help="measured calls of each algorithm")
-    parser.add_argument("--rounds_per_call", type=int, default=10)
+    parser.add_argument("--rounds_per_call", type=int, default=10, help="rounds of a measured call")
     parser.add_argument(
         "--chunk_size", type=int, default=0, help="clients at once; 0: what the package chooses"
     )
@@ -70,7 +69,10 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--rounds", type=int, default=100, help="rounds of --population")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--profile", type=Path, help="a directory for JAX profiler traces")
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except UserError as error:
+        return signals.refuse(error)
     facts: dict[str, Any] = {
         "jax": jax.__version__,
         "python": platform.python_version(),

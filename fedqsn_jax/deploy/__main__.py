@@ -16,11 +16,19 @@ def _main(arguments: Sequence[str] | None) -> int:
     from fedqsn_jax.config.command_line import read_config
     from fedqsn_jax.core.errors import UserError
 
-    parser = argparse.ArgumentParser(prog="python -m fedqsn_jax.deploy", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fedqsn_jax.deploy",
+        description="A server and clients that are programs of their own.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     demo_parser = commands.add_parser("demo", help="a server and clients on this machine")
-    demo_parser.add_argument("--config", help="a file under configs/")
-    demo_parser.add_argument("--clients", type=int, default=3, help="how many")
+    demo_parser.add_argument(
+        "--config",
+        help="a file under configs/; --config.FIELD=VALUE sets a field, as in fedqsn_jax.main",
+    )
+    demo_parser.add_argument(
+        "--clients", type=int, default=3, help="number of clients, by default 3"
+    )
     demo_parser.add_argument("--workdir", required=True, help="the server's working directory")
     bundle_parser = commands.add_parser("bundle", help="writes the application for flwr run")
     bundle_parser.add_argument("--out", required=True, help="a directory")

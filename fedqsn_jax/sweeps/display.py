@@ -43,7 +43,8 @@ class SweepDisplay(Display):
         """
         self._say_repeated(repeated)
         done = f", {points - missing} of them finished before" if missing < points else ""
-        self.message(f"{points} points{done}; {programs} programs to compile; in {directory}")
+        to_compile = _counted(programs, "program")
+        self.message(f"{_counted(points, 'point')}{done}; {to_compile} to compile; in {directory}")
 
     def groups(self, groups: Sequence[tuple[int, str]], repeated: int = 0) -> None:
         """Shows how many points each compiled program has, and how their clients are run."""
@@ -228,3 +229,7 @@ class PointProgress(Ongoing):
         if latest is None:
             return bar
         return Group(bar, Text(_facts(latest), "dim", no_wrap=True, overflow="ellipsis"))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -38,9 +38,9 @@ class Setting(NamedTuple):
 
     @property
     def method(self) -> str:
-        """What is done, in words: the values of the fields that are words."""
+        """What is done, in words: the values of the fields that are words, if there are any."""
         words = [value for value in self.settings.values() if isinstance(value, str)]
-        return ", ".join(words) or "all"
+        return ", ".join(words) or "a setting"
 
 
 def short_names(fields: Iterable[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from fedqsn_jax.config.schema import (
 )
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.simulation.compose import TRACEABLE
-from fedqsn_jax.simulation.unused import as_used, unused_fields, without_effect
+from fedqsn_jax.simulation.unused_settings import as_used, unused_fields, without_effect
 from fedqsn_jax.sweeps.warnings import warnings_before_sweep
 
 Grid = dict[str, list[Any]]

@@ -1,6 +1,6 @@
 """One compiled program for all points of a sweep that differ in values only.
 
-Its arguments are the probabilities and rates (`simulation.TRACEABLE`), and what a seed fixes: keys,
+Its arguments are the probabilities and rates (`compose.TRACEABLE`), and what a seed fixes: keys,
 rows and initial parameters. Several points may go through it side by side, by ``vmap``.
 
 On a CPU points run one after the other: the arithmetic of one keeps it busy. Side by side they were

@@ -15,7 +15,7 @@ from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.host.signals import cleaning_up
 from fedqsn_jax.reporting.writers import to_plain, write_json
 from fedqsn_jax.runs.claims import check_free, claim_directory
-from fedqsn_jax.runs.room import check_writable
+from fedqsn_jax.runs.disk_space import check_writable
 from fedqsn_jax.sweeps.estimates import Setting, estimate
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point
 

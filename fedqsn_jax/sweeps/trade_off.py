@@ -179,11 +179,12 @@ def _draw_front(
 
 
 def _legend_handles(axes: Axes, intervals: bool) -> list[Line2D]:
-    """What each colour, line and bar stands for."""
+    """What each colour, line and bar stands for, of those that the axes show."""
     handles = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
-    handles.append(
-        Line2D([], [], color=_DASHED_COLOR, ls=_DASHES, lw=1, label="as good as the owner's model")
-    )
+    lowest = max(axes.get_xlim()[0], axes.get_ylim()[0])
+    if lowest <= min(axes.get_xlim()[1], axes.get_ylim()[1]):
+        label = "as good as the owner's model"
+        handles.append(Line2D([], [], color=_DASHED_COLOR, ls=_DASHES, lw=1, label=label))
     if intervals:
         bar = Line2D([], [], color="#000000", lw=0.6, alpha=0.5, marker="|", ms=5)
         bar.set_label("95% interval over seeds")
@@ -289,7 +290,9 @@ def _name(setting: Setting) -> str:
         for field, value in setting.settings.items()
         if value is not None and not isinstance(value, str)
     )
-    return ", ".join([setting.method, *numbers])
+    # Where nothing but numbers differs, the method's name would say nothing.
+    named = any(isinstance(value, str) for value in setting.settings.values())
+    return ", ".join([*([setting.method] if named else []), *numbers]) or setting.method
 
 
 def _half(value: Estimate) -> float:
