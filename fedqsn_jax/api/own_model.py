@@ -150,7 +150,8 @@ def federate(
     for line in warnings_before_run(config, _chosen(settings)):
         warnings.warn(line, stacklevel=2)
     own = _Own(model, task, params, inputs)
-    tree, experiment = _prepare(own, config, population, rows)
+    noise = None if workdir is None else WorkDirectory(Path(workdir)).noise()
+    tree, experiment = _prepare(own, config, population, rows, noise)
     if workdir is None:
         state, history = _run(experiment, on_progress)
     else:
@@ -204,7 +205,11 @@ class _Own(NamedTuple):
 
 
 def _prepare(
-    own: _Own, config: Config, population: HostData, rows: Mapping[str, Rows]
+    own: _Own,
+    config: Config,
+    population: HostData,
+    rows: Mapping[str, Rows],
+    noise: float | None,
 ) -> tuple[OwnTree, Experiment]:
     """Checks the model, and composes what is run; no program of the rounds is compiled."""
     some = {name: jnp.asarray(array[:_PROBE_ROWS]) for name, array in rows["test"].items()}
@@ -243,7 +248,7 @@ def _prepare(
         task=own.task,
         name="rows of your own",
     )
-    return tree, prepare(_with_heads(config, heads, start), problem)
+    return tree, prepare(_with_heads(config, heads, start), problem, noise)
 
 
 def _as_the_model_has(own: _Own, initial: Callable[[], Params]) -> Params:
