@@ -282,8 +282,7 @@ def _run(experiment: Experiment, on_progress: OnEntries | None) -> tuple[ServerS
         answer_out_of_memory(config, simulation.choice.axis.chunk_size),
         display.waiting("federate: the server's own training") as waiting,
     ):
-        start, private = problem.params, problem.splits.private
-        start = pretrain(config, problem.apply_fn, problem.task, start, private)
+        start = pretrain(config, problem.apply_fn, problem.task, problem.params, experiment.private)
         state = initial_state(simulation, start)
         waiting.now("federate: the first evaluation")
         history = [first_entry(simulation, state, experiment.held_out)]

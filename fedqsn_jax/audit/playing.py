@@ -21,7 +21,7 @@ from fedqsn_jax.audit.case import Case
 from fedqsn_jax.audit.evaluation import Answers, fidelity, score_of
 from fedqsn_jax.audit.findings import FINDINGS
 from fedqsn_jax.audit.received import Holdings, Payloads, expected_bytes, hold, not_recorded
-from fedqsn_jax.audit.replay import members_by_round, payload_layout, replay
+from fedqsn_jax.audit.replay import members_by_round, payload_layout, payloads_by_round, replay
 from fedqsn_jax.audit.rows import Divided, divide, pooled_rows
 from fedqsn_jax.audit.scene import AuditSettings, Scene, make_tools
 from fedqsn_jax.audit.subtraction import pairs, plays
@@ -134,7 +134,7 @@ def record(
     if facts and facts.get("rounds") == case.config.rounds and not not_recorded(payloads, members):
         display.message(f"what clients were sent is in {directory} already")
         return payloads, float(facts["difference"])
-    by_round = members_by_round(case, members)
+    by_round = payloads_by_round(case, members)
     count = sum(map(len, by_round.values()))
     size = bytes_text(expected_bytes(case, count))
     display.message(f"the run is replayed: {count} payloads to colluders, about {size} on the disk")
