@@ -78,6 +78,7 @@ def test_a_model_of_ones_own_with_adapters_and_its_head():
         CLIENTS,
         rows(9),
         params=start,
+        p1=0.0,
         lora={"rank": 1, "public_base": True, "quantize": True},
         evaluation={"attackers": (), "proxy_samples": 2},
         client={"steps": 2, "trained": ("lora", "head")},
