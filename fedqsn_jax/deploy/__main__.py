@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from fedqsn_jax.host import signals
 
@@ -14,6 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     from fedqsn_jax.config.command_line import read_config
+    from fedqsn_jax.config.paths import user_path
     from fedqsn_jax.core.errors import UserError
 
     parser = argparse.ArgumentParser(prog="python -m fedqsn_jax.deploy", description=__doc__)
@@ -29,13 +29,15 @@ def _main(arguments: Sequence[str] | None) -> int:
         if options.command == "bundle":
             from fedqsn_jax.deploy.bundle import write_bundle
 
-            print(write_bundle(Path(options.out).expanduser()))
+            print(write_bundle(user_path(options.out)))
             return 0
         config = read_config(options.config, rest)
         from fedqsn_jax.deploy.demo import demo
+        from fedqsn_jax.host.devices import computing
         from fedqsn_jax.reporting.display import Display
 
-        demo(config, options.clients, Path(options.workdir).expanduser(), Display())
+        with computing():
+            demo(config, options.clients, user_path(options.workdir), Display())
     except UserError as error:
         return signals.refuse(error)
     return 0

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from locations import LANGUAGE_GOLDENS
+from run_cases import make_run
 from safetensors.numpy import load_file, save_file
 
 from fedqsn_jax.cli.export import export, main
@@ -22,21 +23,6 @@ from fedqsn_jax.models.registry import make_model
 from fedqsn_jax.runs.working_directory import WorkDirectory
 
 GOLDENS = LANGUAGE_GOLDENS
-
-
-def make_run(directory, name, rounds=(3, 5), **overrides):
-    """What a run leaves behind: its configuration and checkpoints, with parameters that changed."""
-    loaded = load_pretrained(GOLDENS / name, jax.random.key(0), **overrides)
-    directory.mkdir()
-    (directory / "config.json").write_text(
-        json.dumps({"model": {"pretrained": str(GOLDENS / name)}, "seed": 0})
-    )
-    with Checkpoints(directory / "checkpoints", keep_latest=2, keep_best=1) as checkpoints:
-        for number in rounds:
-            params = jax.tree.map(lambda leaf: jnp.asarray(leaf) + number, loaded.params)  # noqa: B023
-            state = {"params": params, "attackers": params, "key": jax.random.key(0)}
-            checkpoints.save(number, state, [{"round": number}], score=0.5)
-    return loaded
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from export_test import make_run
+from run_cases import make_run
 
 from fedqsn_jax.cli import export
 from fedqsn_jax.config.schema import Config
@@ -220,7 +220,7 @@ def interrupted_export(directory, monkeypatch):
         interrupt()
 
     monkeypatch.setattr(
-        pretrained, "_safetensors_numpy", lambda: SimpleNamespace(save_file=save_half)
+        pretrained, "safetensors_numpy", lambda: SimpleNamespace(save_file=save_half)
     )
     export.export(directory.parent / "run", directory / "new" / "model")
 
