@@ -31,6 +31,7 @@ from fedqsn_jax.api.own_rows import (
     read_clients,
     read_rows,
 )
+from fedqsn_jax.api.own_targets import leave_out_idle_rows
 from fedqsn_jax.config.schema import (
     Config,
     ConfigError,
@@ -46,6 +47,7 @@ from fedqsn_jax.core.types import Batch, Params
 from fedqsn_jax.data.held_out import hold_out
 from fedqsn_jax.data.population import Splits
 from fedqsn_jax.data.streamed import HostData, place
+from fedqsn_jax.host.devices import computing
 from fedqsn_jax.problems.limits import MODEL, check_initial
 from fedqsn_jax.problems.problem import Problem
 from fedqsn_jax.problems.training import pretrain
@@ -144,28 +146,29 @@ def federate(
       ValueError: The arrays are in another format or do not agree, a label is none of the model's
         classes, or the model has running statistics.
     """
-    config, population, rows = _read(clients, test, private, settings, workdir)
-    task = task or classification()
-    check_names(model, inputs, task, population.examples)
-    for line in warnings_before_run(config, _chosen(settings)):
-        warnings.warn(line, stacklevel=2)
-    own = _Own(model, task, params, inputs)
-    tree, experiment = _prepare(own, config, population, rows)
-    if workdir is None:
-        state, history = _run(experiment, on_progress)
-    else:
-        state, history = _run_in(Path(workdir), experiment, on_progress)
-    for line in warnings_after_run(experiment.config, history, state.attackers):
-        warnings.warn(line, stacklevel=2)
-    simulation = experiment.simulation
-    return Federated(
-        tree.join(jax.jit(simulation.merged)(state.params)),
-        history,
-        tensor_rows(simulation, experiment.problem.params),
-        expected_costs(simulation),
-        state,
-        simulation,
-    )
+    with computing():
+        config, population, rows = _read(clients, test, private, settings, workdir)
+        task = task or classification()
+        check_names(model, inputs, task, population.examples)
+        for line in warnings_before_run(config, _chosen(settings)):
+            warnings.warn(line, stacklevel=2)
+        own = _Own(model, task, params, inputs)
+        tree, experiment = _prepare(own, config, population, rows)
+        if workdir is None:
+            state, history = _run(experiment, on_progress)
+        else:
+            state, history = _run_in(Path(workdir), experiment, on_progress)
+        for line in warnings_after_run(experiment.config, history, state.attackers):
+            warnings.warn(line, stacklevel=2)
+        simulation = experiment.simulation
+        return Federated(
+            tree.join(jax.jit(simulation.merged)(state.params)),
+            history,
+            tensor_rows(simulation, experiment.problem.params),
+            expected_costs(simulation),
+            state,
+            simulation,
+        )
 
 
 def _read(
@@ -218,6 +221,7 @@ def _prepare(
         check_classes(own.task.label, outputs, population, rows)
     check_task(own.task, outputs, example)
     check_held(population, rows)
+    population, rows = leave_out_idle_rows(own.task, outputs, population, rows)
     if isinstance(own.model, linen.Module) and own.params is None:
         check_initial(config, MODEL, jax.eval_shape(initial))
     tree, start = read_params(start_of())

@@ -126,6 +126,7 @@ def export(workdir: Path, out: Path, round: int | str | None = None) -> Exported
     from fedqsn_jax.config.paths import user_path
     from fedqsn_jax.config.schema import ConfigError
     from fedqsn_jax.core.trees import leaves_by_path
+    from fedqsn_jax.host.devices import computing
     from fedqsn_jax.models.language.pretrained import nested
     from fedqsn_jax.runs.working_directory import WorkDirectory
     from fedqsn_jax.simulation.from_config import merge_configured
@@ -134,8 +135,9 @@ def export(workdir: Path, out: Path, round: int | str | None = None) -> Exported
     run = _read_run(work)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out}: it is not empty; name a new or empty directory")
-    tensors, finished = _tensors(work, round)
-    tensors = leaves_by_path(merge_configured(run.adapters, nested(tensors)))
+    with computing():
+        tensors, finished = _tensors(work, round)
+        tensors = leaves_by_path(merge_configured(run.adapters, nested(tensors)))
     if not run.source:
         _write_plain(out, run, tensors, finished)
         return Exported(finished, "", ())

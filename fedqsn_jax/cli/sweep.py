@@ -81,26 +81,26 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _run(plan: "Plan", options: argparse.Namespace) -> None:
-    from fedqsn_jax.host.devices import keep_compiled_programs, require_devices
+    from fedqsn_jax.host.devices import computing, keep_compiled_programs
     from fedqsn_jax.sweeps import run
     from fedqsn_jax.sweeps.display import SweepDisplay
     from fedqsn_jax.sweeps.results import SweepDirectory
 
     if options.compilation_cache:
         keep_compiled_programs(options.compilation_cache)
-    require_devices()
     directory = Path(options.workdir) if options.workdir else None
-    display = SweepDisplay()
-    audit = _audit(options) if options.audit else None
-    if options.dry_run or directory is None:
-        plan = plan._replace(audit=audit.described if audit else None)
-        groups = run.check(plan, directory, int(options.at_once), audit=audit)
-        for line in plan.warnings:
-            display.warning(line)
-        display.groups([(len(points), reason) for points, reason in groups], plan.repeated)
-    else:
-        signals.remaining_after_interruption(SweepDirectory(directory).what_remains)
-        run.run(plan, directory, display, int(options.at_once), audit)
+    with computing():
+        display = SweepDisplay()
+        audit = _audit(options) if options.audit else None
+        if options.dry_run or directory is None:
+            plan = plan._replace(audit=audit.described if audit else None)
+            groups = run.check(plan, directory, int(options.at_once), audit=audit)
+            for line in plan.warnings:
+                display.warning(line)
+            display.groups([(len(points), reason) for points, reason in groups], plan.repeated)
+        else:
+            signals.remaining_after_interruption(SweepDirectory(directory).what_remains)
+            run.run(plan, directory, display, int(options.at_once), audit)
 
 
 def _audit(options: argparse.Namespace) -> "PointAudit":

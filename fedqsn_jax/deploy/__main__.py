@@ -1,7 +1,6 @@
 """The deployment's commands: ``python -m fedqsn_jax.deploy demo --config=FILE --workdir=DIR``."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from fedqsn_jax.host import signals
 
@@ -13,6 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     from fedqsn_jax.config.command_line import Parser, read_config
+    from fedqsn_jax.config.paths import user_path
     from fedqsn_jax.config.schema import ConfigError
     from fedqsn_jax.core.errors import UserError
 
@@ -34,13 +34,15 @@ def _main(arguments: Sequence[str] | None) -> int:
                 raise ConfigError(f"unrecognized arguments: {' '.join(rest)}")
             from fedqsn_jax.deploy.bundle import write_bundle
 
-            print(write_bundle(Path(options.out).expanduser()))
+            print(write_bundle(user_path(options.out)))
             return 0
         config = read_config(options.config, rest)
         from fedqsn_jax.deploy.demo import demo
+        from fedqsn_jax.host.devices import computing
         from fedqsn_jax.reporting.display import Display
 
-        demo(config, options.clients, Path(options.workdir).expanduser(), Display())
+        with computing():
+            demo(config, options.clients, user_path(options.workdir), Display())
     except UserError as error:
         return signals.refuse(error)
     return 0

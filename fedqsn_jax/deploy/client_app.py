@@ -17,6 +17,7 @@ from fedqsn_jax.deploy import messages
 from fedqsn_jax.deploy.client import Client, check_rows, make_client
 from fedqsn_jax.deploy.plan import Plan
 from fedqsn_jax.deploy.rows import read_rows
+from fedqsn_jax.host.devices import computing
 
 app = ClientApp()
 
@@ -37,7 +38,8 @@ def train(message: Message, context: Context) -> Message:
         rows = check_rows(plan, read_rows(settings["rows"]), f"rows = {settings['rows']!r}")
         client = _client(str(told["plan"]), settings.get("base", ""))
         key = jax.random.wrap_key_data(jnp.asarray(told["key"], jnp.uint32))
-        result = client.answer(payload, key, rows)
+        with computing():
+            result = client.answer(payload, key, rows)
     except UserError as error:
         # The user's own mistake is told where it can be mended: here, not at the server.
         print(f"fedqsn_jax: {error}", flush=True)

@@ -19,6 +19,7 @@ from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.deploy import messages
 from fedqsn_jax.deploy.rows import read_rows
 from fedqsn_jax.deploy.session import Patience, Reply, make_server, run_server
+from fedqsn_jax.host.devices import computing
 from fedqsn_jax.host.signals import tell
 from fedqsn_jax.reporting.display import Display
 
@@ -36,7 +37,8 @@ def main(grid: Grid, context: Context) -> None:
     file = Path(os.environ[SETTINGS])
     outcome = file.with_name("outcome.json")
     try:
-        _run(FlowerNetwork(grid), json.loads(file.read_text()))
+        with computing():
+            _run(FlowerNetwork(grid), json.loads(file.read_text()))
     except UserError as error:
         tell(f"fedqsn_jax: {error}")
         outcome.write_text(json.dumps({"refused": str(error)}) + "\n")

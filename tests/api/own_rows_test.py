@@ -14,7 +14,7 @@ from fedqsn_jax.api.own_rows import read_clients
 from fedqsn_jax.config.schema import Config, with_fields
 from fedqsn_jax.data.labels import check_labels
 from fedqsn_jax.models.functional import linen_init
-from fedqsn_jax.simulation.warnings import DIVERGED, warnings_after_run
+from fedqsn_jax.simulation.warnings import DIVERGED, NO_NUMBER, warnings_after_run
 
 CLASSES = 3
 SHORT = {"rounds": 2, "client": {"steps": 1}, "evaluation": {"proxy_samples": 2}}
@@ -234,6 +234,9 @@ def test_rejected_updates_are_counted_in_the_rounds_that_say():
     assert warnings_after_run(Config(), [history[0], history[2]], {}) == []
     diverged = [history[0], {"round": 20, "clients/rejected": 0, "global/loss": float("nan")}]
     assert warnings_after_run(Config(), diverged, {}) == [DIVERGED]
+    # As with a NaN among the test rows.
+    from_the_start = [{"round": 0, "global/loss": float("nan")}, diverged[-1]]
+    assert warnings_after_run(Config(), from_the_start, {}) == [NO_NUMBER]
 
 
 @pytest.mark.usefixtures("only_shapes")

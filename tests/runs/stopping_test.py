@@ -1,0 +1,51 @@
+"""What a run that is asked to stop says it waits for."""
+
+import signal
+
+import pytest
+
+from fedqsn_jax.config.schema import Config, with_fields
+from fedqsn_jax.runs import stopping
+from fedqsn_jax.runs.stopping import RunningCall
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds, which a test sets."""
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_request_says_when_the_run_stops_and_what_stands(clock, capsys):
+    config = with_fields(Config(), {"rounds": 23, "rounds_per_call": 10})
+    running = RunningCall(config, lambda: "the same command resumes after round 10")
+
+    def said():
+        signal.raise_signal(signal.SIGTERM)
+        return capsys.readouterr().err
+
+    def told(finished=None):
+        if finished is not None:
+            running.begins_after(finished)
+        with running.stopping_at(signal.SIGTERM):
+            return said()
+
+    rest = "the same command resumes after round 10; once more: at once\n"
+    sooner = "(with a smaller rounds_per_call than 10 sooner)"
+    remains = "the same command resumes after round 10"
+    assert told() == f"stopping after what is running ({remains}); once more: at once\n"
+    assert running.stopped.is_set()
+    assert told(0) == (
+        f"stopping after round 10, the end of the first call, which also compiles {sooner}; if "
+        f"this process is ended before, {rest}"
+    )
+    clock[0] += 40
+    running.begins_after(10)
+    clock[0] += 7
+    assert told() == (
+        f"stopping after round 20, in about 33 s {sooner}; if this process is ended before, {rest}"
+    )
+    # A run that goes on where it was is between two multiples.
+    assert "stopping after round 23" in told(20)
+    assert told(23).startswith("stopping after what is running")
