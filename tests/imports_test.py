@@ -41,6 +41,7 @@ CLIENT_SIDE = (
     "protocol.wire",
     "deploy.client",
     "deploy.client_app",
+    "deploy.client_files",
 )
 SERVER_SIDE = (
     "host.checkpoints",
@@ -53,6 +54,7 @@ SERVER_SIDE = (
     "runs",
     "deploy.server",
     "deploy.server_app",
+    "deploy.server_files",
     "deploy.session",
 )
 
