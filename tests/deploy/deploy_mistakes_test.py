@@ -8,7 +8,7 @@ from fedqsn_jax.deploy.__main__ import main
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "the following arguments are required: demo or bundle"),
+        ([], "the following arguments are required: demo, server, client or bundle"),
         (["demo"], "the following arguments are required: --workdir"),
         (["demo", "--workdir=DIR"], "no --config: name a file"),
         (
