@@ -64,9 +64,7 @@ def test_what_cannot_be_measured_or_written_is_a_line_before_it_is_measured(
     assert benchmark.main([f"--out={tmp_path}"]) == 2
     assert capsys.readouterr().err == f"fedqsn_jax: {tmp_path}: Is a directory\n"
     for wrong in ("--calls=0", "--rounds_per_call=x", "--clients=10,0", "--population=-1"):
-        with pytest.raises(SystemExit) as end:
-            benchmark.main([wrong])
-        assert end.value.code == 2
+        assert benchmark.main([wrong]) == 2
         assert "allowed are whole numbers of 1 or more" in capsys.readouterr().err
 
     def devices():
