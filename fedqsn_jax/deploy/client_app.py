@@ -2,7 +2,6 @@
 
 import functools
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.deploy import messages
@@ -71,14 +71,14 @@ def read_settings(file: str) -> dict[str, Any]:
     if not file:
         raise UserError(f"the node's configuration has no {SETTINGS!r}: name a TOML file")
     try:
-        values = tomllib.loads(Path(file).expanduser().read_text())
+        values = tomllib.loads(user_path(file).read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: {error}") from error
     unknown = set(values) - {"rows", "base", "cache"}
     if unknown or not isinstance(values.get("rows"), str):
         raise UserError(f"{file}: allowed are rows (needed), base and cache, each a text")
     if "cache" in values:
-        jax.config.update("jax_compilation_cache_dir", str(Path(values["cache"]).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(user_path(values["cache"])))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return values
 
@@ -92,7 +92,7 @@ def _read_base(file: str) -> Params:
     """The tensors of a file, in nested dictionaries by the names of their paths."""
     tree: dict[str, Any] = {}
     try:
-        with np.load(Path(file).expanduser(), allow_pickle=False) as arrays:
+        with np.load(user_path(file), allow_pickle=False) as arrays:
             for path in arrays:
                 *parents, name = path.split("/")
                 branch = tree

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.core.errors import UserError
 
 
@@ -24,10 +25,10 @@ def read_rows(source: str) -> dict[str, np.ndarray]:
     """
     kind, _, rest = source.partition(":")
     if kind == "npz":
-        return _from_npz(source, Path(rest).expanduser())
+        return _from_npz(source, user_path(rest))
     if kind == "python" and ":" in rest:
         file, _, function = rest.rpartition(":")
-        return _from_function(source, Path(file).expanduser(), function)
+        return _from_function(source, user_path(file), function)
     raise UserError(f"rows = {source!r}: allowed are npz:FILE and python:FILE.py:FUNCTION")
 
 
