@@ -4,7 +4,7 @@ import sys
 
 from fedqsn_jax.host.signals import REFUSED, tell
 
-COMMANDS = ("main", "sweep", "benchmark", "export")
+COMMANDS = ("main", "sweep", "benchmark", "export", "audit", "deploy")
 """Each is ``python -m fedqsn_jax.COMMAND``."""
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
-from locations import PACKAGE
+from locations import PACKAGE, ROOT
 
 # Lowest first. A file imports from its own folder and from those on lines above; folders on one
 # line stand side by side and never import each other.
@@ -41,6 +42,7 @@ CLIENT_SIDE = (
     "protocol.wire",
     "deploy.client",
     "deploy.client_app",
+    "deploy.client_files",
 )
 SERVER_SIDE = (
     "host.checkpoints",
@@ -53,6 +55,7 @@ SERVER_SIDE = (
     "runs",
     "deploy.server",
     "deploy.server_app",
+    "deploy.server_files",
     "deploy.session",
 )
 
@@ -165,3 +168,16 @@ def test_the_pure_core_knows_nothing_of_machines_and_configurations(place):
 def test_what_clients_run_knows_nothing_of_the_server(name):
     wrong = {other for other in reached(name) if within(other, SERVER_SIDE)}
     assert not wrong
+
+
+def test_no_test_needs_another_folders_tests():
+    """So that a file, or a folder, runs alone."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    homes = {file.stem: file.parent for file in files}
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in files
+        for name in re.findall(r"^(?:from|import) (\w+)", file.read_text(), re.MULTILINE)
+        if name in homes and homes[name] not in (file.parent, ROOT / "tests")
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -1,15 +1,19 @@
 """The documents are true: links lead somewhere, commands exist, and code runs as it is printed."""
 
+import ast
+import importlib
 import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-from locations import ROOT
+from locations import PACKAGE, ROOT
 
 from fedqsn_jax.cli.main import main
 from fedqsn_jax.config.command_line import read_config
+from fedqsn_jax.config.fields import describe
+from fedqsn_jax.config.schema import Config
 
 DOCUMENTS = [
     Path("README.md"),
@@ -84,6 +88,55 @@ def test_python_blocks_parse():
     for document in DOCUMENTS:
         for block in blocks(text_of(document), "python"):
             compile(block, str(document), "exec")
+
+
+def test_what_python_blocks_import_exists():
+    for document in DOCUMENTS:
+        for block in blocks(text_of(document), "python"):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("fedqsn_jax"):
+                    module = importlib.import_module(node.module)
+                    missing = [each.name for each in node.names if not hasattr(module, each.name)]
+                    assert not missing, f"{document}: {node.module} has no {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_files_that_are_named_exist(document):
+    here = (ROOT / document).parent
+    for name in re.findall(r"`([\w/]+\.py)`", text_of(document)):
+        if "NAME" not in name:
+            found = [*ROOT.glob(name), *PACKAGE.glob(name), *here.glob(name), *here.rglob(name)]
+            in_package = list(PACKAGE.rglob(name)) if "/" not in name else []
+            assert found or in_package or (ROOT / "tests" / name).exists(), name
+
+
+def test_what_docstrings_refer_to_exists():
+    """A reference ``module.name`` between single backticks, to a file of the package."""
+    sources = {file: file.read_text() for file in PACKAGE.rglob("*.py")}
+    classes = set(re.findall(r"^class (\w+)", "\n".join(sources.values()), re.MULTILINE))
+    words = {file: set(re.findall(r"\w+", text)) for file, text in sources.items()}
+    elsewhere = {"fedqsn_jax", "jax", "optax"}
+
+    def exists(reference: str) -> bool:
+        first, *_ = path = reference.split(".")
+        if first in elsewhere | classes or reference in describe(Config):
+            return True
+        if PACKAGE.joinpath(*path).is_dir():
+            return True
+        place, last = "/".join(path[:-1]), path[-1]
+        files = [file for file in sources if f"/{file.with_suffix('')}".endswith(f"/{place}")]
+        inside = [file for file in sources if str(file.parent).endswith(f"/{place}")]
+        return any(last in words[file] for file in files) or any(
+            last in (file.stem, *words[file]) for file in inside if file.stem in (last, "__init__")
+        )
+
+    wrong = [
+        f"{file.relative_to(ROOT)}: {reference}"
+        for file, text in sources.items()
+        for reference in re.findall(r"(?<!`)`([A-Za-z_]\w*(?:\.\w+)+)`(?!`)", text)
+        if not exists(reference)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -132,7 +132,7 @@ def federate(
         it, what takes long gives signs of life: a line every few seconds, in a terminal a spinner.
       workdir: A directory for checkpoints, metrics and pictures, as the main job has it: the same
         call resumes there, one with more ``rounds`` extends, `load` reads. None: nothing is kept.
-      **settings: Fields of `config.Config`, sections as dictionaries. ``cohort.size`` and
+      **settings: Fields of `settings.Config`, sections as dictionaries. ``cohort.size`` and
         ``evaluation.attackers`` are by default at most the number of clients. Of ``data`` there
         are ``resident``, ``held_out_share`` and ``held_out_clients`` only; ``checkpoint`` is for
         a ``workdir``.
@@ -286,7 +286,7 @@ def _run(experiment: Experiment, on_progress: OnEntries | None) -> tuple[ServerS
         answer_out_of_memory(config, simulation.choice.axis.chunk_size),
         display.waiting("federate: the server's own training") as waiting,
     ):
-        start, private = problem.params, problem.splits.private
+        start, private = problem.params, experiment.private
         start = pretrain(config, problem.apply_fn, problem.task, start, private)
         state = initial_state(simulation, start)
         waiting.now("federate: the first evaluation")

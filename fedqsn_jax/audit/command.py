@@ -3,12 +3,9 @@
 import ast
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedqsn_jax.host import signals
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,17 +29,19 @@ def _main(arguments: Sequence[str] | None) -> int:
 
     parser = Parser(
         "Plays the thief: what colluding clients get from the model of a finished run.",
-        "writes audit.json, audit.png and audit.html to DIR/audit; an audit that was interrupted "
+        "writes audit.json, audit.png and audit.html to DIR/audit; an audit that was interrupted\n"
         "goes on where it was",
     )
     parser.add_argument("--workdir", metavar="DIR", help="the directory of the finished run")
     parser.add_argument(
         "--colluders",
         default="1,3,half",
-        help="numbers of colluding clients, half for half of all; 1,3,half",
+        help="numbers of colluding clients, half for half of all; by default 1,3,half",
     )
     parser.add_argument(
-        "--queries", default="50,500,10000", help="questions to the owner's model; 50,500,10000"
+        "--queries",
+        default="50,500,10000",
+        help="numbers of questions to the owner's model; by default 50,500,10000",
     )
     parser.add_argument("--steps", default="0", help="steps of each training; 0: by the rows")
     parser.add_argument(
@@ -64,9 +63,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         # Before JAX is waited for.
         work = WorkDirectory(workdir)
         work.check(work.config())
-        colluders = _numbers("--colluders", options.colluders, words=("half",))
-        queries = _numbers("--queries", options.queries)
-        (steps,) = _numbers("--steps", options.steps, low=0)[:1]
+        colluders = numbers("--colluders", options.colluders, words=("half",))
+        queries = numbers("--queries", options.queries)
+        (steps,) = numbers("--steps", options.steps, low=0)[:1]
         return _audit(workdir, options, colluders, queries, steps)
     except UserError as error:
         return signals.refuse(error)
@@ -94,8 +93,18 @@ def _audit(workdir: Path, options: Any, colluders: tuple, queries: tuple, steps:
     return 0
 
 
-def _numbers(option: str, text: str, words: tuple[str, ...] = (), low: int = 1) -> tuple:
-    """The numbers, or words, in a list that is separated by commas."""
+def numbers(option: str, text: str, words: tuple[str, ...] = (), low: int = 1) -> tuple:
+    """Reads the numbers, or words, in a list that is separated by commas.
+
+    Args:
+      option: What the user wrote them after.
+      text: The list.
+      words: Words that are allowed too.
+      low: The smallest number that is allowed.
+
+    Raises:
+      ConfigError: Something else is in it, or nothing.
+    """
     from fedqsn_jax.config.schema import ConfigError
 
     found: list[int | str] = []

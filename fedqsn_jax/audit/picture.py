@@ -6,9 +6,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _OWNER, _ALONE, _BEST, _OTHER, _ASKED = "#000000", "#009E73", "#D55E00", "#E69F00", "#56B4E9"
+_BAND = "#F0F0F0"
 _DPI = 130
 
 
@@ -41,9 +43,13 @@ def draw(report: dict[str, Any]) -> bytes:
         ("D", _BEST, "best attack without queries"),
     ]
     handles = [
-        panels[0].plot([], [], mark, color=color, label=label)[0] for mark, color, label in marks
+        *(
+            panels[0].plot([], [], mark, color=color, label=label)[0]
+            for mark, color, label in marks
+        ),
+        Patch(color=_BAND, label="what could be protected"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(marks), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()
@@ -59,8 +65,8 @@ def _panel(
     owner = report["models"]["global"]["value"]
     axes.axvline(owner, color=_OWNER, linewidth=1.6)
     alone = each["alone"]
-    if alone:
-        axes.axvspan(alone["score"]["value"], owner, color="#000000", alpha=0.06, linewidth=0)
+    if alone and alone["score"]["value"] < owner:
+        axes.axvspan(alone["score"]["value"], owner, color=_BAND, linewidth=0, zorder=0)
     picked = each["best"] and each["best"]["attack"]
     for one in _shown(each):
         place, found = titles.index(one["title"]), one["interval"]

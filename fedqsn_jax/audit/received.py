@@ -21,6 +21,7 @@ from fedqsn_jax.protocol.proxy import Proxy, dequantize_proxy
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.wire import decode_proxy
 from fedqsn_jax.rounds.views import Attacker, update_attacker
+from fedqsn_jax.simulation.costs import expected_costs, payloads_per_client
 
 _NAME = re.compile(r"round_(\d+)_client_(\d+)\.proxy")
 _COMPLETE = "complete.json"
@@ -172,9 +173,9 @@ def rescaling(union: Attacker) -> dict[str, Array]:
 
 def expected_bytes(case: Case, payloads: int) -> float:
     """Bytes that so many payloads take, by the expected numbers of visible columns."""
-    from fedqsn_jax.simulation.costs import expected_costs
-
-    return payloads * expected_costs(case.simulation).down
+    # What is expected of a round counts the clients that have their payload already.
+    simulation = case.simulation
+    return payloads * expected_costs(simulation).down / payloads_per_client(simulation)
 
 
 def not_recorded(payloads: Payloads, members: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from fedqsn_jax.audit.case import (
     read_reference,
     require_same_architecture,
 )
-from fedqsn_jax.audit.playing import play
+from fedqsn_jax.audit.playing import RECEIVED, play
 from fedqsn_jax.audit.report import make_report, show, write
 from fedqsn_jax.audit.scene import AuditSettings
 from fedqsn_jax.core.types import Params
@@ -61,7 +61,7 @@ def audit_directory(
     with claim_directory(workdir):
         directory = workdir / FOLDER
         if replay:
-            shutil.rmtree(directory / "received", ignore_errors=True)
+            shutil.rmtree(directory / RECEIVED, ignore_errors=True)
         results = play(case, settings, directory, display, base, fedavg, named)
         report = make_report(case, settings, results)
         write(report, directory)

@@ -2,7 +2,7 @@
 
   python -m fedqsn_jax.benchmark
 
-measures both workloads of `fedqsn_jax.workloads` (100 clients a round, a CNN and a dense network)
+measures both workloads of `benchmarks.workloads` (100 clients a round, a CNN and a dense network)
 on whatever device is there. FedAvg and FedQSN (p1 = p2 = 0.2, 4 bits) alternate, so that a drifting
 machine meets both. A second table says what FedQSN adds to a round, part by part.
 
@@ -50,15 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     # Imports stand here so that a Ctrl-C during them, seconds long, is no traceback.
     from fedqsn_jax.benchmarks.workloads import MODELS
+    from fedqsn_jax.config.command_line import Parser
     from fedqsn_jax.config.paths import user_path
     from fedqsn_jax.core.errors import UserError
     from fedqsn_jax.host.atomic_files import told_as_file_error
     from fedqsn_jax.host.devices import computing
     from fedqsn_jax.reporting.display import Display
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__ or "")
     parser.add_argument("--workload", action="append", choices=list(MODELS), help="default: all")
     parser.add_argument(
         "--calls", type=_positive, default=10, help="measured calls of each algorithm"
@@ -74,8 +73,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--rounds", type=_positive, default=100, help="rounds of --population")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--profile", type=Path, help="a directory for JAX profiler traces")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         if options.out:
             # What cannot be written is told before it is measured.
             with told_as_file_error(options.out):

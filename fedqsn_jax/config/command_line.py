@@ -30,10 +30,14 @@ _MODULE = "fedqsn_jax_user_config"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `ConfigError`, and whose options cannot be shortened."""
+    """An argument parser whose errors are `ConfigError`, and whose options cannot be shortened.
 
-    def __init__(self, description: str, epilog: str = "") -> None:
+    Its help keeps the lines of descriptions, and names the command as users type it.
+    """
+
+    def __init__(self, description: str = "", epilog: str = "", prog: str | None = None) -> None:
         super().__init__(
+            prog=prog or _command(),
             description=description,
             epilog=epilog,
             allow_abbrev=False,
@@ -43,6 +47,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage and exiting."""
         raise ConfigError(message)
+
+
+def _command() -> str | None:
+    """``python -m fedqsn_jax.NAME`` where this process is such a command, otherwise None."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec else ""
+    return f"python -m {name}" if name.startswith("fedqsn_jax.") else None
 
 
 def read_config(name: str | None, overrides: Sequence[str]) -> Config:

@@ -16,8 +16,8 @@ class FileArgument(NamedTuple):
     Attributes:
       task: One of the tasks.
       model: A directory, or a name on the Hugging Face hub.
-      algorithm: One of `config.ALGORITHMS`.
-      released: Whether FedQSN is to have the choices of the authors' code, `config.as_released`.
+      algorithm: One of `choices.ALGORITHMS`.
+      released: Whether FedQSN is to have the choices of the authors' code, `schema.as_released`.
     """
 
     task: str

@@ -6,7 +6,6 @@ from fedqsn_jax.config.choices import (
     ATTENTIONS,
     CLASSIFICATION,
     DATA_SETS,
-    IMAGE_MODELS,
     LANGUAGE,
     MODELS,
     OPTIMIZERS,
@@ -30,7 +29,8 @@ _TEXTS = when("data.name", TEXT)
 _PREPARED, _WHOLE = unless("data.name", "digits"), when("data.name", "digits", TEXT)
 _WRITTEN = both(_TEXTS, unless("data.task", *CLASSIFICATION), when("data.labels", ()))
 _LANGUAGE = when("model.name", LANGUAGE)
-_MLP, _CNN, _RESNET = (when("model.name", name) for name in IMAGE_MODELS)
+_MLP, _CNN = when("model.name", "mlp"), when("model.name", "cnn")
+_RESNET = when("model.name", "resnet18")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class DataConfig:
         "half of its memory, otherwise on the host, from which those of the next call are "
         "sent while the device works",
     )
-    # Of texts, name = "text"; see `data.text.TextSettings`.
+    # Of texts, name = "text"; see `data.text.loading.TextSettings`.
     task: str = field(
         "", None, "a task of the package, or own: the columns are named by the fields below", _TEXTS
     )

@@ -147,11 +147,18 @@ def resolve(values: Mapping[str, Any]) -> Config:
 
 
 def unknown_field(name: str) -> ConfigError:
-    """Returns the error for a dotted field name that does not exist, with the nearest that does."""
+    """Returns the error for a dotted field name that does not exist.
+
+    It names the nearest that does; where a section has none that is near, all of the section.
+    """
+    section, _, own = name.rpartition(".")
+    prefix = f"{section}."
+    names = [each.removeprefix(prefix) for each in flatten(Config()) if each.startswith(prefix)]
+    if section and names and not difflib.get_close_matches(own, names, n=1, cutoff=0.5):
+        return ConfigError(f"unknown field {name}; {section} has {', '.join(names)}")
     known = [*flatten(Config()), *(field.name for field in dataclasses.fields(Config))]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    last = name.rpartition(".")[2]
-    near = near or difflib.get_close_matches(last, [k.rpartition(".")[2] for k in known], n=1)
+    near = near or difflib.get_close_matches(own, [k.rpartition(".")[2] for k in known], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return ConfigError(f"unknown field {name}{hint}")
 

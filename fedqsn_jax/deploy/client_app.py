@@ -1,7 +1,6 @@
 """The client's program, as Flower starts it for each message."""
 
 import functools
-import tomllib
 from typing import Any
 
 import jax
@@ -15,14 +14,12 @@ from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.deploy import messages
 from fedqsn_jax.deploy.client import Client, check_rows, make_client
+from fedqsn_jax.deploy.client_files import SETTINGS, read_settings
 from fedqsn_jax.deploy.plan import Plan
 from fedqsn_jax.deploy.rows import read_rows
 from fedqsn_jax.host.devices import computing
 
 app = ClientApp()
-
-SETTINGS = "fedqsn-client"
-"""The name, in the node's configuration, of the client's own settings file (TOML)."""
 
 
 @app.train()
@@ -34,6 +31,7 @@ def train(message: Message, context: Context) -> Message:
     try:
         payload, told = messages.read_task(message)
         settings = read_settings(str(context.node_config.get(SETTINGS, "")))
+        _use_cache(settings.get("cache"))
         plan = Plan.decode(str(told["plan"]))
         rows = check_rows(plan, read_rows(settings["rows"]), f"rows = {settings['rows']!r}")
         client = _client(str(told["plan"]), settings.get("base", ""))
@@ -57,30 +55,11 @@ def train(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def read_settings(file: str) -> dict[str, Any]:
-    """Reads a client's settings.
-
-    Args:
-      file: A TOML file with ``rows``, a source of `rows.read_rows`; and with ``base``, a file of
-        named arrays, where the model is public and only adapters travel. ``cache`` names a
-        directory for compiled programs.
-
-    Raises:
-      UserError: It is absent, no TOML, or has other names.
-    """
-    if not file:
-        raise UserError(f"the node's configuration has no {SETTINGS!r}: name a TOML file")
-    try:
-        values = tomllib.loads(user_path(file).read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: {error}") from error
-    unknown = set(values) - {"rows", "base", "cache"}
-    if unknown or not isinstance(values.get("rows"), str):
-        raise UserError(f"{file}: allowed are rows (needed), base and cache, each a text")
-    if "cache" in values:
-        jax.config.update("jax_compilation_cache_dir", str(user_path(values["cache"])))
+def _use_cache(directory: str | None) -> None:
+    """Keeps compiled programs: each message has a process of its own."""
+    if directory is not None:
+        jax.config.update("jax_compilation_cache_dir", str(user_path(directory)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return values
 
 
 @functools.cache

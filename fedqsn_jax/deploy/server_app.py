@@ -17,15 +17,12 @@ from rich.console import Console
 from fedqsn_jax.config.schema import resolve
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.deploy import messages
+from fedqsn_jax.deploy.processes import SETTINGS_VARIABLE
 from fedqsn_jax.deploy.rows import read_rows
 from fedqsn_jax.deploy.session import Patience, Reply, make_server, run_server
 from fedqsn_jax.host.devices import computing
 from fedqsn_jax.host.signals import tell
 from fedqsn_jax.reporting.display import Display
-
-SETTINGS = "FEDQSN_SERVER"
-"""The environment variable that names the server's settings file. Not Flower's run configuration,
-which is sent to every client."""
 
 app = ServerApp()
 
@@ -34,7 +31,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs the server's rounds over Flower's grid."""
     del context
-    file = Path(os.environ[SETTINGS])
+    file = Path(os.environ[SETTINGS_VARIABLE])
     outcome = file.with_name("outcome.json")
     try:
         with computing():

@@ -1,6 +1,6 @@
 """Tasks of language models: classification of texts, and generation of completions.
 
-Batches are named as `data.packing` packs them.
+Batches are named as `data.text.packing` packs them.
 """
 
 import jax

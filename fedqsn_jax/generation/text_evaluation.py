@@ -40,7 +40,7 @@ def make_text_evaluator(
     """Makes the evaluation of parameters on a test set's prompts.
 
     Args:
-      generate: From `generation.make_generator`; it is jitted here.
+      generate: From `beam_search.make_generator`; it is jitted here.
       tokenizer: Turns tokens into text.
       prompts: What to continue, and what was to come out.
       batch_size: Prompts at a time; the last batch is filled up.

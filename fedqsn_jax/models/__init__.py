@@ -1,4 +1,4 @@
-"""Networks, and the adapters that turn Flax modules into pure functions.
+"""Networks, and Flax modules as pure functions of parameters, rows and a key.
 
 They know nothing of masks, clients or rounds.
 """

@@ -292,9 +292,7 @@ class _NnxFunction:
         after = {path: _raw(value) for path, value in self._variables(merged)}
         for path, value in before:
             if after.get(path) is not value:
-                raise ValueError(
-                    f"{_text(path)} is changed by a call of the model: {_NO_VARIABLES}"
-                )
+                raise ValueError(f"{_text(path)} is changed by a call: {_NO_VARIABLES}")
         return outputs
 
     def _variables(self, merged: nnx.Module) -> list[tuple[Any, Any]]:

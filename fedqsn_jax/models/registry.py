@@ -21,8 +21,8 @@ def make_model(config: ModelConfig, classes: int, dropout: float = 0.0) -> nn.Mo
     """
     if config.name == LANGUAGE:
         raise ConfigError(
-            f"model.name = {LANGUAGE!r}: models.language's make_language_model makes such a model, "
-            f"of what models.pretrained's read_config reads in the run's model/"
+            f"model.name = {LANGUAGE!r}: fedqsn_jax.make_language_model makes such a model, of "
+            f"what fedqsn_jax.read_config reads in the run's model/"
         )
     if config.name == "mlp":
         return MLP(config.hidden, classes, dropout)

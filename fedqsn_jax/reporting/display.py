@@ -15,7 +15,7 @@ from rich.text import Text
 from fedqsn_jax.host.console import standard_console
 from fedqsn_jax.reporting.progress import RoundProgress, Steps, Waiting
 from fedqsn_jax.reporting.summary import Costs, TensorRow, number
-from fedqsn_jax.reporting.tables import Column, make_tables
+from fedqsn_jax.reporting.tables import Column, make_tables, natural_width
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -234,7 +234,7 @@ class Display:
         ways = [row.travels for row in rows]
         marks: dict[str, str] = {}
         whole = [names, *columns, Column("travels as", ways)]
-        if sum(column.width + 1 for column in whole) - 1 > self._console.width:
+        if natural_width(whole) > self._console.width:
             # The words would take a third of the width; letters stand for them instead.
             marks = {words: _letter(index) for index, words in enumerate(dict.fromkeys(ways))}
             columns.append(Column("as", [marks[way] for way in ways], "", False))

@@ -83,6 +83,14 @@ def scheduled(
 
     Raises:
       ValueError: A setting is out of range.
+
+    Example: the local training of the paper's language models, as the released code has it::
+
+      def adamw(rate):
+          return optax.adamw(rate, eps=ADAMW_EPSILON, weight_decay=0.01)
+
+      optimizer = scheduled(adamw, 2e-5)(jnp.int32(32))
+      state = optimizer.init(params)
     """
     if accumulate < 1:
         raise ValueError(f"accumulate = {accumulate}: allowed is 1 or more")
@@ -108,39 +116,3 @@ def scheduled(
         return optax.MultiSteps(inner, steps_of).gradient_transformation()
 
     return optimizer
-
-
-def warmed_adamw(
-    learning_rate: float,
-    *,
-    weight_decay: float = 0.01,
-    warmup: float = 0.06,
-    accumulate: int = 1,
-    clip_norm: float = 0.0,
-) -> ClientOptimizer:
-    """The local training of the paper's language models: AdamW, warmed up and decayed in a round.
-
-    The defaults are those of the released code (``transformers.AdamW``, hence `ADAMW_EPSILON`).
-
-    Args:
-      learning_rate: Its peak.
-      weight_decay: Decoupled weight decay, of all parameters.
-      warmup: As in `scheduled`.
-      accumulate: As in `scheduled`.
-      clip_norm: As in `scheduled`.
-
-    Raises:
-      ValueError: A setting is out of range.
-
-    Example::
-
-      optimizer = warmed_adamw(2e-5)(jnp.int32(32))
-      state = optimizer.init(params)
-    """
-    return scheduled(
-        lambda rate: optax.adamw(rate, eps=ADAMW_EPSILON, weight_decay=weight_decay),
-        learning_rate,
-        warmup=warmup,
-        accumulate=accumulate,
-        clip_norm=clip_norm,
-    )

@@ -19,9 +19,9 @@ from fedqsn_jax.problems.training import first_steps, pretrain
 from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.writers import MetricsFile
 from fedqsn_jax.rounds.federation import ServerState
+from fedqsn_jax.runs.disk_space import check_room
 from fedqsn_jax.runs.preparation import Experiment, load_problem, prepare
 from fedqsn_jax.runs.results import mend_metrics, open_board, show_overview, write_results
-from fedqsn_jax.runs.room import check_room
 from fedqsn_jax.runs.stopping import RunningCall
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.simulation.memory import answer_out_of_memory
@@ -48,7 +48,7 @@ def dry_run(
       config: What would run.
       directory: Where, if that is known.
       display: Where it is shown.
-      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
+      chosen: Fields that the user set one by one; see `unused_settings.ignored_settings`.
 
     Raises:
       ConfigError: The run would be refused.
@@ -70,9 +70,9 @@ def run(config: Config, directory: Path, display: Display, chosen: Collection[st
 
     Args:
       config: What to run.
-      directory: Where everything is written; see `workdir.WorkDirectory`.
+      directory: Where everything is written; see `working_directory.WorkDirectory`.
       display: Where progress is shown.
-      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
+      chosen: Fields that the user set one by one; see `unused_settings.ignored_settings`.
 
     Raises:
       ConfigError: The configuration is not possible, or the directory belongs to another one.
@@ -100,7 +100,7 @@ def run_in(
       work: The directory, which was checked.
       experiment: What `prepare` gave.
       display: Where progress is shown.
-      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
+      chosen: Fields that the user set one by one; see `unused_settings.ignored_settings`.
       on_entries: Called with the number of finished rounds, and what was newly evaluated.
 
     Returns:

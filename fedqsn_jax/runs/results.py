@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from fedqsn_jax.host.atomic_files import FileError, told_as_file_error
 from fedqsn_jax.reporting.display import Display, draw_safely
 from fedqsn_jax.reporting.summary import Costs, summarize
 from fedqsn_jax.reporting.verdict import verdict
@@ -60,12 +61,21 @@ def write_results(
         display.warning(line)
     title = f"{config.algorithm} on {_data_name(experiment)}, seed {config.seed}"
 
+    refused: list[FileError] = []
+
     def draw() -> None:
         from fedqsn_jax.reporting import plots  # Slow to import, and only needed at the end.
 
-        plots.accuracy_curves(history, work.picture, title, score)
+        try:
+            with told_as_file_error(work.picture):
+                plots.accuracy_curves(history, work.picture, title, score)
+        except FileError as error:
+            refused.append(error)
 
     draw_safely(display, work.picture.name, draw)
+    if refused:
+        # The results are written; that the disk takes no more is told all the same.
+        raise refused[0]
     display.message(f"written to {work.path}")
 
 

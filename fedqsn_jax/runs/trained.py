@@ -20,10 +20,10 @@ class Trained(NamedTuple):
     Attributes:
       config: The configuration of the run. A relative ``config.model.pretrained`` counts from where
         the run was started; the ``config.json`` and the tokenizer from there are also in the
-        directory's ``model``, which `models.pretrained.read_config` reads.
+        directory's ``model``, which `pretrained.read_config` reads.
       params: The hidden parameters, on the default device; adapters are merged into their
-        matrices. Of FedSP the tree that `fedsp` describes: ``prompts`` and ``classifier`` are what
-        was tuned, for the encoder ``model``.
+        matrices. Of FedSP the tree that `prompted_model` describes: ``prompts`` and
+        ``classifier`` are what was tuned, for the encoder ``model``.
       history: One entry an evaluated round, as in metrics.jsonl.
       round: The number of finished rounds.
     """

@@ -19,7 +19,7 @@ from fedqsn_jax.runs.claims import (
     check_free,
     claim_directory,
 )
-from fedqsn_jax.runs.room import check_writable
+from fedqsn_jax.runs.disk_space import check_writable
 
 try:
     import fcntl
@@ -275,7 +275,7 @@ class WorkDirectory:
         }
         if differing:
             # Only now, as it waits for JAX. What decides on other fields' effect is compared, too.
-            from fedqsn_jax.simulation.unused import without_effect
+            from fedqsn_jax.simulation.unused_settings import without_effect
 
             differing -= without_effect(config)
         if differing:

@@ -335,7 +335,8 @@ def _choose_client_axis(
         _refuse(config, fitted, fixed, a_client)
     choice = choose_client_axis(config.cohort, workload, jax.default_backend())
     at_once, refills = choice.axis.chunk_size, choice.axis.refills
-    memory = {**fixed, f"training of {at_once} client(s) at once": at_once * a_client}
+    clients = f"{at_once} client{'s' if at_once > 1 else ''}"
+    memory = {**fixed, f"training of {clients} at once": at_once * a_client}
     if at_once > 1:
         memory["clients that take others' places"] = refills * an_arrival
     return memory, choice

@@ -24,7 +24,7 @@ Entry = dict[str, Any]
 
 
 def place(simulation: Simulation, tree: Tree) -> Tree:
-    """Puts a state or data where the simulation's calls want them; see `placement.replicate`."""
+    """Puts a state or data where the simulation's calls want them; see `devices.replicate`."""
     return replicate(tree, simulation.choice.axis.mesh)
 
 

@@ -6,16 +6,13 @@ received nothing.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from fedqsn_jax.config.schema import Config
 from fedqsn_jax.protocol.algorithms import Promise
 from fedqsn_jax.rounds.views import Attacker, has_received
 from fedqsn_jax.simulation.from_config import algorithm_of
-from fedqsn_jax.simulation.unused import ignored_settings
-
-Entry = Mapping[str, Any]
-"""What an evaluated round told; see `running.Entry`."""
+from fedqsn_jax.simulation.running import Entry
+from fedqsn_jax.simulation.unused_settings import ignored_settings
 
 DIVERGED = "the training diverged; its loss is no number. Lower the learning rates"
 
@@ -32,7 +29,7 @@ def warnings_before_run(config: Config, chosen: Collection[str] = ()) -> list[st
 
     Args:
       config: The settings.
-      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
+      chosen: Fields that the user set one by one; see `unused_settings.ignored_settings`.
     """
     return [
         *_broken_promises(config),

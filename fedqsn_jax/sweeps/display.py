@@ -13,6 +13,7 @@ from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.progress import Clock, Ongoing, Pace, bar_row, clock_text
 from fedqsn_jax.reporting.summary import main_views_of, number
 from fedqsn_jax.reporting.tables import Column, natural_width
+from fedqsn_jax.sweeps.audits import BENEFIT, SHARE, coalitions
 from fedqsn_jax.sweeps.estimates import (
     Estimate,
     Setting,
@@ -43,7 +44,8 @@ class SweepDisplay(Display):
         """
         self._say_repeated(repeated)
         done = f", {points - missing} of them finished before" if missing < points else ""
-        self.message(f"{points} points{done}; {programs} programs to compile; in {directory}")
+        to_compile = _counted(programs, "program")
+        self.message(f"{_counted(points, 'point')}{done}; {to_compile} to compile; in {directory}")
 
     def groups(self, groups: Sequence[tuple[int, str]], repeated: int = 0) -> None:
         """Shows how many points each compiled program has, and how their clients are run."""
@@ -91,6 +93,22 @@ class SweepDisplay(Display):
             names, fields, title = Column("", cells, right=False), [], "setting"
         self.table(title, names, [*fields, *scores])
         self.message(f"* no other setting is better for global and worse for {attacker}")
+
+    def shares_of(self, settings: Sequence[Setting]) -> None:
+        """Prints U and P of every setting, as `audits.with_shares` has them."""
+        names, fields = _columns_apart(settings, [""] * len(settings))
+        metrics = [BENEFIT, *(f"{SHARE}{who}" for who in coalitions(settings))]
+        columns = [
+            Column(
+                name, [self._estimate(each.metrics.get(name), interval=True) for each in settings]
+            )
+            for name in metrics
+        ]
+        self.message(
+            "\nU, the kept benefit, and P, the protected share against so many colluding clients "
+            "(- where there is nothing to protect)"
+        )
+        self.table(names.head, names, [*fields, *columns])
 
     def _score_columns(
         self, settings: Sequence[Setting], score: str, views: Sequence[str], interval: bool
@@ -228,3 +246,7 @@ class PointProgress(Ongoing):
         if latest is None:
             return bar
         return Group(bar, Text(_facts(latest), "dim", no_wrap=True, overflow="ellipsis"))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

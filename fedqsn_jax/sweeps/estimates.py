@@ -38,9 +38,9 @@ class Setting(NamedTuple):
 
     @property
     def method(self) -> str:
-        """What is done, in words: the values of the fields that are words."""
+        """What is done, in words: the values of the fields that are words, if there are any."""
         words = [value for value in self.settings.values() if isinstance(value, str)]
-        return ", ".join(words) or "all"
+        return ", ".join(words) or "a setting"
 
 
 def short_names(fields: Iterable[str]) -> dict[str, str]:
@@ -63,6 +63,21 @@ def estimate(values: Sequence[float | None]) -> Estimate:
         return Estimate(mean, math.nan)
     quantile = float(stdtrit(len(numbers) - 1, 0.975))
     return Estimate(mean, quantile * statistics.stdev(numbers) / math.sqrt(len(numbers)))
+
+
+def ratio(parts: Sequence[float | None], wholes: Sequence[float | None]) -> Estimate:
+    """Returns the ratio of two means over the same seeds, with its interval.
+
+    The interval is that of the ratio estimator of sampling theory (Cochran, Sampling Techniques,
+    1977, chapter 6): of the mean of ``part - ratio * whole``, divided by the mean of the wholes. A
+    mean of each seed's ratio would be ruled by the seed whose whole is next to nothing.
+    """
+    part, whole = estimate(parts).mean, estimate(wholes).mean
+    if math.isnan(part) or math.isnan(whole) or whole == 0:
+        return Estimate(math.nan, math.nan)
+    share = part / whole
+    rests = [a - share * b for a, b in zip(parts, wholes, strict=True)]  # type: ignore[operator]
+    return Estimate(share, estimate(rests).half / abs(whole))
 
 
 def score_of(settings: Sequence[Setting]) -> str:

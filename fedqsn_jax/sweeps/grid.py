@@ -21,7 +21,7 @@ from fedqsn_jax.config.schema import (
 )
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.simulation.compose import TRACEABLE
-from fedqsn_jax.simulation.unused import as_used, unused_fields, without_effect
+from fedqsn_jax.simulation.unused_settings import as_used, unused_fields, without_effect
 from fedqsn_jax.sweeps.warnings import warnings_before_sweep
 
 Grid = dict[str, list[Any]]
@@ -59,6 +59,7 @@ class Plan(NamedTuple):
       repeated: How many were left out: they differ from others in nothing that is used.
       idle: Fields whose values in ``base`` make no difference to any point.
       warnings: What the user should be told before anything runs, a line each.
+      audit: The settings of the audit of every point; None: points are not audited.
     """
 
     base: Config
@@ -67,6 +68,7 @@ class Plan(NamedTuple):
     repeated: int
     idle: frozenset[str]
     warnings: list[str]
+    audit: dict[str, Any] | None = None
 
     @property
     def varied(self) -> list[str]:

@@ -1,6 +1,6 @@
 """One compiled program for all points of a sweep that differ in values only.
 
-Its arguments are the probabilities and rates (`simulation.TRACEABLE`), and what a seed fixes: keys,
+Its arguments are the probabilities and rates (`compose.TRACEABLE`), and what a seed fixes: keys,
 rows and initial parameters. Several points may go through it side by side, by ``vmap``.
 
 On a CPU points run one after the other: the arithmetic of one keeps it busy. Side by side they were
@@ -152,6 +152,17 @@ def _state_axes(axis: int) -> Any:
     """Where the points' axis is in a stacked state; the number of the round is common to all."""
     fields: dict[str, Any] = {field.name: axis for field in dataclasses.fields(ServerState)}
     return ServerState(**{**fields, "round": None})
+
+
+def state_of(stacked: ServerState, place_: int) -> ServerState:
+    """Returns one point's state out of those of `Program.run_all`."""
+    fields = {
+        field.name: getattr(stacked, field.name)
+        if field.name == "round"
+        else jax.tree.map(lambda leaf: leaf[place_], getattr(stacked, field.name))
+        for field in dataclasses.fields(ServerState)
+    }
+    return ServerState(**fields)
 
 
 def _donating(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -69,7 +69,7 @@ class Sources:
         self._compiled: tuple[_Training, Any, Any] | None = None
 
     def prepare(self, config: Config) -> Experiment:
-        """As `experiment.prepare`, with data and model that may be another point's, too.
+        """As `preparation.prepare`, with data and model that may be another point's, too.
 
         Raises:
           ConfigError: The configuration is not possible.

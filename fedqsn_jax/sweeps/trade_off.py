@@ -115,9 +115,7 @@ def _draw_marks(
     methods = list(dict.fromkeys(setting.method for setting in settings))
     for index, method in enumerate(methods):
         chosen = [i for i, setting in enumerate(settings) if setting.method == method]
-        # Beyond the last colour they begin again, each with another shape.
-        shape = index + index // len(_COLORS)
-        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[shape % len(_MARKERS)]
+        color, marker = look(index)
         x, y = [others[i].mean for i in chosen], [own[i].mean for i in chosen]
         half_x, half_y = ([_half(values[i]) for i in chosen] for values in (others, own))
         # Below every mark, the line of the front and the numbers.
@@ -135,6 +133,13 @@ def _draw_marks(
             label=method,
             zorder=4 if marker == "*" else 3,
         )
+
+
+def look(index: int) -> tuple[str, str]:
+    """The colour and the shape of the marks of one kind of setting, by its place among them."""
+    # Beyond the last colour they begin again, each with another shape.
+    shape = index + index // len(_COLORS)
+    return _COLORS[index % len(_COLORS)], _MARKERS[shape % len(_MARKERS)]
 
 
 def _fit(axes: Axes, others: Sequence[Estimate], own: Sequence[Estimate]) -> None:
@@ -179,11 +184,12 @@ def _draw_front(
 
 
 def _legend_handles(axes: Axes, intervals: bool) -> list[Line2D]:
-    """What each colour, line and bar stands for."""
+    """What each colour, line and bar stands for, of those that the axes show."""
     handles = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
-    handles.append(
-        Line2D([], [], color=_DASHED_COLOR, ls=_DASHES, lw=1, label="as good as the owner's model")
-    )
+    lowest = max(axes.get_xlim()[0], axes.get_ylim()[0])
+    if lowest <= min(axes.get_xlim()[1], axes.get_ylim()[1]):
+        label = "as good as the owner's model"
+        handles.append(Line2D([], [], color=_DASHED_COLOR, ls=_DASHES, lw=1, label=label))
     if intervals:
         bar = Line2D([], [], color="#000000", lw=0.6, alpha=0.5, marker="|", ms=5)
         bar.set_label("95% interval over seeds")
@@ -289,7 +295,9 @@ def _name(setting: Setting) -> str:
         for field, value in setting.settings.items()
         if value is not None and not isinstance(value, str)
     )
-    return ", ".join([setting.method, *numbers])
+    # Where nothing but numbers differs, the method's name would say nothing.
+    named = any(isinstance(value, str) for value in setting.settings.values())
+    return ", ".join([*([setting.method] if named else []), *numbers]) or setting.method
 
 
 def _half(value: Estimate) -> float:

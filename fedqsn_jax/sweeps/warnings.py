@@ -4,9 +4,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fedqsn_jax.config.schema import Config
+from fedqsn_jax.simulation.running import Entry
 from fedqsn_jax.simulation.warnings import (
     DIVERGED,
-    Entry,
     has_diverged,
     rejected,
     rejection,
@@ -25,7 +25,7 @@ def warnings_before_sweep(
     Args:
       combinations: Every configuration that the grids mean, with the place of its point.
       points: The points.
-      chosen: Fields that the user set one by one; see `unused.ignored_settings`.
+      chosen: Fields that the user set one by one; see `unused_settings.ignored_settings`.
     """
     concerned: dict[str, set[int]] = {}
     for config, place in combinations:

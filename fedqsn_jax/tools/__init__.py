@@ -1,1 +1,1 @@
-"""Converters that users run: `python -m fedqsn_jax.tools.NAME`."""
+"""Converters that users run: ``python -m fedqsn_jax.tools.NAME``. Nothing imports them."""

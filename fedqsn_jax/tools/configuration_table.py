@@ -51,8 +51,13 @@ def with_table(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the table into a file; see the module."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("file", nargs="?", default=README, type=Path)
+    parser = argparse.ArgumentParser(
+        prog="python -m fedqsn_jax.tools.configuration_table",
+        description=(__doc__ or "").partition("\n")[0],
+    )
+    parser.add_argument(
+        "file", nargs="?", default=README, type=Path, help="by default configs/README.md"
+    )
     file = parser.parse_args(arguments).file
     try:
         file.write_text(with_table(file.read_text()))

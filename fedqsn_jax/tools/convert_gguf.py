@@ -36,7 +36,11 @@ NAMES = {
 
 def main() -> int:
     """Converts one file."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fedqsn_jax.tools.convert_gguf",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--gguf", type=Path, help="the file")
     parser.add_argument("--package", help="or an installed package that has one")
     parser.add_argument("--out", type=Path, required=True, help="the new directory")

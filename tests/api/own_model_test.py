@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from run_cases import CLIENTS, rows
 
 from fedqsn_jax import ConfigError, Task, federate
 from fedqsn_jax.reporting import progress
@@ -23,13 +24,6 @@ class Classifier(nn.Module):
         return nn.Dense(3)(nn.relu(nn.Dense(16)(x)))
 
 
-def rows(count, width=4):
-    random = np.random.default_rng(count)
-    x = random.normal(size=(count, width)).astype(np.float32)
-    return {"image": x, "label": (x[:, 0] > 0).astype(np.int32)}
-
-
-CLIENTS = [rows(5), rows(8)]
 SHORT = {"rounds": 1, "client": {"steps": 1}, "evaluation": {"proxy_samples": 2}}
 
 
@@ -197,3 +191,18 @@ def test_mistakes_are_told(change, message):
     arguments = {"test": rows(9), **SHORT, **change}
     with pytest.raises(ValueError, match=message):
         federate(Classifier(), CLIENTS, **arguments)
+
+
+def test_rows_on_which_the_scale_is_chosen_are_not_trained_on(monkeypatch):
+    """Of seven private rows four are kept, the last ones."""
+    seen = []
+
+    def stop(config, apply_fn, task, params, private):
+        seen.append(private)
+        raise InterruptedError
+
+    monkeypatch.setattr("fedqsn_jax.api.own_model.pretrain", stop)
+    one_way = {"broadcast": {"every": 0}, "server": {"scale": 0.0, "validation_rows": 4}}
+    with pytest.raises(InterruptedError):
+        federate(Classifier(), CLIENTS, rows(9), private=rows(7), **one_way, **SHORT)
+    np.testing.assert_array_equal(seen[0]["image"], rows(7)["image"][:3])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from run_cases import SMALL
 
 from fedqsn_jax import linen_apply, load
 from fedqsn_jax.cli.main import main
@@ -21,23 +22,14 @@ from fedqsn_jax.runs.experiment import prepare
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.simulation.running import initial_state
 
-SMALL = [
-    "--config=configs/digits.py",
-    "--config.rounds=4",
-    "--config.rounds_per_call=2",
-    "--config.evaluation.every=2",
-    "--config.evaluation.proxy_samples=2",
-    "--config.checkpoint.every=2",
-    "--config.pretraining.steps=5",
-    "--config.client.steps=1",
-    "--config.cohort.size=3",
-    "--config.model.hidden=(16,)",
-]
-
 MISTAKES = {
     "unknown field": (
         ["--config.cohort.sise=3"],
         "unknown field cohort.sise; did you mean cohort.size",
+    ),
+    "unknown field of a section": (
+        ["--config.client.lr=0.1"],
+        "unknown field client.lr; client has steps, batch_size, optimizer, learning_rate",
     ),
     "a section": (["--config.model=mlp"], "model"),
     "p1 = 1": (["--config.p1=1.0"], "p1 = 1.0: allowed is 0 to below 1"),

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fedqsn_jax.config.schema import resolve
 from fedqsn_jax.data.population import FederatedData
@@ -30,7 +31,7 @@ from fedqsn_jax.protocol.proxy import dequantize_proxy, whole_proxy
 from fedqsn_jax.protocol.quantization import NormalFloat
 from fedqsn_jax.protocol.sites import find_sites
 from fedqsn_jax.rounds.client import make_client_update
-from fedqsn_jax.rounds.client_optimizer import warmed_adamw
+from fedqsn_jax.rounds.client_optimizer import ADAMW_EPSILON, scheduled
 from fedqsn_jax.simulation.compose import make_simulation
 from fedqsn_jax.simulation.running import initial_state, run_rounds
 
@@ -75,8 +76,11 @@ def training(
         return transform.apply(jax.random.key(2), state, prepared)
 
     proxy = proxy_of(params)
+    optimizer = scheduled(
+        lambda rate: optax.adamw(rate, eps=ADAMW_EPSILON, weight_decay=0.01), 2e-5
+    )
     update = make_client_update(
-        model.apply_fn, sequence_classification(), warmed_adamw(2e-5), batch, epochs=1
+        model.apply_fn, sequence_classification(), optimizer, batch, epochs=1
     )
     key, train = jax.random.key(3), jax.jit(update.train)
     compiled = train.lower(key, proxy, data, jnp.int32(0)).compile()

@@ -99,7 +99,7 @@ def naive_ban(history, size):
 
 
 def naive_beam_search(odds, prompt, settings, ends, with_prompt=True):
-    """One prompt, in lists: the rule of `generation._beam_search`."""
+    """One prompt, in lists: the rule of `beam_search._beam_search`."""
     live, ended = [((), 0.0)], []
     for count in range(1, settings.new_tokens + 1):
         candidates = []

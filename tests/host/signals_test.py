@@ -353,5 +353,5 @@ def test_the_package_names_its_commands(capsys):
     output, error = capsys.readouterr()
     assert output == ""
     assert error.count("\n") == 1
-    for name in ("main", "sweep", "benchmark", "export"):
+    for name in ("main", "sweep", "benchmark", "export", "audit", "deploy"):
         assert f"python -m fedqsn_jax.{name}" in error

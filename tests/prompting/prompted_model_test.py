@@ -363,8 +363,8 @@ def test_a_client_takes_the_memory_of_what_it_trains_with():
         apply = prompted_apply(prompted_encoder(deep), AUXILIARY)
         return make_simulation(config, apply, task, shapes, data, apply).memory
 
-    took = estimate(2)["training of 1 client(s) at once"]
-    assert took == estimate(6)["training of 1 client(s) at once"]
+    took = estimate(2)["training of 1 client at once"]
+    assert took == estimate(6)["training of 1 client at once"]
     has = {name: each for name, each in SHAPES.items() if name != "model"}
     trained = parts_of(SHAPES, ("prompts",), auxiliary=True).trained
 

@@ -8,9 +8,19 @@ import pytest
 
 from fedqsn_jax.config.schema import TrainingConfig
 from fedqsn_jax.problems.training import local_optimizer
-from fedqsn_jax.rounds.client_optimizer import unscheduled, warmed_adamw, warmup_and_decay
+from fedqsn_jax.rounds.client_optimizer import (
+    ADAMW_EPSILON,
+    scheduled,
+    unscheduled,
+    warmup_and_decay,
+)
 
 RATE, DECAY, EPS = 0.1, 0.01, 1e-6
+
+
+def adamw(rate):
+    """That of the paper's language models."""
+    return optax.adamw(rate, eps=ADAMW_EPSILON, weight_decay=DECAY)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +92,7 @@ def test_adamw_by_hand(clip):
     schedule = warmup_and_decay(RATE, 6)
     rates = [float(schedule(step)) for step in range(6)]
     expected = numpy_adamw(parameter, gradients, rates, clip)
-    optimizer = warmed_adamw(RATE, weight_decay=DECAY, clip_norm=clip)
+    optimizer = scheduled(adamw, RATE, clip_norm=clip)
     ours = train(optimizer, jnp.float32(parameter), jnp.float32(gradients), jnp.int32(6), 6)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
@@ -127,7 +137,7 @@ def test_accumulation_averages_and_loses_nothing(steps):
     schedule = warmup_and_decay(RATE, len(groups))
     rates = [float(schedule(step)) for step in range(len(groups))]
     expected = numpy_adamw(parameter, groups, rates)
-    optimizer = warmed_adamw(RATE, weight_decay=DECAY, accumulate=3)
+    optimizer = scheduled(adamw, RATE, accumulate=3)
     padded = np.concatenate([gradients, np.full((10 - steps, 4), 1e9)])
     ours = jax.jit(train, static_argnums=(0, 4))(
         optimizer, jnp.float32(parameter), jnp.float32(padded), jnp.int32(steps), 10
@@ -137,7 +147,7 @@ def test_accumulation_averages_and_loses_nothing(steps):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_clients_of_one_chunk_have_schedules_of_their_own(accumulate):
-    optimizer = warmed_adamw(RATE, accumulate=accumulate)
+    optimizer = scheduled(adamw, RATE, accumulate=accumulate)
     parameter, gradients = case(9)
     arguments = (jnp.float32(parameter), jnp.float32(gradients))
     counts = jnp.asarray([0, 2, 9], jnp.int32)
@@ -149,7 +159,7 @@ def test_clients_of_one_chunk_have_schedules_of_their_own(accumulate):
 
 
 def test_hidden_entries_stay_at_zero():
-    optimizer = warmed_adamw(RATE, weight_decay=0.5, accumulate=2)
+    optimizer = scheduled(lambda rate: optax.adamw(rate, weight_decay=0.5), RATE, accumulate=2)
     parameter, gradients = case(5)
     hidden = np.array([False, True, False, True])
     parameter[hidden], gradients[:, hidden] = 0, 0
@@ -173,4 +183,4 @@ def test_any_optimizer_can_be_a_clients():
 )
 def test_settings_have_ranges(settings, says):
     with pytest.raises(ValueError, match=says):
-        warmed_adamw(RATE, **settings)
+        scheduled(adamw, RATE, **settings)

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
-from main_test import SMALL
-from own_model_test import CLIENTS, rows
+from run_cases import CLIENTS, SMALL, rows
 
 from fedqsn_jax import federate, linen_apply, load
 from fedqsn_jax.cli.main import main
@@ -79,6 +78,7 @@ def test_a_model_of_ones_own_with_adapters_and_its_head():
         CLIENTS,
         rows(9),
         params=start,
+        p1=0.0,
         lora={"rank": 1, "public_base": True, "quantize": True},
         evaluation={"attackers": (), "proxy_samples": 2},
         client={"steps": 2, "trained": ("lora", "head")},

@@ -16,7 +16,7 @@ from fedqsn_jax.config.schema import CheckpointConfig, ConfigError
 from fedqsn_jax.host.checkpoints import Checkpoints
 from fedqsn_jax.reporting import plots, writers
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard
-from fedqsn_jax.runs import room
+from fedqsn_jax.runs import disk_space
 
 SMALL = [
     f"--config={ROOT / 'configs' / 'digits.py'}",
@@ -90,18 +90,18 @@ def test_room_is_looked_at_before_the_start(tmp_path, monkeypatch):
     state = {"x": jax.ShapeDtypeStruct((1_000_000,), "float32")}
     settings = CheckpointConfig(keep_latest=2, keep_best=1)
     usage = type("Usage", (), {})()
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage)
     for free, answer in ((8.9e6, "two have to fit"), (9.1e6, "there may be 4"), (17.1e6, None)):
         usage.free = free
         if answer and answer.startswith("two"):
             with pytest.raises(ConfigError, match=rf"/new: 8\.9 MB are free; .*{answer}"):
-                room.check_room(tmp_path / "new", state, settings, existing=0)
+                disk_space.check_room(tmp_path / "new", state, settings, existing=0)
         else:
-            said = room.check_room(tmp_path / "new", state, settings, existing=0)
+            said = disk_space.check_room(tmp_path / "new", state, settings, existing=0)
             assert said is None if answer is None else answer in said
     usage.free = 5.1e6
     # Three lie there already: one more has to fit.
-    assert room.check_room(tmp_path / "new", state, settings, existing=3) is None
+    assert disk_space.check_room(tmp_path / "new", state, settings, existing=3) is None
 
 
 def test_a_directory_in_the_place_of_a_file_is_a_line(tmp_path, capsys):

@@ -148,7 +148,7 @@ def test_settings_of_what_is_left_out_are_not_swept_over(fixed, without, used):
 
 
 class FakeProgram:
-    """In place of a compiled program, which `sweep_program_test` and `notebook_test` run."""
+    """In place of a compiled program, which `sweep_program_test` and `notebooks_test` run."""
 
     def __init__(self, experiment):
         self.simulation = experiment.simulation
@@ -215,7 +215,7 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on(at_once, tmp_path, ca
     with jax.numpy_dtype_promotion("strict"):
         assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert f"4 points, {kept} of them finished before; 1 programs to compile" in shown
+    assert f"4 points, {kept} of them finished before; 1 program to compile" in shown
     assert "4/4  p1=0.3 seed=1  global 0.916  proxy 0.600  attacker_2 0.800" in shown
     assert "\x1b" not in shown
     assert files.records.read_text().startswith(before)

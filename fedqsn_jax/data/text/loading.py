@@ -40,15 +40,15 @@ class TextSettings:
     """Which text, and how it becomes tokens.
 
     Attributes:
-      task: A name in `text_formats.FORMATS`, or `OWN`.
-      train: The source of training rows; see `text_sources`.
+      task: A name in `formats.FORMATS`, or `OWN`.
+      train: The source of training rows; see `sources`.
       test: The source of test rows. Empty: the test split of a TFDS source; of a file,
         ``data.test_rows`` of its rows, and for generation as many more as have the last one's
         prompt, so that no prompt is trained on and tested.
       columns: Input columns, where they are not the task's own.
       target: Column of the label or completion, where it is not the task's own.
       labels: Names of the labels; for `OWN` they make it classification.
-      template: For `OWN`, the prompt; see `text_formats.own_format`.
+      template: For `OWN`, the prompt; see `formats.own_format`.
       length: Tokens a row; 0: the task's own.
       target_length: Tokens of an encoder-decoder's completion; 0: as ``length``.
       truncate: Whether longer rows are cut; otherwise they are refused.

@@ -70,5 +70,6 @@ def test_on_a_gpu_no_kernel_is_used_and_a_line_says_so(without_triton, monkeypat
     assert gpu_blocks.missing_note() == ()
 
 
-def test_elsewhere_nothing_is_said(without_triton):
+def test_elsewhere_nothing_is_said(without_triton, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert without_triton.kernels.gpu_blocks.missing_note() == ()

@@ -1,4 +1,4 @@
-"""Writes the goldens of tests/pretrained_parity_test.py: tiny models of the transformers library.
+"""Writes the goldens of pretrained_parity_test.py: tiny models of the transformers library.
 
   pip install torch==2.13.0 transformers
   python tests/models/language/make_parity_goldens.py [tests/goldens/language]

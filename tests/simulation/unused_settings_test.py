@@ -13,7 +13,12 @@ from fedqsn_jax.config.schema import MODELS, Config, ModelConfig, with_fields
 from fedqsn_jax.data.text.formats import FORMATS
 from fedqsn_jax.data.text.loading import TextSettings
 from fedqsn_jax.simulation.from_config import algorithm_of
-from fedqsn_jax.simulation.unused import as_used, ignored_settings, unused_fields, without_effect
+from fedqsn_jax.simulation.unused_settings import (
+    as_used,
+    ignored_settings,
+    unused_fields,
+    without_effect,
+)
 
 
 def test_settings_that_are_ignored_are_told():
