@@ -10,7 +10,6 @@ writes ``model.safetensors`` and ``model.json``, which `models.parameter_files.l
 
 import contextlib
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -272,10 +271,11 @@ class _Run(NamedTuple):
 def _read_run(work: "WorkDirectory") -> _Run:
     """Reads a run's config.json, as any version wrote it."""
     from fedqsn_jax.config.schema import ConfigError, resolve
+    from fedqsn_jax.core.json_text import parse_json
 
     file = work.path / "config.json"
     try:
-        values = dict(json.loads(file.read_text()))
+        values = dict(parse_json(file.read_text()))
         model = dict(values.get("model") or {})
     except FileNotFoundError as error:
         raise ConfigError(f"--workdir={work.path}: there is no run in it") from error

@@ -1,7 +1,6 @@
 """The client's program, as Flower starts it for each message."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.deploy import messages
@@ -58,7 +58,7 @@ def train(message: Message, context: Context) -> Message:
 def _use_cache(directory: str | None) -> None:
     """Keeps compiled programs: each message has a process of its own."""
     if directory is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(user_path(directory)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
@@ -71,7 +71,7 @@ def _read_base(file: str) -> Params:
     """The tensors of a file, in nested dictionaries by the names of their paths."""
     tree: dict[str, Any] = {}
     try:
-        with np.load(Path(file).expanduser(), allow_pickle=False) as arrays:
+        with np.load(user_path(file), allow_pickle=False) as arrays:
             for path in arrays:
                 *parents, name = path.split("/")
                 branch = tree

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.deploy.client import check_rows
 from fedqsn_jax.deploy.plan import Plan
@@ -59,7 +60,7 @@ def read_settings(file: str) -> dict[str, Any]:
     if not file:
         raise UserError(f"the node's configuration has no {SETTINGS!r}: name a TOML file")
     try:
-        values = tomllib.loads(Path(file).expanduser().read_text())
+        values = tomllib.loads(user_path(file).read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: {error}") from error
     unknown = set(values) - {"rows", "base", "cache"}

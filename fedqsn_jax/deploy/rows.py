@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.core.errors import UserError
 
 
@@ -25,10 +26,10 @@ def read_rows(source: str, option: str = "rows") -> dict[str, np.ndarray]:
     """
     kind, _, rest = source.partition(":")
     if kind == "npz":
-        return _from_npz(f"{option}={source}", Path(rest).expanduser())
+        return _from_npz(f"{option}={source}", user_path(rest))
     if kind == "python" and ":" in rest:
         file, _, function = rest.rpartition(":")
-        return _from_function(f"{option}={source}", Path(file).expanduser(), function)
+        return _from_function(f"{option}={source}", user_path(file), function)
     raise UserError(f"{option}={source}: allowed are npz:FILE and python:FILE.py:FUNCTION")
 
 
@@ -36,7 +37,7 @@ def absolute(source: str) -> str:
     """Returns a source of `read_rows` that means the same in every working directory."""
     kind, _, rest = source.partition(":")
     file, colon, function = rest.rpartition(":") if kind == "python" else (rest, "", "")
-    return f"{kind}:{Path(file).expanduser().absolute()}{colon}{function}"
+    return f"{kind}:{user_path(file).absolute()}{colon}{function}"
 
 
 def _from_npz(where: str, file: Path) -> dict[str, np.ndarray]:

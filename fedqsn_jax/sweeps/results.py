@@ -12,6 +12,7 @@ from typing import Any
 
 from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError, flatten
+from fedqsn_jax.core.json_text import parse_json
 from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.host.signals import cleaning_up
 from fedqsn_jax.reporting.writers import to_plain, write_json
@@ -66,7 +67,7 @@ class SweepDirectory:
                 f"name a new or empty directory"
             )
         try:
-            stored = json.loads(self._definition.read_text())
+            stored = parse_json(self._definition.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"--workdir={self.path}: {self._definition.name} cannot be read"
