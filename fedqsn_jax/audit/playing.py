@@ -126,9 +126,20 @@ class Store(NamedTuple):
 
 
 def record(
-    case: Case, chosen: Sequence[Adversary], directory: Path, display: Display
+    case: Case,
+    chosen: Sequence[Adversary],
+    directory: Path,
+    display: Display,
+    changes: bool,
 ) -> tuple[Payloads, float]:
     """Makes sure that what the coalitions were sent is there, by a replay where it is not.
+
+    Args:
+      case: The run.
+      chosen: The coalitions.
+      directory: Where it is, or will be.
+      display: Where progress is shown.
+      changes: Whether what rounds did is wanted too, for the scoring of `subtraction`.
 
     Returns:
       The payloads, and the largest difference of the replayed model from the run's.
@@ -136,7 +147,9 @@ def record(
     payloads = Payloads(directory)
     members = sorted({member for each in chosen for member in each.members})
     facts = payloads.facts()
-    if facts and facts.get("rounds") == case.config.rounds and not not_recorded(payloads, members):
+    complete = facts and facts.get("rounds") == case.config.rounds
+    complete = complete and (facts or {}).get("changes", True) >= changes
+    if facts and complete and not not_recorded(payloads, members):
         display.message(f"what clients were sent is in {directory} already")
         return payloads, float(facts["difference"])
     by_round = payloads_by_round(case, members)
@@ -145,16 +158,21 @@ def record(
     display.message(f"the run is replayed: {count} payloads to colluders, about {size} on the disk")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(mode=0o700, parents=True)
-    changes: set[int] = set()
-    if plays(case):
+    rounds: set[int] = set()
+    if changes and plays(case):
         for each in chosen:
-            changes |= set(pairs(members_by_round(case, each.members)))
+            rounds |= set(pairs(members_by_round(case, each.members)))
     with display.steps("replaying rounds", case.config.rounds) as steps:
-        replayed = replay(case, members, payloads.keep, lambda _: steps.add(1), sorted(changes))
+        replayed = replay(case, members, payloads.keep, lambda _: steps.add(1), sorted(rounds))
     for change in replayed.changes:
         payloads.keep_change(change.round, change.params)
     payloads.complete(
-        {"clients": members, "rounds": case.config.rounds, "difference": replayed.difference}
+        {
+            "clients": members,
+            "rounds": case.config.rounds,
+            "difference": replayed.difference,
+            "changes": changes,
+        }
     )
     return payloads, replayed.difference
 
@@ -187,7 +205,9 @@ def play(
     """
     chosen = adversaries(case, settings.colluders)
     directory.mkdir(mode=0o700, exist_ok=True)
-    payloads, difference = record(case, chosen, directory / RECEIVED, display)
+    payloads, difference = record(
+        case, chosen, directory / RECEIVED, display, changes=settings.findings
+    )
     store = Store(directory / RESULTS)
     made_with = {**dataclasses.asdict(settings), "rounds": case.config.rounds, "named": list(named)}
     if store.begin(json.loads(json.dumps(made_with))):
@@ -202,7 +222,8 @@ def play(
     divided = [divide(case.data, each.members, settings.seed) for each in chosen]
     places = _places(divided)
     attacks, played, findings, holdings = catalogue(settings), [], {}, {}
-    pace = _Pace(display, len(chosen) * (len(attacks) + len(FINDINGS)))
+    wanted = FINDINGS if settings.findings else {}
+    pace = _Pace(display, len(chosen) * (len(attacks) + len(wanted)))
     for adversary, own in zip(chosen, divided, strict=True):
         held = hold(
             payloads.read(payload_layout(case), adversary.members),
@@ -228,7 +249,7 @@ def play(
         for attack in attacks:
             played.append(_play_one(scene, attack, store, pace))
         findings[adversary.name] = {
-            name: _find_one(scene, name, payloads, store, pace) for name in FINDINGS
+            name: _find_one(scene, name, payloads, store, pace) for name in wanted
         }
     sums = {name: each.sums for name, each in answers.items()}
     return Results(chosen, played, findings, holdings, sums, difference)

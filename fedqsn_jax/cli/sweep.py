@@ -114,4 +114,5 @@ def _audit(options: argparse.Namespace) -> "PointAudit":
 
     colluders = numbers("--colluders", options.colluders or "1,3,half", words=("half",))
     (steps,) = numbers("--steps", options.steps or "0", low=0)[:1]
-    return PointAuditor(AuditSettings(colluders=colluders, queries=(), steps=steps, shadows=0))
+    settings = AuditSettings(colluders=colluders, queries=(), steps=steps, findings=False)
+    return PointAuditor(settings)
