@@ -1,5 +1,6 @@
 """The programs that Flower starts, called with Flower's own messages and a grid in memory."""
 
+import faulthandler
 import itertools
 import json
 from pathlib import Path
@@ -80,6 +81,19 @@ def task_identity(monkeypatch):
         monkeypatch.setattr(TaskIdentity, name, 1)
 
 
+@pytest.fixture(autouse=True)
+def watched(monkeypatch):
+    """When a client's process would end if it hung: here it would be that of the tests."""
+    calls = []
+    monkeypatch.setattr(
+        faulthandler, "dump_traceback_later", lambda seconds, **rest: calls.append((seconds, rest))
+    )
+    monkeypatch.setattr(
+        faulthandler, "cancel_dump_traceback_later", lambda: calls.append("cancelled")
+    )
+    return calls
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """The files of a server and of three clients, the server's named by the environment."""
@@ -123,7 +137,7 @@ def history(place):
     return [json.loads(line) for line in lines]
 
 
-def test_both_programs_run_a_federation(place):
+def test_both_programs_run_a_federation(place, watched):
     grid = MemoryGrid(clients_of(place))
     outcome, told = run(grid, place)
     assert outcome == {"finished": True}
@@ -139,6 +153,8 @@ def test_both_programs_run_a_federation(place):
     for message in grid.sent:
         assert set(message.content["task"]) == {"plan", "token", "key"}
         assert message.metadata.ttl == 1
+    # A client's process ends when the server does not wait any more, and only then.
+    assert watched == [(1, {"exit": True, "file": 2}), "cancelled"] * 6
 
 
 def error(message):
