@@ -1,12 +1,13 @@
 """The client's program, as Flower starts it for each message."""
 
+import faulthandler
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedqsn_jax.config.paths import user_path
@@ -21,13 +22,25 @@ from fedqsn_jax.host.devices import computing
 
 app = ClientApp()
 
+_STANDARD_ERROR = 2
+
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Takes part in a round. Whatever goes wrong is told by a reason without values.
 
-    The text of an exception would travel to the server, and may hold rows of the client's.
+    The text of an exception would travel to the server, and may hold rows of the client's. The
+    process ends when the server does not wait any more.
     """
+    # A program that hangs would keep its node from all later rounds.
+    faulthandler.dump_traceback_later(message.metadata.ttl, exit=True, file=_STANDARD_ERROR)
+    try:
+        return Message(_take_part(message, context), reply_to=message)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _take_part(message: Message, context: Context) -> RecordDict:
     try:
         payload, told = messages.read_task(message)
         settings = read_settings(str(context.node_config.get(SETTINGS, "")))
@@ -41,18 +54,17 @@ def train(message: Message, context: Context) -> Message:
     except UserError as error:
         # The user's own mistake is told where it can be mended: here, not at the server.
         print(f"fedqsn_jax: {error}", flush=True)
-        return Message(messages.refusal("its own settings or rows do not fit"), reply_to=message)
+        return messages.refusal("its own settings or rows do not fit")
     except ValueError as error:
         print(f"fedqsn_jax: {error}", flush=True)
-        return Message(messages.refusal("what it received cannot be read"), reply_to=message)
+        return messages.refusal("what it received cannot be read")
     except Exception as error:
         print(f"fedqsn_jax: {type(error).__name__}: {error}", flush=True)
-        return Message(messages.refusal(f"a {type(error).__name__}"), reply_to=message)
-    content = messages.answer(
+        return messages.refusal(f"a {type(error).__name__}")
+    return messages.answer(
         result.payload,
         {"token": told["token"], "examples": result.examples, "loss": result.loss},
     )
-    return Message(content, reply_to=message)
 
 
 def _use_cache(directory: str | None) -> None:

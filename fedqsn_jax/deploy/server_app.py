@@ -110,10 +110,20 @@ class FlowerNetwork:
                 time.sleep(0.1)
 
 
+_FAILURES = {
+    3: "did not answer in time",
+    4: "did not answer in time",
+    5: "its node is gone",
+    8: "its program died",
+}
+"""What Flower's error codes mean; all others: the program failed."""
+
+
 def _reply(node: str, message: Message) -> Reply:
     if message.has_error():
         # Its reason may be the text of an exception of the client's: only the code is told.
-        return Reply(node, failure=f"its program failed (code {message.error.code})")
+        code = message.error.code
+        return Reply(node, failure=f"{_FAILURES.get(code, 'its program failed')} (code {code})")
     try:
         read = messages.read_answer(message)
     except ValueError as error:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -207,6 +208,21 @@ class Deployment:
         with contextlib.suppress(FileNotFoundError, ValueError):
             return json.loads(file.read_text())
         return {}
+
+    def peaks_of_server(self) -> dict[str, int]:
+        """Peak resident memory so far, in KB, of the SuperLink and of the server's program."""
+        link = self._started["link"].pid
+        found = {}
+        for number in [link, *processes.descendants(link)]:
+            with contextlib.suppress(OSError, AttributeError):
+                command = Path(f"/proc/{number}/cmdline").read_bytes()
+                status = Path(f"/proc/{number}/status").read_text()
+                peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+                if number == link:
+                    found["SuperLink"] = peak
+                elif b"flwr-serverapp" in command:
+                    found["server"] = peak
+        return found
 
     def clients_at_work(self, name: str) -> list[int]:
         """The processes that a node has started for messages."""
