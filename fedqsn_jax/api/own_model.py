@@ -151,7 +151,8 @@ def federate(
         for line in warnings_before_run(config, chosen_names(settings)):
             warnings.warn(line, stacklevel=2)
         own = _Own(model, task, params, inputs)
-        tree, experiment = _prepare(own, config, population, rows)
+        noise = None if workdir is None else WorkDirectory(user_path(workdir)).noise()
+        tree, experiment = _prepare(own, config, population, rows, noise)
         if workdir is None:
             state, history = _run(experiment, on_progress)
         else:
@@ -205,7 +206,11 @@ class _Own(NamedTuple):
 
 
 def _prepare(
-    own: _Own, config: Config, population: HostData, rows: Mapping[str, Rows]
+    own: _Own,
+    config: Config,
+    population: HostData,
+    rows: Mapping[str, Rows],
+    noise: float | None,
 ) -> tuple[OwnTree, Experiment]:
     """Checks the model, and composes what is run; no program of the rounds is compiled."""
     # What 32 bits cannot hold is refused below.
@@ -247,7 +252,7 @@ def _prepare(
         task=own.task,
         name="rows of your own",
     )
-    return tree, prepare(with_heads(config, heads, start), problem)
+    return tree, prepare(with_heads(config, heads, start), problem, noise)
 
 
 def _as_the_model_has(own: _Own, initial: Callable[[], Params]) -> Params:

@@ -108,7 +108,7 @@ def case_of_run(workdir: Path) -> Case:
                 f"--workdir={workdir}: the run is not finished, {done} of {config.rounds}; the "
                 f"command that began it resumes it"
             )
-        experiment = prepare(_stepwise(config))
+        experiment = prepare(_stepwise(config), noise=work.noise())
         problem = experiment.problem
         work.check_rows(fingerprint(problem.splits))
         shapes = jax.eval_shape(

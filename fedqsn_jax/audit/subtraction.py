@@ -61,6 +61,8 @@ def plays(case: Case) -> bool:
         and server.rule == "delta"
         and server.normalize == "mean"
         and not server.clip_norm
+        and not config.privacy.clip
+        and config.cohort.sampling == "without_replacement"
         and not config.upload.bits
         and not (config.participation.dropout or config.participation.stragglers)
         and not config.participation.nan

@@ -24,6 +24,7 @@ def check_together(config: Config) -> None:
     _check_language(config)
     _check_fedsp(config)
     _check_broadcast(config)
+    _check_privacy(config)
     if config.data.partition != "natural" and config.cohort.size > config.data.clients:
         raise ConfigError(
             f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
@@ -131,6 +132,51 @@ def _check_broadcast(config: Config) -> None:
         )
     if broadcast.every == 0:
         _check_one_way(config, chosen)
+
+
+def _check_privacy(config: Config) -> None:
+    """What noise is made of, and what would let divisors or sums depend on clients' rows."""
+    privacy, server = config.privacy, config.server
+    given = [
+        f"privacy.{name} = {value}"
+        for name, value in (("noise", privacy.noise), ("epsilon", privacy.epsilon))
+        if value
+    ]
+    if not privacy.clip:
+        if given:
+            raise ConfigError(
+                f"{given[0]} with privacy.clip = 0: the noise is a multiple of the clip; allowed "
+                f"is privacy.clip above 0"
+            )
+        return
+    chosen = f"privacy.clip = {privacy.clip}"
+    if len(given) != 1:
+        raise ConfigError(
+            f"{' and '.join(given) or 'privacy.noise = 0 and privacy.epsilon = 0'} with {chosen}: "
+            f"allowed is one of privacy.noise and privacy.epsilon above 0 (server.clip_norm alone "
+            f"clips without noise)"
+        )
+    refused = {
+        f"algorithm = {FEDSP!r}": (
+            config.algorithm == FEDSP,
+            "what its clients give away is not known; allowed are the other algorithms",
+        ),
+        f"server.weighting = {server.weighting!r}": (
+            server.weighting != "uniform",
+            "divisors would depend on clients' rows; allowed is 'uniform'",
+        ),
+        f"server.clip_norm = {server.clip_norm}": (
+            server.clip_norm,
+            "privacy.clip stands in its place; allowed is 0",
+        ),
+        "upload.error_feedback = True": (
+            config.upload.error_feedback,
+            "what a client keeps is sent later; its sensitivity is not known; allowed is False",
+        ),
+    }
+    for what, (is_set, why) in refused.items():
+        if is_set:
+            raise ConfigError(f"{what} with {chosen}: {why}")
 
 
 def _check_one_way(config: Config, chosen: str) -> None:

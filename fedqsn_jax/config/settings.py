@@ -11,6 +11,7 @@ from typing import Any
 from fedqsn_jax.config.choices import (
     ALGORITHMS,
     CODEBOOKS,
+    COHORT_SAMPLING,
     COMPUTE_DTYPES,
     FEDSP,
     MASKS_PER,
@@ -37,6 +38,7 @@ _DISTILS = unless("fedsp.distillation_steps", 0)
 _CODED = unless("upload.bits", 0)
 _ADAPTED = unless("lora.rank", 0)
 _ONE_WAY = when("broadcast.every", 0)
+_PRIVATE = unless("privacy.clip", 0.0)
 _CLIENT_MASKED = both(_HIDES, unless("p2", 0.0))
 _SCALE_CHOSEN = both(_ONE_WAY, when(".scale", 0.0))
 
@@ -157,7 +159,13 @@ class ClientConfig(TrainingConfig):
 class CohortConfig:
     """Who takes part in a round, and how the client axis is run."""
 
-    size: int = field(10, between(1), "clients a round, drawn without replacement")
+    size: int = field(10, between(1), "clients a round; of Poisson cohorts their mean number")
+    sampling: str = field(
+        "without_replacement",
+        one_of(*COHORT_SAMPLING),
+        "how they are drawn: so many without replacement, or each on its own, which takes less "
+        "noise for the same privacy",
+    )
     parallelism: str = field(
         "auto",
         one_of(*PARALLELISM),
@@ -256,6 +264,30 @@ class BroadcastConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of a client with all its rows; the server adds the noise."""
+
+    clip: float = field(
+        0.0,
+        between(0),
+        "largest L2 norm of what a client returns, all tensors together; 0: no privacy",
+    )
+    noise: float = field(
+        0.0,
+        between(0),
+        "noise multiplier: its standard deviation on the sum of updates over `clip`",
+        _PRIVATE,
+    )
+    epsilon: float = field(
+        0.0,
+        between(0),
+        "of all rounds together, from which the noise is found; 0: `noise` is given",
+        _PRIVATE,
+    )
+    delta: float = field(1e-5, between(1e-30, below=1), "at which epsilon is told", _PRIVATE)
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """When and how the four views are evaluated."""
 
@@ -346,6 +378,7 @@ class Config:
     upload: UploadConfig = section(UploadConfig)
     server: ServerConfig = section(ServerConfig)
     broadcast: BroadcastConfig = section(BroadcastConfig)
+    privacy: PrivacyConfig = section(PrivacyConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
     generation: GenerationConfig = section(
         GenerationConfig, unless("generation.prompts", 0), ("prompts", "new_tokens")

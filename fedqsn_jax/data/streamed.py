@@ -155,11 +155,11 @@ def capacity_for(data: HostData, calls: Sequence[np.ndarray]) -> Capacity:
     Args:
       data: The population.
       calls: For each call the ids of those that take part, integers of any shape; repeated ids
-        count once.
+        count once, negative ones are nobody's.
     """
     clients = rows = 1
     for ids in calls:
-        distinct = np.unique(ids)
+        distinct = _distinct(ids)
         clients = max(clients, len(distinct))
         rows = max(rows, int(data.counts(distinct).sum()))
     return Capacity(clients, rows)
@@ -170,10 +170,11 @@ def stream(data: HostData, cohorts: np.ndarray, capacity: Capacity) -> StreamedD
 
     Args:
       data: The population.
-      cohorts: Ids of those that take part, integers of any shape; repeated ids count once.
+      cohorts: Ids of those that take part, integers of any shape; repeated ids count once,
+        negative ones are nobody's.
       capacity: The static shape; see `capacity_for`.
     """
-    distinct = np.unique(cohorts)
+    distinct = _distinct(cohorts)
     counts = data.counts(distinct)
     ends = np.cumsum(counts)
     total = int(counts.sum())
@@ -190,6 +191,10 @@ def stream(data: HostData, cohorts: np.ndarray, capacity: Capacity) -> StreamedD
     offsets = np.pad(ends, (1, unused), constant_values=(0, total))
     sent: Any = jax.device_put((examples, places.astype(np.int32), offsets.astype(np.int32)))
     return StreamedData(sent[0], sent[1], sent[2], data.clients)
+
+
+def _distinct(ids: np.ndarray) -> np.ndarray:
+    return np.unique(ids[ids >= 0])
 
 
 def place(data: HostData, resident: str) -> FederatedData | HostData:

@@ -160,6 +160,16 @@ def _check(config: Config) -> None:
             "upload.error_feedback = True: clients keep nothing between rounds in a deployment; "
             "allowed is False"
         )
+    if config.privacy.clip:
+        raise ConfigError(
+            f"privacy.clip = {config.privacy.clip}: a deployment takes the clients that are there, "
+            f"who are no random cohort; allowed is 0"
+        )
+    if config.cohort.sampling != "without_replacement":
+        raise ConfigError(
+            f"cohort.sampling = {config.cohort.sampling!r}: a deployment asks as many clients in "
+            f"each round; allowed is 'without_replacement'"
+        )
 
 
 def _layout(simulation: Simulation, params: Any) -> Layout:

@@ -140,7 +140,12 @@ class Broadcast:
         return dataclasses.replace(state, latest=latest)
 
     def send(
-        self, state: BroadcastState, ids: Array, visible: Columns, lost: Array | bool = False
+        self,
+        state: BroadcastState,
+        ids: Array,
+        visible: Columns,
+        lost: Array | bool = False,
+        is_there: Array | None = None,
     ) -> tuple[BroadcastState, dict[str, Array]]:
         """Counts the payloads of a round's clients, but for those who have theirs already.
 
@@ -149,6 +154,7 @@ class Broadcast:
           ids: The cohort, int32 ``[cohort]``.
           visible: What each client sees, bool ``[cohort, layers, columns]`` a masked site.
           lost: Who has lost what it had received, bool ``[cohort]``.
+          is_there: Which places of the cohort are taken, bool ``[cohort]``; None: all.
 
         Returns:
           The state after that; and in one-way rounds uint32 facts: ``clients/sent``, the payloads
@@ -158,6 +164,8 @@ class Broadcast:
         if state.received is None or state.payloads is None or state.columns is None:
             return state, {}
         due = ~state.received[ids] | self.renewed | lost
+        if is_there is not None:
+            due &= is_there
         sent = due.sum(dtype=jnp.uint32)
         columns = {
             path: _add(count, (visible[path] & due[:, None, None]).sum(dtype=jnp.uint32))
@@ -166,7 +174,7 @@ class Broadcast:
         payloads = _add(state.payloads, sent)
         state = dataclasses.replace(
             state,
-            received=state.received.at[ids].set(True),
+            received=state.received.at[ids].max(True if is_there is None else is_there),
             payloads=payloads,
             columns=columns,
         )

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fedqsn_jax.host.console import standard_console
 from fedqsn_jax.reporting.progress import RoundProgress, Steps, Waiting
-from fedqsn_jax.reporting.summary import Costs, TensorRow, number
+from fedqsn_jax.reporting.summary import Costs, TensorRow, number, privacy_line
 from fedqsn_jax.reporting.tables import Column, make_tables, natural_width
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -139,6 +139,8 @@ class Display:
         total, each = summary["seconds"]["total"], summary["seconds"]["per_round"]
         pace = "" if each is None else f", {each:.3g} a round"
         self.message(f"seconds: {total:.1f} in the rounds and their evaluations{pace}")
+        if summary.get("privacy"):
+            self.message(privacy_line(summary["privacy"]))
         if "verdict" in summary:
             self.message("")
             for line in textwrap.wrap(summary["verdict"]["text"], self._console.width):

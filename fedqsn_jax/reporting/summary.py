@@ -7,7 +7,9 @@ A *history* is a list of dictionaries, one for each evaluated round, in order. K
 ``clients/sent``, bytes down are means over all rounds so far; ``clients/returned`` and
 ``clients/rejected``, numbers of updates; where rows of clients are held out, ``GROUP/VIEW/METRIC``,
 means over the clients of the groups ``own`` and ``new``, with ``SCORE_worst_decile`` and
-``SCORE_spread``; ``seconds`` since the run began. Only ``round`` must be
+``SCORE_spread``; ``seconds`` since the run began; where clients
+are private, ``privacy/epsilon`` of all rounds so far, and with Poisson cohorts ``clients/drawn``,
+how many took part. Only ``round`` must be
 there: any other key may be missing or None (round 0, before any training, has no training loss and
 no bytes).
 """
@@ -21,6 +23,8 @@ Metrics = Mapping[str, Any]
 """One entry of a history: scalars by name."""
 
 _FIRST_VIEWS = ("global", "server", "proxy")
+EPSILON = "privacy/epsilon"
+"""Epsilon of all rounds so far, in a history."""
 ATTACKER = "attacker_"
 """What the names of attackers begin with; the number of colluders follows."""
 _GROUPS = ("own", "new")
@@ -75,6 +79,18 @@ class Costs:
     fedavg_up: float
     memory: tuple[tuple[str, float], ...] = ()
     hides: bool = True
+
+
+def privacy_line(told: Mapping[str, Any]) -> str:
+    """Returns what clients' privacy costs as a line of text.
+
+    Args:
+      told: ``epsilon``, ``delta``, ``rounds``, ``noise`` and ``method``.
+    """
+    return (
+        f"clients' privacy: epsilon {told['epsilon']:.3g} at delta {told['delta']:g} after "
+        f"{told['rounds']} rounds, noise multiplier {told['noise']:.4g} ({told['method']})"
+    )
 
 
 def number(value: Any) -> float | None:

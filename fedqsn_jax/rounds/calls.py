@@ -16,10 +16,12 @@ from fedqsn_jax.rounds.federation import Federation, ServerState
 def draw_cohorts(federation: Federation, state: ServerState, rounds: int) -> np.ndarray:
     """Returns who takes part in each of a run's rounds, int32 ``[rounds, cohort]``, on the host.
 
+    In empty places of Poisson cohorts stands `poisson.NOBODY`.
+
     Args:
       federation: The method.
-      state: A state of the run; which one does not matter. Of its leaves only the public key need
-        be an array.
+      state: A state of the run; which one does not matter. Of its leaves only the keys need be
+        arrays.
       rounds: The run's number of rounds, from the first on.
     """
     cohort = jax.eval_shape(federation.cohort, state).shape[0]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from fedqsn_jax.rounds.cohort import Cohort, train_cohort
 from fedqsn_jax.rounds.evaluation import ClientEvaluator, Evaluator
 from fedqsn_jax.rounds.method import Method
 from fedqsn_jax.rounds.participation import Attendance, draw_attendance
+from fedqsn_jax.rounds.poisson import NOBODY, sample_poisson_cohort
+from fedqsn_jax.rounds.privacy import noise_key, privatize
 from fedqsn_jax.rounds.views import (
     Attacker,
     Views,
@@ -31,6 +33,8 @@ from fedqsn_jax.rounds.views import (
     received_columns,
     update_attacker,
 )
+
+CohortSampling = Literal["without_replacement", "poisson"]
 
 
 @struct.dataclass
@@ -44,8 +48,8 @@ class ServerState:
       attackers: The copies that colluding clients hold, by name.
       residuals: What each client keeps of its deltas; in truth the clients have it.
       round: Number of finished rounds, int32 scalar.
-      secret_key: Key of the masks.
-      public_key: Key of cohorts and of the clients' batches.
+      secret_key: Key of the masks, of noise, and of Poisson cohorts.
+      public_key: Key of other cohorts and of the clients' batches.
       broadcast: What is kept to know what clients are sent.
     """
 
@@ -69,10 +73,12 @@ class Federation(NamedTuple):
         `with_client_axis` for others. Facts are float32 ``train/loss``, and uint32 counts:
         ``clients/returned`` and ``clients/rejected``; for each site that has masks
         ``visible/PATH``, visible columns summed over the cohort, and ``returned/PATH``, summed over
-        the clients that returned an update. In one-way rounds ``visible/PATH`` is over all payloads
+        the clients that returned an update; with Poisson cohorts ``clients/drawn``, who took part.
+        In one-way rounds ``visible/PATH`` is over all payloads
         that were sent so far; see `Broadcast.send`.
       prepare: ``state -> Proxy``: the proxy before client masks, dequantized.
-      cohort: ``state -> ids``, int32 ``[cohort]``: who takes part in the state's next round.
+      cohort: ``state -> ids``, int32 ``[cohort]``: who takes part in the state's next round;
+        `poisson.NOBODY` in empty places of a Poisson cohort.
       proxy_keys: ``state -> keys`` of the client masks that the proxy view averages over; where
         clients keep their masks, those of as many clients of the population.
       evaluate: ``(state, rows) -> metrics`` of all views, named ``view/metric``. Rows are held-out
@@ -115,7 +121,12 @@ class Evaluation(NamedTuple):
 
 
 def make_federation(
-    method: Method, evaluation: Evaluation, *, population: int, cohort: int
+    method: Method,
+    evaluation: Evaluation,
+    *,
+    population: int,
+    cohort: int,
+    sampling: CohortSampling = "without_replacement",
 ) -> Federation:
     """Composes a federated method; every argument is static.
 
@@ -123,10 +134,15 @@ def make_federation(
       method: Its parts.
       evaluation: How its views are evaluated.
       population: Number of clients.
-      cohort: Clients a round.
+      cohort: Clients a round; in Poisson cohorts on average.
+      sampling: How they are drawn.
     """
     composed = _Composed(
-        method=method, evaluation=evaluation, population=population, cohort_size=cohort
+        method=method,
+        evaluation=evaluation,
+        population=population,
+        cohort_size=cohort,
+        sampling=sampling,
     )
     return Federation(
         init=composed.init,
@@ -147,6 +163,7 @@ class _Composed:
     evaluation: Evaluation
     population: int
     cohort_size: int
+    sampling: CohortSampling
 
     def _sent(self, params: Params) -> Params:
         return select(params, self.method.roles.sent)
@@ -190,15 +207,26 @@ class _Composed:
         return dequantize_proxy(self.method.transform.prepare(state.transform_state, whole))
 
     def cohort(self, state: ServerState) -> Array:
+        if self.sampling == "poisson":
+            # Who takes part is a secret here: what is claimed of privacy rests on it.
+            key = jax.random.fold_in(fold_in_name(state.secret_key, "cohort"), state.round)
+            return sample_poisson_cohort(key, self.population, self.cohort_size)
         round_key = jax.random.fold_in(state.public_key, state.round)
         return sample_cohort(fold_in_name(round_key, "cohort"), self.population, self.cohort_size)
 
     def round(
         self, state: ServerState, data: ClientData, client_axis: ClientAxis = ONE_BY_ONE
     ) -> tuple[ServerState, dict[str, Array]]:
-        method, prepared, ids = self.method, self.prepare(state), self.cohort(state)
+        method, prepared, drawn = self.method, self.prepare(state), self.cohort(state)
+        is_there, ids = None, drawn
+        if self.sampling == "poisson":
+            # An empty place has no rows and sees nothing; for its id any will do.
+            is_there, ids = drawn != NOBODY, jnp.maximum(drawn, 0)
         visible, scale = self._client_masks(state, prepared, ids)
         rows = data.rows(ids)
+        if is_there is not None:
+            rows = jnp.where(is_there, rows, 0)
+            visible = {path: seen & is_there[:, None, None] for path, seen in visible.items()}
         training_key = jax.random.fold_in(state.public_key, state.round)
         computed_with = combine(prepared.params, self._public(state.params))
         attendance = draw_attendance(
@@ -220,18 +248,22 @@ class _Composed:
         )
         total, kept = train_cohort(method, cohort, attendance.steps, client_axis)
         broadcast, facts = method.broadcast.send(
-            state.broadcast, ids, visible, lost=attendance.lost
+            state.broadcast, ids, visible, lost=attendance.lost, is_there=is_there
         )
+        update = total["update"]
+        if method.privacy is not None:
+            key = noise_key(state.secret_key, state.round)
+            update = privatize(method.privacy, key, update, prepared.visible, method.sites)
         params, optimizer_state = method.aggregator.finish(
             method.broadcast.start_of_step(state.broadcast, state.params),
             state.optimizer_state,
-            total["update"],
+            update,
             server_visible=prepared.visible,
             sent=prepared.params,
         )
         attackers = {
             name: update_attacker(
-                attacker, received_columns(attacker, ids, visible), prepared, method.sites
+                attacker, received_columns(attacker, drawn, visible), prepared, method.sites
             )
             for name, attacker in state.attackers.items()
         }
@@ -244,6 +276,8 @@ class _Composed:
             round=state.round + 1,
             broadcast=method.broadcast.after_round(broadcast, params, state.round + 1),
         )
+        if is_there is not None:
+            facts["clients/drawn"] = is_there.sum(dtype=jnp.uint32)
         return state, {**_facts(total, attendance, visible), **facts}
 
     def choose_scale(self, state: ServerState, rows: HeldOut) -> ServerState:

@@ -12,6 +12,7 @@ from fedqsn_jax.protocol.upload import Upload, whole_upload
 from fedqsn_jax.rounds.aggregation import Aggregator
 from fedqsn_jax.rounds.client import ClientUpdate
 from fedqsn_jax.rounds.participation import EVERYONE, Participation
+from fedqsn_jax.rounds.privacy import Privacy
 
 MaskPer = Literal["round", "client"]
 
@@ -31,6 +32,8 @@ class Method(NamedTuple):
       broadcast: What of the hidden model proxies are made of.
       mask_per: ``round``: a client draws another mask in each round; ``client``: it keeps its mask
         for good.
+      privacy: How clients are protected from what is made of their updates; None: they are not.
+        The aggregator clips by the same norm, and has uniform weights.
     """
 
     transform: ProxyTransform
@@ -42,6 +45,7 @@ class Method(NamedTuple):
     participation: Participation = EVERYONE
     broadcast: Broadcast = EVERY_ROUND
     mask_per: MaskPer = "round"
+    privacy: Privacy | None = None
 
     def mask_key(self, secret_key: Key, round_index: Array | int, client_id: Array | int) -> Key:
         """Returns the key of a client's mask in a round."""

@@ -53,7 +53,7 @@ def received_columns(attacker: Attacker, ids: Array, visible: Columns) -> Column
 
     Args:
       attacker: The attacker.
-      ids: The cohort, int32 ``[cohort]``.
+      ids: The cohort, int32 ``[cohort]``; a negative one is nobody's.
       visible: The columns that each client saw, bool ``[cohort, layers, columns]`` a site; a site
         that is absent was seen by all.
 

@@ -57,7 +57,9 @@ def dry_run(
         distributed.by_leader(lambda: WorkDirectory(directory).check_fit(config))
     with display.waiting("loading the data and making the model"):
         experiment = distributed.together(
-            lambda: prepare(config, load_problem(problem_settings(config), shapes=True))
+            lambda: prepare(
+                config, load_problem(problem_settings(config), shapes=True), tell=display.message
+            )
         )
     show_overview(experiment, display, chosen)
 
@@ -82,8 +84,11 @@ def run(config: Config, directory: Path, display: Display, chosen: Collection[st
     """
     work = WorkDirectory(directory)
     distributed.by_leader(lambda: work.check(config))
+    noise = work.noise()
     with display.waiting("loading the data and making the model"):
-        experiment = distributed.together(lambda: prepare(config))
+        experiment = distributed.together(
+            lambda: prepare(config, noise=noise, tell=display.message)
+        )
     run_in(work, experiment, display, chosen)
 
 
@@ -259,6 +264,8 @@ def _train(
 
     def begin() -> None:
         work.write_config(config)
+        if simulation.account is not None:
+            work.write_noise(simulation.account.noise)
         if finished == 0:
             work.write_rows(fingerprint(splits))
         work.keep_files(experiment.problem.files)

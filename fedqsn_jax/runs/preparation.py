@@ -1,5 +1,6 @@
 """What a run needs before it writes anything: data, a model and a method that fit."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -44,17 +45,29 @@ class Experiment(NamedTuple):
         return HeldOut(splits.test, splits.client_tests, validation)
 
 
-def prepare(config: Config, problem: Problem | None = None) -> Experiment:
+def prepare(
+    config: Config,
+    problem: Problem | None = None,
+    noise: float | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Experiment:
     """Loads the data, initializes the model and composes the method; writes nothing.
 
     Args:
       config: What to run.
       problem: What `load_problem` returned for its `problem_settings`, if that was called.
+      noise: The noise multiplier that was found for the run before, if it was.
+      tell: Is told what takes long.
 
     Raises:
       ConfigError: The configuration is not possible.
     """
     problem = problem or load_problem(problem_settings(config))
+    if config.privacy.epsilon and noise is None:
+        tell(
+            f"the noise for privacy.epsilon = {config.privacy.epsilon} is being computed; it may "
+            f"take half a minute"
+        )
     simulation = make_simulation(
         config,
         problem.apply_fn,
@@ -63,6 +76,7 @@ def prepare(config: Config, problem: Problem | None = None) -> Experiment:
         problem.splits.clients,
         problem.client_apply,
         size=problem.size,
+        noise=noise,
     )
     splits = problem.splits
     hold_back(config, splits.private)  # Refused before anything is trained.

@@ -16,7 +16,7 @@ from fedqsn_jax.simulation.costs import expected_costs, tensor_rows
 from fedqsn_jax.simulation.running import (
     Entry,
 )
-from fedqsn_jax.simulation.warnings import warnings_after_run, warnings_before_run
+from fedqsn_jax.simulation.warnings import warnings_after_run, warnings_before_run, weak_claims
 
 
 def open_board(work: WorkDirectory, display: Display) -> TensorBoard:
@@ -46,6 +46,7 @@ def write_results(
     simulation, config = experiment.simulation, experiment.config
     score = simulation.task.score
     summary = summarize(history, _costs(experiment), history[-1]["seconds"], score)
+    summary["privacy"] = simulation.account and simulation.account.told(int(state.round))
     idle = [name for name, each in state.attackers.items() if not has_received(each)]
     summary["verdict"] = verdict(summary, config, idle)
     # Results first: nothing that comes later may cost them.
@@ -94,8 +95,10 @@ def show_overview(experiment: Experiment, display: Display, chosen: Collection[s
         f"{config.cohort.size} a round, {config.rounds} rounds, seed {config.seed}, "
         f"{simulation.choice.reason}"
     )
-    for line in warnings_before_run(config, chosen):
+    for line in [*warnings_before_run(config, chosen), *weak_claims(config, clients)]:
         display.warning(line)
+    if simulation.account is not None:
+        display.message(simulation.account.line(config.rounds))
     for note in experiment.problem.notes:
         display.message(note)
     display.overview(tensor_rows(simulation, experiment.problem.params), _costs(experiment))

@@ -27,6 +27,7 @@ except ImportError:  # Not everywhere; there, two runs are not kept apart.
     fcntl = None  # type: ignore[assignment]
 
 _CONFIG_FILE = "config.json"
+_PRIVACY_FILE = "privacy.json"
 _ROWS_FILE = "rows.sha256"
 _OWN_MODEL = "own_model"
 
@@ -183,6 +184,29 @@ class WorkDirectory:
         if self.own_model is not None:
             values[_OWN_MODEL] = list(self.own_model)
         self._write(_CONFIG_FILE, json.dumps(values, indent=2))
+
+    def write_noise(self, noise: float) -> None:
+        """Writes the noise multiplier of the run, with which it goes on, also where it is extended.
+
+        Raises:
+          ConfigError: The file system refuses.
+        """
+        self._write(_PRIVACY_FILE, json.dumps({"noise": noise}))
+
+    def noise(self) -> float | None:
+        """Returns the noise multiplier with which the run was begun; None: there is none.
+
+        Raises:
+          ConfigError: It cannot be read.
+        """
+        file = self.path / _PRIVACY_FILE
+        try:
+            return float(json.loads(file.read_text())["noise"]) if file.exists() else None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"--workdir={self.path}: {_PRIVACY_FILE} cannot be read: the noise of the rounds "
+                f"so far is not known"
+            ) from error
 
     def write_rows(self, fingerprint: str) -> None:
         """Writes what tells the rows of the run from others; see `data.splits.fingerprint`.

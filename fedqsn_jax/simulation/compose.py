@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedqsn_jax.config.schema import Config, ConfigError, chooses_scale
+from fedqsn_jax.config.schema import Config, chooses_scale
 from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.tasks import Task
 from fedqsn_jax.core.trees import TensorRoles, exclude, select, tree_bytes
@@ -39,16 +39,19 @@ from fedqsn_jax.rounds.federation import (
 )
 from fedqsn_jax.rounds.method import Method
 from fedqsn_jax.rounds.participation import Participation
+from fedqsn_jax.simulation.accounting import Account, account_of
 from fedqsn_jax.simulation.fitting import Fitted, Model, fit
 from fedqsn_jax.simulation.from_config import (
     SCALES,
     algorithm_of,
+    cohort_places,
     configured_aggregator,
     configured_broadcast,
+    configured_privacy,
     make_upload,
     upload_quantizer,
 )
-from fedqsn_jax.simulation.limits import report_bytes, sample_bytes
+from fedqsn_jax.simulation.limits import check_population, report_bytes, sample_bytes
 from fedqsn_jax.simulation.memory import client_bytes, saved_activations
 from fedqsn_jax.simulation.round_memory import fixed_memory, own_frozen_bytes, proxy_and_deltas
 from fedqsn_jax.simulation.scheduling import ClientAxisChoice, Workload, choose_client_axis
@@ -84,6 +87,7 @@ class Simulation(NamedTuple):
       memory: Estimated bytes on a device during a round, by purpose.
       task: What the model is for.
       population: Number of clients.
+      account: What clients' privacy costs; None: nothing is private.
       run: Several rounds in one compiled call; see `calls.make_rounds`.
       recompose: ``config -> Simulation``: the same with other values of `TRACEABLE` fields. They
         may be traced scalars, so that one compiled program serves many values.
@@ -99,6 +103,7 @@ class Simulation(NamedTuple):
     memory: dict[str, int]
     task: Task
     population: int
+    account: Account | None
     run: Callable[..., Any]
     recompose: Callable[[Config], "Simulation"]
 
@@ -132,6 +137,7 @@ def make_simulation(
     client_apply: ApplyFn | None = None,
     *,
     size: str = MODEL,
+    noise: float | None = None,
 ) -> Simulation:
     """Composes a simulation.
 
@@ -144,11 +150,14 @@ def make_simulation(
       client_apply: The model as clients train it; by default ``apply_fn`` in
         ``client.compute_dtype``.
       size: The setting that decides on the model's size, to be named where it is too large.
+      noise: The noise multiplier that was found for ``privacy.epsilon``; None: it is found now.
 
     Raises:
       ConfigError: The settings do not fit the model, the population or the device.
     """
-    _check_population(config, data.clients)
+    check_population(config, data.clients)
+    places = cohort_places(config, data.clients)
+    account = account_of(config, data.clients, places, noise)
     algorithm = algorithm_of(config)
     model = Model(
         apply_fn=apply_fn,
@@ -159,24 +168,9 @@ def make_simulation(
         size=size,
     )
     fitted = fit(config, algorithm, model, _batch_shapes(data, config.client.batch_size))
-    parts = _compose(config, algorithm, fitted, data.clients)
+    parts = _compose(config, algorithm, fitted, data.clients, account)
     memory, choice = _choose_client_axis(config, fitted, parts, data)
     return _simulation(config, fitted, parts, choice=choice, memory=memory)
-
-
-def _check_population(config: Config, population: int) -> None:
-    if config.cohort.size > population:
-        raise ConfigError(
-            f"cohort.size = {config.cohort.size}: allowed is at most {population}, the clients "
-            f"that take part (data.clients without data.held_out_clients)"
-        )
-    for colluders in config.evaluation.attackers:
-        if colluders > population:
-            raise ConfigError(
-                f"evaluation.attackers = {config.evaluation.attackers}: allowed is at most "
-                f"{population} each, the clients that take part (data.clients without "
-                f"data.held_out_clients)"
-            )
 
 
 class _Parts(NamedTuple):
@@ -188,6 +182,7 @@ class _Parts(NamedTuple):
       federation: The same composed, its clients one after the other.
       traffic: The lengths of payloads.
       population: Number of clients.
+      account: What clients' privacy costs, or None.
     """
 
     algorithm: Algorithm
@@ -195,9 +190,16 @@ class _Parts(NamedTuple):
     federation: Federation
     traffic: Traffic
     population: int
+    account: Account | None
 
 
-def _compose(config: Config, algorithm: Algorithm, fitted: Fitted, population: int) -> _Parts:
+def _compose(
+    config: Config,
+    algorithm: Algorithm,
+    fitted: Fitted,
+    population: int,
+    account: Account | None,
+) -> _Parts:
     sites, roles, task = fitted.sites, fitted.roles, fitted.model.task
     method = Method(
         transform=algorithm.transform,
@@ -209,6 +211,7 @@ def _compose(config: Config, algorithm: Algorithm, fitted: Fitted, population: i
         participation=Participation(**dataclasses.asdict(config.participation)),
         broadcast=configured_broadcast(config, algorithm),
         mask_per=config.mask_per,  # type: ignore[arg-type]
+        privacy=configured_privacy(config, algorithm, account),
     )
     apply_fn, rows = fitted.model.apply_fn, config.evaluation.batch_size
     evaluation = Evaluation(
@@ -220,7 +223,11 @@ def _compose(config: Config, algorithm: Algorithm, fitted: Fitted, population: i
         scales=SCALES if chooses_scale(config) else (),
     )
     federation = make_federation(
-        method, evaluation, population=population, cohort=config.cohort.size
+        method,
+        evaluation,
+        population=population,
+        cohort=config.cohort.size,
+        sampling=config.cohort.sampling,  # type: ignore[arg-type]
     )
     traffic = measure_traffic(
         algorithm.transform,
@@ -239,6 +246,7 @@ def _compose(config: Config, algorithm: Algorithm, fitted: Fitted, population: i
         federation=federation,
         traffic=traffic,
         population=population,
+        account=account,
     )
 
 
@@ -250,7 +258,7 @@ def _simulation(
     memory: dict[str, int],
 ) -> Simulation:
     def recompose(config: Config) -> Simulation:
-        again = _compose(config, algorithm_of(config), fitted, parts.population)
+        again = _compose(config, algorithm_of(config), fitted, parts.population, parts.account)
         return _simulation(config, fitted, again, choice=choice, memory=memory)
 
     federation = parts.federation.with_client_axis(choice.axis)
@@ -265,6 +273,7 @@ def _simulation(
         memory=memory,
         task=fitted.model.task,
         population=parts.population,
+        account=parts.account,
         run=make_rounds(
             federation,
             rounds_per_call=config.rounds_per_call,
@@ -333,7 +342,8 @@ def _choose_client_axis(
     )
     if workload.largest_chunk < 1:
         _refuse(config, fitted, fixed, a_client)
-    choice = choose_client_axis(config.cohort, workload, jax.default_backend())
+    cohort = dataclasses.replace(config.cohort, size=cohort_places(config, data.clients))
+    choice = choose_client_axis(cohort, workload, jax.default_backend())
     at_once, refills = choice.axis.chunk_size, choice.axis.refills
     clients = f"{at_once} client{'s' if at_once > 1 else ''}"
     memory = {**fixed, f"training of {clients} at once": at_once * a_client}

@@ -14,6 +14,9 @@ from fedqsn_jax.protocol.quantization import NormalFloat, Quantizer, SymmetricNo
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.upload import Upload, quantized_upload, whole_upload
 from fedqsn_jax.rounds.aggregation import Aggregator, make_aggregator, make_running_mean
+from fedqsn_jax.rounds.poisson import poisson_places
+from fedqsn_jax.rounds.privacy import Privacy
+from fedqsn_jax.simulation.accounting import Account
 
 _CODEBOOKS: dict[str, type[Quantizer]] = {
     "normal_float": NormalFloat,
@@ -103,13 +106,42 @@ def configured_aggregator(config: Config, sites: Sites, returned: Selection) -> 
         "weighting": server.weighting,
         "normalize": server.normalize,
         "trained": returned,
-        "clip_norm": server.clip_norm,
+        # Privacy refuses the other.
+        "clip_norm": config.privacy.clip or server.clip_norm,
     }
     if config.broadcast.every == 0:
         scale = 1.0 if chooses_scale(config) else server.scale
         return make_running_mean(sites, scale=scale, **shared)
     rule: Any = server.rule
     return make_aggregator(sites, server_optimizer(server, config.rounds), rule=rule, **shared)
+
+
+def cohort_places(config: Config, population: int) -> int:
+    """Returns the most clients of a round."""
+    if config.cohort.sampling == "poisson":
+        return poisson_places(population, config.cohort.size)
+    return config.cohort.size
+
+
+def configured_privacy(
+    config: Config, algorithm: Algorithm, account: Account | None
+) -> Privacy | None:
+    """Returns how sums of updates are made private by a configuration, or None.
+
+    Args:
+      config: The settings.
+      algorithm: What clients receive.
+      account: What it costs, with the noise.
+    """
+    if account is None:
+        return None
+    return Privacy(
+        clip=config.privacy.clip,
+        noise=account.noise,
+        expected=float(config.cohort.size),
+        hidden=algorithm.p2,
+        sampling=algorithm.sampling,
+    )
 
 
 def configured_broadcast(config: Config, algorithm: Algorithm) -> Broadcast:

@@ -9,13 +9,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedqsn_jax.config.schema import Config
+from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.trees import tree_bytes
 from fedqsn_jax.core.types import Batch
 from fedqsn_jax.problems.limits import check_memory
 from fedqsn_jax.problems.training import local_optimizer
 from fedqsn_jax.simulation.fitting import Model
 from fedqsn_jax.simulation.memory import client_bytes, saved_activations
+
+
+def check_population(config: Config, population: int) -> None:
+    """Refuses cohorts and coalitions that are larger than the population.
+
+    Raises:
+      ConfigError: One is.
+    """
+    if config.cohort.size > population:
+        raise ConfigError(
+            f"cohort.size = {config.cohort.size}: allowed is at most {population}, the clients "
+            f"that take part (data.clients without data.held_out_clients)"
+        )
+    for colluders in config.evaluation.attackers:
+        if colluders > population:
+            raise ConfigError(
+                f"evaluation.attackers = {config.evaluation.attackers}: allowed is at most "
+                f"{population} each, the clients that take part (data.clients without "
+                f"data.held_out_clients)"
+            )
 
 
 def check_pretraining(config: Config, model: Model, private: Batch) -> None:

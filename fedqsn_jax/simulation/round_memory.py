@@ -20,6 +20,7 @@ from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.sizes import Traffic
 from fedqsn_jax.rounds.calls import draw_cohorts
 from fedqsn_jax.rounds.federation import Federation
+from fedqsn_jax.simulation.from_config import cohort_places
 from fedqsn_jax.simulation.scheduling import calls_of
 
 
@@ -68,7 +69,7 @@ def fixed_memory(
     return {
         "server's state with attackers' copies": tree_bytes(state) - residuals,
         **own,
-        "client masks": config.cohort.size * columns,
+        "client masks": cohort_places(config, data.clients) * columns,
         **_rows_memory(federation, params, config, data),
     }
 
@@ -79,13 +80,15 @@ def _rows_memory(
     if not isinstance(data, HostData):
         return {"clients' rows": data.device_bytes}
 
-    def public_key(key: Array) -> Array:
+    def keys(key: Array) -> tuple[Array, Array]:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
-        return federation.init(key, zeros).public_key
+        state = federation.init(key, zeros)
+        return state.secret_key, state.public_key
 
     key = federation_key(config.seed)
+    secret_key, public_key = jax.jit(keys)(key)
     state = dataclasses.replace(
-        jax.eval_shape(federation.init, key, params), public_key=jax.jit(public_key)(key)
+        jax.eval_shape(federation.init, key, params), secret_key=secret_key, public_key=public_key
     )
     cohorts = draw_cohorts(federation, state, config.rounds)
     calls = [cohorts[start:stop] for start, stop in calls_of(0, config)]

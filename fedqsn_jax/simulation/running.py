@@ -14,6 +14,7 @@ from fedqsn_jax.core.types import Array, Batch, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
 from fedqsn_jax.host.devices import Tree, replicate
+from fedqsn_jax.reporting.summary import EPSILON
 from fedqsn_jax.rounds.calls import CallResult, draw_cohorts
 from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.simulation.compose import Simulation
@@ -38,7 +39,8 @@ def first_entry(simulation: Simulation, state: ServerState, test: Batch | HeldOu
     """Evaluates the state before the first round: an entry without training facts."""
     test = place(simulation, test)
     metrics = jax.device_get(jax.jit(simulation.federation.evaluate)(state, test))
-    return {"round": 0, **_ordered(metrics), "seconds": 0.0}
+    epsilon = {} if simulation.account is None else {EPSILON: 0.0}
+    return {"round": 0, **_ordered(metrics), **epsilon, "seconds": 0.0}
 
 
 def run_rounds(
@@ -93,8 +95,9 @@ def entry_of(simulation: Simulation, result: CallResult, index: int, finished: i
     """Returns what one evaluated round of a call tells.
 
     That is its number, metrics, the training loss, how many clients returned an update and whose
-    were rejected, and bytes, means over the sampled clients. In one-way rounds some have already
-    what they would be sent: there bytes down are means over all rounds so far.
+    were rejected, bytes, means over the sampled clients, and epsilon of all rounds so far. In
+    one-way rounds some have already what they would be sent: there bytes down are means over all
+    rounds so far.
 
     Args:
       simulation: The method, whose payloads are counted.
@@ -104,8 +107,10 @@ def entry_of(simulation: Simulation, result: CallResult, index: int, finished: i
     """
     number, traffic = finished + index + 1, simulation.traffic
     facts = {name: values[index] for name, values in result.facts.items()}
-    cohort = simulation.config.cohort.size
-    drawn = cohort * number if "payloads" in facts else cohort
+    mean_size = simulation.config.cohort.size
+    # Of a Poisson cohort that is empty there are no means.
+    cohort = max(int(facts.get("clients/drawn", mean_size)), 1)
+    drawn = mean_size * number if "payloads" in facts else cohort
     payloads = _count(facts["payloads"]) / drawn if "payloads" in facts else 1
 
     def columns(kind: str, clients: int) -> dict[str, float]:
@@ -114,10 +119,11 @@ def entry_of(simulation: Simulation, result: CallResult, index: int, finished: i
 
     counts = {
         name: int(facts[f"clients/{name}"])
-        for name in ("sent", "returned", "rejected")
+        for name in ("drawn", "sent", "returned", "rejected")
         if f"clients/{name}" in facts
     }
     returned = counts["returned"] / cohort
+    epsilon = {} if simulation.account is None else {EPSILON: simulation.account.epsilon(number)}
     return {
         "round": number,
         **_ordered({name: values[index] for name, values in result.metrics.items()}),
@@ -125,6 +131,7 @@ def entry_of(simulation: Simulation, result: CallResult, index: int, finished: i
         **{f"clients/{name}": count for name, count in counts.items()},
         "bytes/down_per_client": traffic.down.of(columns("visible", drawn), payloads),
         "bytes/up_per_client": traffic.up.of(columns("returned", cohort), returned),
+        **epsilon,
     }
 
 

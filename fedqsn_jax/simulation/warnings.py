@@ -40,6 +40,22 @@ def warnings_before_run(config: Config, chosen: Collection[str] = ()) -> list[st
     ]
 
 
+def weak_claims(config: Config, population: int) -> list[str]:
+    """Returns a line where delta is so large that the claim of privacy says little.
+
+    Args:
+      config: The settings.
+      population: Number of clients.
+    """
+    if not config.privacy.clip or config.privacy.delta < 1 / population:
+        return []
+    return [
+        f"privacy.delta = {config.privacy.delta}: it should be well below 1 / {population}, one "
+        f"over the number of clients; otherwise a mechanism that gives one of them away whole "
+        f"would pass"
+    ]
+
+
 def _broken_promises(config: Config) -> list[str]:
     """One line for the invariants that the algorithm does not meet, or none."""
     algorithm = algorithm_of(config)
