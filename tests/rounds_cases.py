@@ -50,6 +50,8 @@ def federate(
     upload=None,
     broadcast=EVERY_ROUND,
     mask_per="round",
+    privacy=None,
+    sampling="without_replacement",
     **aggregation,
 ):
     task = classification()
@@ -74,6 +76,7 @@ def federate(
         participation=participation,
         broadcast=broadcast,
         mask_per=mask_per,
+        privacy=privacy,
     )
     evaluation = Evaluation(
         evaluator=make_evaluator(model.apply_fn, task, 16),
@@ -81,7 +84,9 @@ def federate(
         proxy_samples=3,
         attackers=attackers,
     )
-    federation = make_federation(method, evaluation, population=POPULATION, cohort=cohort)
+    federation = make_federation(
+        method, evaluation, population=POPULATION, cohort=cohort, sampling=sampling
+    )
     return federation.with_client_axis(ClientAxis(chunk))
 
 

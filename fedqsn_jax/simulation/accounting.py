@@ -18,8 +18,10 @@ from typing import Any
 from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.reporting.summary import privacy_line
 
-_INTERVAL = 1e-3
+_INTERVAL = 5e-3
 """Of privacy losses; they are rounded so that epsilon is never too small."""
+_ORDERS = (*range(2, 33), 48, 64, 128, 256)
+"""Of Renyi divergences."""
 _LEAST_NOISE, _MOST_NOISE = 2.0**-4, 2.0**16
 _PRECISION = 1e-3
 """Relative, of the noise that is found."""
@@ -173,7 +175,9 @@ def _bound_by_divergences(account: Account, rounds: int) -> float:
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
-    accountant = RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
+    accountant = RdpAccountant(
+        _ORDERS, neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE
+    )
     # The event wants the noise beside the sensitivity: of a client in another's place, two clips.
     one_round = dp_accounting.SampledWithoutReplacementDpEvent(
         account.population, account.expected, dp_accounting.GaussianDpEvent(account.noise / 2)
