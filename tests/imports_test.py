@@ -42,6 +42,7 @@ CLIENT_SIDE = (
     "protocol.wire",
     "deploy.client",
     "deploy.client_app",
+    "deploy.client_files",
 )
 SERVER_SIDE = (
     "host.checkpoints",
@@ -54,6 +55,7 @@ SERVER_SIDE = (
     "runs",
     "deploy.server",
     "deploy.server_app",
+    "deploy.server_files",
     "deploy.session",
 )
 

@@ -59,6 +59,25 @@ def test_the_quickstart_runs(executed, monkeypatch):
     assert "\x1b" not in text_of(shown)
 
 
+def test_the_audit_notebook_runs(executed, monkeypatch):
+    changes = [
+        "--config.model.hidden=(8,)",
+        "--config.pretraining.steps=2",
+        "--config.client.steps=1",
+        "--config.evaluation.attackers=(1,)",
+    ]
+    monkeypatch.setenv("FEDQSN_NOTEBOOK_ROUNDS", "2")
+    monkeypatch.setenv("FEDQSN_NOTEBOOK_STEPS", "4")
+    monkeypatch.setenv("FEDQSN_NOTEBOOK_CHANGES", " ".join(changes))
+    shown = executed("audit.ipynb")
+    assert pictures_in(shown) == 1
+    text = text_of(shown)
+    assert "FedQSN as published: U " in text
+    assert "\nsticky and one-way: U " in text
+    assert "  1 colluding: P " in text
+    assert "'largest_change': 0.0, 'learned': False" in text
+
+
 def finished_sweep(path, flags, grids, metrics_of):
     """Writes what a sweep leaves that has run to its end; ``metrics_of`` a configuration."""
     plan = make_plan(read_config(*flags), grids)

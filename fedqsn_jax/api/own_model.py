@@ -1,7 +1,5 @@
 """One call for people who bring their own model and their own clients' arrays."""
 
-import dataclasses
-import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen
 
-from fedqsn_jax.api.heads import Head, find_heads
+from fedqsn_jax.api.heads import find_heads
 from fedqsn_jax.api.own_function import (
     OwnModel,
     as_function,
@@ -31,25 +29,26 @@ from fedqsn_jax.api.own_rows import (
     read_clients,
     read_rows,
 )
+from fedqsn_jax.api.own_settings import check_kinds, chosen_names, resolve_own, with_heads
+from fedqsn_jax.api.own_targets import leave_out_idle_rows
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import (
     Config,
     ConfigError,
-    check_sections,
     chooses_scale,
-    resolve,
     with_fields,
 )
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task, classification
-from fedqsn_jax.core.trees import exact_pattern, leaves_by_path, matches_any
+from fedqsn_jax.core.trees import leaves_by_path
 from fedqsn_jax.core.types import Batch, Params
 from fedqsn_jax.data.held_out import hold_out
 from fedqsn_jax.data.population import Splits
 from fedqsn_jax.data.streamed import HostData, place
+from fedqsn_jax.host.devices import computing
 from fedqsn_jax.problems.limits import MODEL, check_initial
 from fedqsn_jax.problems.problem import Problem
 from fedqsn_jax.problems.training import pretrain
-from fedqsn_jax.protocol.sites import parse_rule
 from fedqsn_jax.reporting.display import Display, silent_display
 from fedqsn_jax.reporting.summary import Costs, TensorRow
 from fedqsn_jax.rounds.federation import ServerState
@@ -144,29 +143,31 @@ def federate(
       ValueError: The arrays are in another format or do not agree, a label is none of the model's
         classes, or the model has running statistics.
     """
-    config, population, rows = _read(clients, test, private, settings, workdir)
-    task = task or classification()
-    check_names(model, inputs, task, population.examples)
-    for line in warnings_before_run(config, _chosen(settings)):
-        warnings.warn(line, stacklevel=2)
-    own = _Own(model, task, params, inputs)
-    noise = None if workdir is None else WorkDirectory(Path(workdir)).noise()
-    tree, experiment = _prepare(own, config, population, rows, noise)
-    if workdir is None:
-        state, history = _run(experiment, on_progress)
-    else:
-        state, history = _run_in(Path(workdir), experiment, on_progress)
-    for line in warnings_after_run(experiment.config, history, state.attackers):
-        warnings.warn(line, stacklevel=2)
-    simulation = experiment.simulation
-    return Federated(
-        tree.join(jax.jit(simulation.merged)(state.params)),
-        history,
-        tensor_rows(simulation, experiment.problem.params),
-        expected_costs(simulation),
-        state,
-        simulation,
-    )
+    with computing():
+        config, population, rows = _read(clients, test, private, settings, workdir)
+        task = classification() if task is None else task
+        check_kinds(task, on_progress, workdir)
+        check_names(model, inputs, task, population.examples)
+        for line in warnings_before_run(config, chosen_names(settings)):
+            warnings.warn(line, stacklevel=2)
+        own = _Own(model, task, params, inputs)
+        noise = None if workdir is None else WorkDirectory(user_path(workdir)).noise()
+        tree, experiment = _prepare(own, config, population, rows, noise)
+        if workdir is None:
+            state, history = _run(experiment, on_progress)
+        else:
+            state, history = _run_in(user_path(workdir), experiment, on_progress)
+        for line in warnings_after_run(experiment.config, history, state.attackers):
+            warnings.warn(line, stacklevel=2)
+        simulation = experiment.simulation
+        return Federated(
+            tree.join(jax.jit(simulation.merged)(state.params)),
+            history,
+            tensor_rows(simulation, experiment.problem.params),
+            expected_costs(simulation),
+            state,
+            simulation,
+        )
 
 
 def _read(
@@ -178,7 +179,7 @@ def _read(
 ) -> tuple[Config, HostData, dict[str, Rows]]:
     """The settings, the clients' rows, and those of others by whose they are."""
     population = read_clients(clients)
-    config = _resolve(settings, population.clients, workdir is not None)
+    config = resolve_own(settings, population.clients, workdir is not None)
     others = {"test": test} if private is None else {"test": test, "private": private}
     rows = {where: read_rows(each, where) for where, each in others.items()}
     for where, each in rows.items():
@@ -212,7 +213,9 @@ def _prepare(
     noise: float | None,
 ) -> tuple[OwnTree, Experiment]:
     """Checks the model, and composes what is run; no program of the rounds is compiled."""
-    some = {name: jnp.asarray(array[:_PROBE_ROWS]) for name, array in rows["test"].items()}
+    # What 32 bits cannot hold is refused below.
+    with np.errstate(over="ignore"):
+        some = {name: jnp.asarray(array[:_PROBE_ROWS]) for name, array in rows["test"].items()}
     example = {name: array[:1] for name, array in some.items()}
     key = root_key(config.seed)
     own_apply, initial = as_function(own.model, fold_in_name(key, "model"), example, own.inputs)
@@ -223,6 +226,7 @@ def _prepare(
         check_classes(own.task.label, outputs, population, rows)
     check_task(own.task, outputs, example)
     check_held(population, rows)
+    population, rows = leave_out_idle_rows(own.task, outputs, population, rows)
     if isinstance(own.model, linen.Module) and own.params is None:
         check_initial(config, MODEL, jax.eval_shape(initial))
     tree, start = read_params(start_of())
@@ -248,7 +252,7 @@ def _prepare(
         task=own.task,
         name="rows of your own",
     )
-    return tree, prepare(_with_heads(config, heads, start), problem, noise)
+    return tree, prepare(with_heads(config, heads, start), problem, noise)
 
 
 def _as_the_model_has(own: _Own, initial: Callable[[], Params]) -> Params:
@@ -315,83 +319,6 @@ def _private(config: Config, rows: Mapping[str, Batch]) -> Batch:
     return {name: array[:0] for name, array in rows["test"].items()}
 
 
-def _with_heads(config: Config, heads: Sequence[Head], params: Params) -> Config:
-    """Settings in which the model's heads are named: they are never hidden, whatever rules say.
-
-    Raises:
-      ConfigError: No head is known, though columns are hidden or quantized.
-    """
-    kernels = [head.kernel for head in heads]
-    if not heads and not config.site_rules and config.algorithm != "fedavg":
-        raise ConfigError(
-            "site_rules: no task head was found; name it by a rule such as '=PATH: none', with a "
-            f"path of: {', '.join(leaves_by_path(params))}"
-        )
-    try:
-        rules = [(rule, *parse_rule(rule)) for rule in config.site_rules]
-    except ValueError as error:
-        raise ConfigError(f"site_rules: {error}") from error
-    own = []
-    for kernel in kernels:
-        fitting = [roles for _, pattern, roles in rules if matches_any(kernel, (pattern,))]
-        # A head that a rule quantizes and never hides travels so.
-        if not fitting or fitting[0][0] not in ("none", "whole"):
-            own.append(f"{exact_pattern(kernel)}: none")
-    for rule, pattern, roles in rules:
-        fits = [path for path in leaves_by_path(params) if matches_any(path, (pattern,))]
-        if fits and set(fits) <= set(kernels) and roles[0] not in ("none", "whole"):
-            warnings.warn(
-                f"site_rules: {rule!r} has no effect: {', '.join(fits)} is the task head, which "
-                f"is never hidden",
-                stacklevel=4,
-            )
-    tensors = [path for head in heads for path in head if path is not None]
-    patterns = [exact_pattern(path) for path in tensors] or ["head"]
-    named = [patterns if name == "head" else [name] for name in config.client.trained]
-    trained = tuple(itertools.chain(*named))
-    client = dataclasses.replace(config.client, trained=trained)
-    return dataclasses.replace(config, site_rules=(*own, *config.site_rules), client=client)
-
-
-_DATA_FIELDS = {"resident", "held_out_share", "held_out_clients"}
 _PROBE_ROWS = 64
 _STREAM = 0x68656C64
 """Keeps the draws of held-out rows apart from others with the same seed."""
-
-
-def _chosen(settings: Mapping[str, Any]) -> set[str]:
-    """The dotted names of settings."""
-    chosen = set()
-    for name, value in settings.items():
-        fields = value if isinstance(value, Mapping) else {"": None}
-        chosen |= {f"{name}.{field}".rstrip(".") for field in fields}
-    return chosen
-
-
-def _resolve(settings: Mapping[str, Any], population: int, keeps: bool) -> Config:
-    check_sections(settings)
-    data = dict(settings.get("data", {}))
-    held_out = data.get("held_out_clients", 0)
-    if isinstance(held_out, int) and held_out < population:
-        population -= held_out
-    for section in ("data", "model", "checkpoint"):
-        if section in settings and (section != "data" or set(data) - _DATA_FIELDS):
-            if section == "checkpoint" and keeps:
-                continue
-            why = (
-                "without workdir=DIRECTORY"
-                if section == "checkpoint"
-                else ("here, the model and the arrays are your own")
-            )
-            raise ConfigError(f"{section}: of no use {why}")
-    cohort = {"size": min(Config().cohort.size, population), **settings.get("cohort", {})}
-    attackers = tuple(sorted({min(n, population) for n in Config().evaluation.attackers}))
-    evaluation = {"attackers": attackers, **settings.get("evaluation", {})}
-    return resolve(
-        {
-            **settings,
-            "cohort": cohort,
-            "evaluation": evaluation,
-            "data": {"clients": population, **data},
-        }
-    )

@@ -13,18 +13,18 @@ from fedqsn_jax.core.keys import root_key
 from fedqsn_jax.core.tasks import Task
 from fedqsn_jax.core.trees import combine, exclude, leaves_by_path, path_of, select
 from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
-from fedqsn_jax.data.population import ClientData, join_clients
+from fedqsn_jax.data.population import ClientData, HeldOut, join_clients
 from fedqsn_jax.data.splits import fingerprint
 from fedqsn_jax.data.streamed import HostData
 from fedqsn_jax.data.streamed import place as on_device
 from fedqsn_jax.host.checkpoints import Checkpoints
 from fedqsn_jax.models.functional import in_compute_dtype
 from fedqsn_jax.problems.problem import problem_settings
-from fedqsn_jax.problems.training import pretrain
+from fedqsn_jax.problems.training import hold_back, pretrain
 from fedqsn_jax.protocol.proxy import scale_sites
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.rounds.federation import ServerState
-from fedqsn_jax.runs.experiment import load_problem, prepare
+from fedqsn_jax.runs.preparation import Experiment, load_problem, prepare
 from fedqsn_jax.runs.trained import load
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.simulation.compose import Simulation
@@ -41,7 +41,7 @@ class Case(NamedTuple):
       train_apply: The same, as a thief trains it.
       task: What it is for.
       data: The clients' rows.
-      test: The test rows.
+      held_out: The test rows, and the server's own on which settings are chosen during the run.
       start: The state before the first round.
       final: The state after the last.
     """
@@ -52,9 +52,14 @@ class Case(NamedTuple):
     train_apply: ApplyFn
     task: Task
     data: ClientData
-    test: Batch
+    held_out: HeldOut
     start: ServerState
     final: ServerState
+
+    @property
+    def test(self) -> Batch:
+        """The test rows."""
+        return self.held_out.test
 
     @property
     def sites(self) -> Sites:
@@ -104,18 +109,37 @@ def case_of_run(workdir: Path) -> Case:
                 f"command that began it resumes it"
             )
         experiment = prepare(_stepwise(config), noise=work.noise())
-        problem, simulation = experiment.problem, experiment.simulation
+        problem = experiment.problem
         work.check_rows(fingerprint(problem.splits))
-        shapes = jax.eval_shape(simulation.federation.init, root_key(config.seed), problem.params)
+        shapes = jax.eval_shape(
+            experiment.simulation.federation.init, root_key(config.seed), problem.params
+        )
         final, _ = checkpoints.restore(shapes, config.rounds)
     params = pretrain(
         config,
         problem.pretraining_apply,
         problem.task,
         problem.params,
-        problem.splits.private,
+        experiment.private,
         problem.preparation,
     )
+    return case_of_experiment(experiment, params, final)
+
+
+def case_of_experiment(experiment: Experiment, params: Params, final: ServerState) -> Case:
+    """Makes a case of a run in memory.
+
+    Args:
+      experiment: What was run.
+      params: The parameters before the first round, after the server's own training.
+      final: The state after the last round.
+
+    Raises:
+      ConfigError: The run is of a kind that is not audited.
+    """
+    config, problem = experiment.config, experiment.problem
+    require_auditable(config)
+    simulation = experiment.simulation.recompose(_stepwise(config))
     train_apply = problem.client_apply or in_compute_dtype(
         problem.apply_fn, config.client.compute_dtype
     )
@@ -126,7 +150,7 @@ def case_of_run(workdir: Path) -> Case:
         train_apply,
         problem.task,
         problem.splits.clients,
-        problem.splits.test,
+        experiment.held_out,
         initial_state(simulation, params),
         place(simulation, final),
     )
@@ -180,8 +204,10 @@ def case_of_model(simulation: Simulation, final: ServerState, own: OwnModel) -> 
         clients = HostData(*join_clients(rows))
     data = on_device(clients, config.data.resident)
     params = jax.tree.map(jnp.asarray, own.params)
+    validation = None
     if own.private is not None:
-        private = {name: jnp.asarray(array) for name, array in own.private.items()}
+        rows_of_server = {name: jnp.asarray(array) for name, array in own.private.items()}
+        private, validation = hold_back(config, rows_of_server)
         params = pretrain(config, own.apply_fn, stepwise.task, params, private)
     return Case(
         config,
@@ -190,7 +216,7 @@ def case_of_model(simulation: Simulation, final: ServerState, own: OwnModel) -> 
         in_compute_dtype(own.apply_fn, config.client.compute_dtype),
         stepwise.task,
         data,
-        {name: jnp.asarray(array) for name, array in own.test.items()},
+        HeldOut({name: jnp.asarray(a) for name, a in own.test.items()}, {}, validation),
         initial_state(stepwise, params),
         final,
     )

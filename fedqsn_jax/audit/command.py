@@ -63,9 +63,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         # Before JAX is waited for.
         work = WorkDirectory(workdir)
         work.check(work.config())
-        colluders = _numbers("--colluders", options.colluders, words=("half",))
-        queries = _numbers("--queries", options.queries)
-        (steps,) = _numbers("--steps", options.steps, low=0)[:1]
+        colluders = numbers("--colluders", options.colluders, words=("half",))
+        queries = numbers("--queries", options.queries)
+        (steps,) = numbers("--steps", options.steps, low=0)[:1]
         return _audit(workdir, options, colluders, queries, steps)
     except UserError as error:
         return signals.refuse(error)
@@ -93,8 +93,18 @@ def _audit(workdir: Path, options: Any, colluders: tuple, queries: tuple, steps:
     return 0
 
 
-def _numbers(option: str, text: str, words: tuple[str, ...] = (), low: int = 1) -> tuple:
-    """The numbers, or words, in a list that is separated by commas."""
+def numbers(option: str, text: str, words: tuple[str, ...] = (), low: int = 1) -> tuple:
+    """Reads the numbers, or words, in a list that is separated by commas.
+
+    Args:
+      option: What the user wrote them after.
+      text: The list.
+      words: Words that are allowed too.
+      low: The smallest number that is allowed.
+
+    Raises:
+      ConfigError: Something else is in it, or nothing.
+    """
     from fedqsn_jax.config.schema import ConfigError
 
     found: list[int | str] = []

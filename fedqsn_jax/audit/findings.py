@@ -14,7 +14,14 @@ from fedqsn_jax.audit.received import Payloads
 from fedqsn_jax.audit.replay import members_by_round, payload_layout
 from fedqsn_jax.audit.rows import client_rows, pad
 from fedqsn_jax.audit.scene import Scene
-from fedqsn_jax.audit.subtraction import compare, others_update, own_updates, pairs, plays
+from fedqsn_jax.audit.subtraction import (
+    compare,
+    largest_change,
+    others_update,
+    own_updates,
+    pairs,
+    plays,
+)
 from fedqsn_jax.audit.union import everything, union_model
 from fedqsn_jax.protocol.proxy import dequantize_proxy
 from fedqsn_jax.rounds.calls import draw_cohorts
@@ -104,9 +111,12 @@ def subtraction(scene: Scene, payloads: Payloads) -> Finding:
     """What successive proxies tell of the others' updates.
 
     Raises:
-      NotPlayedError: No two successive rounds have a member, or the server's step is another one.
+      NotPlayedError: No two successive rounds have a member, or the server's step is another one;
+        with one-way rounds: no proxy was received.
     """
     case = scene.case
+    if case.simulation.method.broadcast.is_one_way:
+        return _nothing_to_subtract(scene, payloads)
     if not plays(case):
         raise NotPlayedError("only of runs in which the server adds the mean of plain updates")
     layout, by_round = payload_layout(case), members_by_round(case, scene.adversary.members)
@@ -132,6 +142,25 @@ def subtraction(scene: Scene, payloads: Payloads) -> Finding:
         "rounds": [index + 1 for index in chosen],
         "cosine": float(np.mean([each.cosine for each in estimates])),
         "compared": float(np.mean([each.compared for each in estimates])),
+    }
+
+
+def _nothing_to_subtract(scene: Scene, payloads: Payloads) -> Finding:
+    """Of one-way rounds: whether any two proxies differ where both show an entry.
+
+    If they never do, no byte that was received depends on another client's update.
+    """
+    versions = [
+        (index, dequantize_proxy(proxy))
+        for index, _, proxy in payloads.read(payload_layout(scene.case), scene.adversary.members)
+    ]
+    if not versions:
+        raise NotPlayedError("no member took part in a round")
+    change = largest_change([proxy for _, proxy in versions])
+    return {
+        "rounds": sorted({index + 1 for index, _ in versions}),
+        "largest_change": change,
+        "learned": change > 0,
     }
 
 

@@ -158,6 +158,15 @@ def finding_texts(findings: dict[str, Any]) -> dict[str, str]:
                 f"1% false alarms"
                 for kind, found in kinds
             )
+        elif "learned" in facts:
+            change = facts["largest_change"]
+            texts[name] = (
+                f"one-way rounds: the proxies that were received differ by up to {change:.3g} "
+                "where they show the same entries, which should be 0"
+                if facts["learned"]
+                else "one-way rounds: all proxies that were received are the same where they show "
+                "the same entries, so nothing is learned of the others' updates"
+            )
         else:
             texts[name] = (
                 f"others' mean update known to a cosine of {facts['cosine']:.3f} on "

@@ -21,15 +21,20 @@ from fedqsn_jax.audit.case import Case
 from fedqsn_jax.audit.evaluation import Answers, fidelity, score_of
 from fedqsn_jax.audit.findings import FINDINGS
 from fedqsn_jax.audit.received import Holdings, Payloads, expected_bytes, hold, not_recorded
-from fedqsn_jax.audit.replay import members_by_round, payload_layout, replay
+from fedqsn_jax.audit.replay import members_by_round, payload_layout, payloads_by_round, replay
 from fedqsn_jax.audit.rows import Divided, divide, pooled_rows
-from fedqsn_jax.audit.scene import AuditSettings, Scene, make_tools
+from fedqsn_jax.audit.scene import AuditSettings, Scene, Tools, make_tools
 from fedqsn_jax.audit.subtraction import pairs, plays
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.reporting.display import Display, bytes_text
 
 _SETTINGS = "settings.json"
+RECEIVED, RESULTS = "received", "results"
+"""Folders in an audit's directory: what clients were sent, and what came of each attack."""
+
+_PLACES = 64
+"""Rows are padded to a multiple of so many."""
 
 
 class Played(NamedTuple):
@@ -121,9 +126,20 @@ class Store(NamedTuple):
 
 
 def record(
-    case: Case, chosen: Sequence[Adversary], directory: Path, display: Display
+    case: Case,
+    chosen: Sequence[Adversary],
+    directory: Path,
+    display: Display,
+    changes: bool,
 ) -> tuple[Payloads, float]:
     """Makes sure that what the coalitions were sent is there, by a replay where it is not.
+
+    Args:
+      case: The run.
+      chosen: The coalitions.
+      directory: Where it is, or will be.
+      display: Where progress is shown.
+      changes: Whether what rounds did is wanted too, for the scoring of `subtraction`.
 
     Returns:
       The payloads, and the largest difference of the replayed model from the run's.
@@ -131,25 +147,32 @@ def record(
     payloads = Payloads(directory)
     members = sorted({member for each in chosen for member in each.members})
     facts = payloads.facts()
-    if facts and facts.get("rounds") == case.config.rounds and not not_recorded(payloads, members):
+    complete = facts and facts.get("rounds") == case.config.rounds
+    complete = complete and (facts or {}).get("changes", True) >= changes
+    if facts and complete and not not_recorded(payloads, members):
         display.message(f"what clients were sent is in {directory} already")
         return payloads, float(facts["difference"])
-    by_round = members_by_round(case, members)
+    by_round = payloads_by_round(case, members)
     count = sum(map(len, by_round.values()))
     size = bytes_text(expected_bytes(case, count))
     display.message(f"the run is replayed: {count} payloads to colluders, about {size} on the disk")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(mode=0o700, parents=True)
-    changes: set[int] = set()
-    if plays(case):
+    rounds: set[int] = set()
+    if changes and plays(case):
         for each in chosen:
-            changes |= set(pairs(members_by_round(case, each.members)))
+            rounds |= set(pairs(members_by_round(case, each.members)))
     with display.steps("replaying rounds", case.config.rounds) as steps:
-        replayed = replay(case, members, payloads.keep, lambda _: steps.add(1), sorted(changes))
+        replayed = replay(case, members, payloads.keep, lambda _: steps.add(1), sorted(rounds))
     for change in replayed.changes:
         payloads.keep_change(change.round, change.params)
     payloads.complete(
-        {"clients": members, "rounds": case.config.rounds, "difference": replayed.difference}
+        {
+            "clients": members,
+            "rounds": case.config.rounds,
+            "difference": replayed.difference,
+            "changes": changes,
+        }
     )
     return payloads, replayed.difference
 
@@ -162,6 +185,7 @@ def play(
     base: Params | None = None,
     reference: Params | None = None,
     named: Sequence[str] = (),
+    tools: Tools | None = None,
 ) -> Results:
     """Plays all attacks, or reads those that were played before with the same settings.
 
@@ -173,18 +197,22 @@ def play(
       base: A public base, or None.
       reference: The model of a FedAvg run, or None.
       named: What base and reference are called, so that results of others are not taken up.
+      tools: The shared programs, if those of an audit of the same model, task and settings are
+        there.
 
     Raises:
       ConfigError: A coalition is larger than the population.
     """
     chosen = adversaries(case, settings.colluders)
     directory.mkdir(mode=0o700, exist_ok=True)
-    payloads, difference = record(case, chosen, directory / "received", display)
-    store = Store(directory / "results")
+    payloads, difference = record(
+        case, chosen, directory / RECEIVED, display, changes=settings.findings
+    )
+    store = Store(directory / RESULTS)
     made_with = {**dataclasses.asdict(settings), "rounds": case.config.rounds, "named": list(named)}
     if store.begin(json.loads(json.dumps(made_with))):
         display.message("results of an audit with other settings were removed")
-    tools, owner = make_tools(case, settings), jax.jit(case.owner)(case.final)
+    tools, owner = tools or make_tools(case, settings), jax.jit(case.owner)(case.final)
     models = {"global": owner, "start": jax.jit(case.owner)(case.start), "fedavg": reference}
     answers = {
         name: tools.answer(params, case.test)
@@ -194,7 +222,8 @@ def play(
     divided = [divide(case.data, each.members, settings.seed) for each in chosen]
     places = _places(divided)
     attacks, played, findings, holdings = catalogue(settings), [], {}, {}
-    pace = _Pace(display, len(chosen) * (len(attacks) + len(FINDINGS)))
+    wanted = FINDINGS if settings.findings else {}
+    pace = _Pace(display, len(chosen) * (len(attacks) + len(wanted)))
     for adversary, own in zip(chosen, divided, strict=True):
         held = hold(
             payloads.read(payload_layout(case), adversary.members),
@@ -220,15 +249,18 @@ def play(
         for attack in attacks:
             played.append(_play_one(scene, attack, store, pace))
         findings[adversary.name] = {
-            name: _find_one(scene, name, payloads, store, pace) for name in FINDINGS
+            name: _find_one(scene, name, payloads, store, pace) for name in wanted
         }
     sums = {name: each.sums for name, each in answers.items()}
     return Results(chosen, played, findings, holdings, sums, difference)
 
 
 def _places(divided: Sequence[Divided]) -> tuple[int, int]:
+    """Places for the rows of the largest coalition, so many that programs serve other draws too."""
+
     def most(kind: str) -> int:
-        return max(1, *(len(next(iter(getattr(each, kind).values()))) for each in divided))
+        rows = max(1, *(len(next(iter(getattr(each, kind).values()))) for each in divided))
+        return -(-rows // _PLACES) * _PLACES
 
     return most("train"), most("held")
 

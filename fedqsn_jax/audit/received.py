@@ -1,5 +1,7 @@
 """What colluding clients hold: the payloads that they were sent, and what they make of them."""
 
+import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from fedqsn_jax.protocol.proxy import Proxy, dequantize_proxy
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.wire import decode_proxy
 from fedqsn_jax.rounds.views import Attacker, update_attacker
+from fedqsn_jax.simulation.costs import expected_costs, payloads_per_client
 
 _NAME = re.compile(r"round_(\d+)_client_(\d+)\.proxy")
 _COMPLETE = "complete.json"
@@ -115,17 +118,16 @@ def hold(
         site.path: jnp.zeros((site.layers, site.columns), bool) for site in sites if site.draws
     }
     nothing = jax.tree.map(jnp.zeros_like, like)
-    union = Attacker(jnp.asarray(members, jnp.int32), nothing, known)
+    # Without its members: the program is the same for all coalitions.
+    union = Attacker(jnp.zeros(0, jnp.int32), nothing, known)
     total, seen = nothing, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), like)
     cells: Cells | None = None
     versions: dict[int, Proxy] = {}
     rounds: list[int] = []
     latest, count = None, 0
     for index, _, proxy in proxies:
-        values = dequantize_proxy(proxy)
-        union = update_attacker(union, _columns(union, proxy), values, sites)
-        total, seen = _add(total, seen, values, sites)
-        cells = narrow(cells if cells is not None else first_cells(proxy), proxy)
+        cells = cells if cells is not None else first_cells(proxy)
+        values, union, total, seen, cells = _take(union, total, seen, cells, proxy, sites)
         versions.pop(index, None)
         versions[index] = latest = values
         versions = dict(list(versions.items())[-RECENT:])
@@ -133,7 +135,7 @@ def hold(
         count += 1
     mean = jax.tree.map(lambda s, n: (s / jnp.maximum(n, 1)).astype(s.dtype), total, seen)
     return Holdings(
-        union,
+        dataclasses.replace(union, members=jnp.asarray(members, jnp.int32)),
         latest,
         mean,
         cells or {},
@@ -141,6 +143,16 @@ def hold(
         tuple(dict.fromkeys(rounds)),
         count,
     )
+
+
+@functools.partial(jax.jit, static_argnames="sites")
+def _take(
+    union: Attacker, total: Params, seen: Params, cells: Cells, proxy: Proxy, sites: Sites
+) -> tuple[Proxy, Attacker, Params, Params, Cells]:
+    """One more proxy: its values, and what is held with it."""
+    values = dequantize_proxy(proxy)
+    union = update_attacker(union, _columns(union, proxy), values, sites)
+    return values, union, *_add(total, seen, values, sites), narrow(cells, proxy)
 
 
 def _columns(union: Attacker, proxy: Proxy) -> Columns:
@@ -172,9 +184,9 @@ def rescaling(union: Attacker) -> dict[str, Array]:
 
 def expected_bytes(case: Case, payloads: int) -> float:
     """Bytes that so many payloads take, by the expected numbers of visible columns."""
-    from fedqsn_jax.simulation.costs import expected_costs
-
-    return payloads * expected_costs(case.simulation).down
+    # What is expected of a round counts the clients that have their payload already.
+    simulation = case.simulation
+    return payloads * expected_costs(simulation).down / payloads_per_client(simulation)
 
 
 def not_recorded(payloads: Payloads, members: Sequence[int]) -> list[int]:

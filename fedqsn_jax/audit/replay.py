@@ -69,6 +69,25 @@ def payload_layout(case: Case) -> Layout:
     return Layout.of(shapes)
 
 
+def payloads_by_round(case: Case, members: Sequence[int]) -> dict[int, list[int]]:
+    """Which members are sent a payload, by round from 0 on; rounds without any are left out.
+
+    That is who takes part; but where a client's payload never changes, only the first time. What a
+    client is sent again because it lost its copy teaches nothing and is left out.
+    """
+    by_round, broadcast = members_by_round(case, members), case.simulation.method.broadcast
+    if not broadcast.is_one_way or broadcast.renewed:
+        return by_round
+    had: set[int] = set()
+    first = {}
+    for index, own in by_round.items():
+        new = [member for member in own if member not in had]
+        had |= set(new)
+        if new:
+            first[index] = new
+    return first
+
+
 def members_by_round(case: Case, members: Sequence[int]) -> dict[int, list[int]]:
     """Which members take part, by round from 0 on; rounds without any are left out."""
     cohorts = draw_cohorts(case.simulation.federation, case.final, case.config.rounds)
@@ -97,7 +116,7 @@ def replay(
       changes: The rounds, from 0 on, whose effect on the model is wanted.
     """
     client_proxy = make_client_proxy(case)
-    by_round = members_by_round(case, members)
+    by_round = payloads_by_round(case, members)
     wanted: set[int] = set(changes)
     found: list[Change] = []
 
@@ -113,7 +132,7 @@ def replay(
     state: Any = jax.tree.map(jnp.copy, case.start)
     before = of_sent(state) if 0 in wanted else None
     send(state)
-    calls = run_rounds(case.simulation, state, case.data, case.test)
+    calls = run_rounds(case.simulation, state, case.data, case.held_out)
     for after, state, _ in calls:
         if after - 1 in wanted:
             difference = jax.tree.map(np.subtract, of_sent(state), before)

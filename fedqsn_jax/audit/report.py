@@ -63,6 +63,8 @@ def make_report(case: Case, settings: AuditSettings, results: Results) -> Report
             "p1": config.p1,
             "p2": config.p2,
             "bits": config.bits,
+            "mask_per": config.mask_per,
+            "broadcast_every": config.broadcast.every,
             "hides": costs.hides,
         },
         "device": jax.devices()[0].device_kind,
@@ -188,14 +190,17 @@ def _advice(report: Report) -> list[str]:
         if not run["hides"]:
             lines.append("No column is hidden from clients: choose p1 or p2 above 0.")
         elif complete:
+            sticky = run["mask_per"] == "client"
             lines.append(
-                "Colluders have collected nearly every column that the server does not hide. Let "
-                "each client see the same columns in every round, or raise p1."
+                "Colluders have collected nearly every column that the server does not hide. "
+                + ("R" if sticky else "Let each client see the same columns in every round, or r")
+                + "aise p1."
             )
-        lines.append(
-            "What was learned in the rounds is sent back to clients, and serves a thief as well as "
-            "them. Send it less often, or not at all, where its loss can be borne."
-        )
+        if run["broadcast_every"]:
+            lines.append(
+                "What was learned in the rounds is sent back to clients, and serves a thief as "
+                "well as them. Send it less often, or not at all, where its loss can be borne."
+            )
     asked = {
         name
         for name, each in report["adversaries"].items()

@@ -13,10 +13,11 @@ from fedqsn_jax.audit.case import (
     read_reference,
     require_same_architecture,
 )
-from fedqsn_jax.audit.playing import play
+from fedqsn_jax.audit.playing import RECEIVED, play
 from fedqsn_jax.audit.report import make_report, show, write
 from fedqsn_jax.audit.scene import AuditSettings
 from fedqsn_jax.core.types import Params
+from fedqsn_jax.host.devices import computing
 from fedqsn_jax.reporting.display import Display, silent_display
 from fedqsn_jax.runs.claims import claim_directory
 
@@ -24,6 +25,7 @@ FOLDER = "audit"
 """Where an audit writes, in the run's directory."""
 
 
+@computing()
 def audit_directory(
     workdir: Path,
     settings: AuditSettings,
@@ -59,7 +61,7 @@ def audit_directory(
     with claim_directory(workdir):
         directory = workdir / FOLDER
         if replay:
-            shutil.rmtree(directory / "received", ignore_errors=True)
+            shutil.rmtree(directory / RECEIVED, ignore_errors=True)
         results = play(case, settings, directory, display, base, fedavg, named)
         report = make_report(case, settings, results)
         write(report, directory)
@@ -68,6 +70,7 @@ def audit_directory(
     return report
 
 
+@computing()
 def audit_run(
     result: Any,
     own: OwnModel,

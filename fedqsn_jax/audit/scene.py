@@ -37,6 +37,7 @@ class AuditSettings:
       rates: Adam's rates that every training tries.
       steps: The most steps of a training; 0: as many as ten passes over the rows have, 200 to 1000.
       shadows: Shadow models of the membership attack.
+      findings: Whether what makes no model is looked for too: membership, the others' updates.
       seed: Draws what is held back, batches and queries.
     """
 
@@ -45,6 +46,7 @@ class AuditSettings:
     rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3, 1e-2)
     steps: int = 0
     shadows: int = 4
+    findings: bool = True
     seed: int = 0
 
 

@@ -132,6 +132,26 @@ def others_update(
     return jax.tree.map(estimate, own, first, second), seen
 
 
+def largest_change(proxies: Sequence[Proxy]) -> float:
+    """The largest difference between two proxies of an entry that both show; 0: there is none.
+
+    Args:
+      proxies: Dequantized, of any rounds and clients.
+    """
+    low, high = None, None
+    for proxy in proxies:
+        seen = spread(proxy.visible, proxy.params, proxy.sites, True)
+        ends = [
+            jax.tree.map(lambda on, leaf, e=end: jnp.where(on, leaf, e), seen, proxy.params)
+            for end in (jnp.inf, -jnp.inf)
+        ]
+        low = ends[0] if low is None else jax.tree.map(jnp.minimum, low, ends[0])
+        high = ends[1] if high is None else jax.tree.map(jnp.maximum, high, ends[1])
+    # Where no proxy shows an entry this is minus infinity.
+    gaps = jax.tree.leaves(jax.tree.map(lambda a, b: (b - a).max(), low, high))
+    return max(0.0, *map(float, gaps))
+
+
 def _pooled(proxies: Sequence[Proxy]) -> tuple[Params, Params]:
     values, seen = None, None
     for proxy in proxies:

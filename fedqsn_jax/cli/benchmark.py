@@ -49,30 +49,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     # Imports stand here so that a Ctrl-C during them, seconds long, is no traceback.
-    import jax
-
-    from fedqsn_jax.benchmarks import measuring
-    from fedqsn_jax.benchmarks.workloads import MODELS, make_population
+    from fedqsn_jax.benchmarks.workloads import MODELS
     from fedqsn_jax.config.command_line import Parser
+    from fedqsn_jax.config.paths import user_path
     from fedqsn_jax.core.errors import UserError
+    from fedqsn_jax.host.atomic_files import told_as_file_error
+    from fedqsn_jax.host.devices import computing
     from fedqsn_jax.reporting.display import Display
 
     parser = Parser(__doc__ or "")
     parser.add_argument("--workload", action="append", choices=list(MODELS), help="default: all")
-    parser.add_argument("--calls", type=int, default=10, help="measured calls of each algorithm")
-    parser.add_argument("--rounds_per_call", type=int, default=10, help="rounds of a measured call")
     parser.add_argument(
-        "--chunk_size", type=int, default=0, help="clients at once; 0: what the package chooses"
+        "--calls", type=_positive, default=10, help="measured calls of each algorithm"
+    )
+    parser.add_argument("--rounds_per_call", type=_positive, default=10)
+    parser.add_argument(
+        "--chunk_size", type=_count, default=0, help="clients at once; 0: what the package chooses"
     )
     parser.add_argument("--clients", type=_sizes, help="sizes of rounds, for example 1000,10000")
-    parser.add_argument("--population", type=int, help="number of clients to draw rounds from")
-    parser.add_argument("--rounds", type=int, default=100, help="rounds of --population")
+    parser.add_argument(
+        "--population", type=_positive, help="number of clients to draw rounds from"
+    )
+    parser.add_argument("--rounds", type=_positive, default=100, help="rounds of --population")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--profile", type=Path, help="a directory for JAX profiler traces")
     try:
         options = parser.parse_args(arguments)
+        if options.out:
+            # What cannot be written is told before it is measured.
+            with told_as_file_error(options.out):
+                user_path(options.out).parent.mkdir(parents=True, exist_ok=True)
+                user_path(options.out).open("a").close()
+        with computing():
+            display = Display()
+            facts = _measure(options, display)
     except UserError as error:
         return signals.refuse(error)
+    code = 0
+    # Results first: what is shown may go nowhere.
+    if options.out:
+        try:
+            with told_as_file_error(options.out):
+                user_path(options.out).write_text(json.dumps(facts, indent=2) + "\n")
+        except UserError as error:
+            code = signals.refuse(error)
+    _show(facts, display)
+    return code
+
+
+def _measure(options: argparse.Namespace, display: "Display") -> dict[str, Any]:
+    """What the options ask for, as it stands in the file of ``--out``."""
+    import jax
+
+    from fedqsn_jax.benchmarks import measuring
+    from fedqsn_jax.benchmarks.workloads import MODELS, make_population
+    from fedqsn_jax.config.paths import user_path
+
     facts: dict[str, Any] = {
         "jax": jax.__version__,
         "python": platform.python_version(),
@@ -81,42 +113,41 @@ def _main(arguments: Sequence[str] | None) -> int:
         "chunk_size": options.chunk_size,
         "workloads": {},
     }
-    calls, per_call, profile = options.calls, options.rounds_per_call, options.profile
-    display = Display()
-    try:
-        if options.clients:
-            with display.waiting("measuring rounds of many clients"):
-                facts["cohorts"] = measuring.measure_cohorts(options.clients, calls, profile)
-        if options.population:
-            with display.waiting("measuring rounds out of a large population"):
-                facts["population"] = measuring.measure_population(
-                    options.population, options.rounds, per_call, profile
-                )
-        if not (options.clients or options.population):
-            with display.waiting("making the population"):
-                data = make_population()
-            for workload in options.workload or MODELS:
-                with display.waiting(f"measuring {workload}"):
-                    result = measuring.measure(
-                        workload, data, calls, per_call, options.chunk_size, profile
-                    )
-                with display.waiting(f"measuring the parts of {workload}"):
-                    result["parts"] = measuring.measure_parts(workload, data, calls)
-                facts["workloads"][workload] = result
-    except UserError as error:
-        return signals.refuse(error)
-    # Results first: what is shown may go nowhere.
-    if options.out:
-        options.out.write_text(json.dumps(facts, indent=2) + "\n")
-    _show(facts, display)
-    return 0
+    calls, per_call = options.calls, options.rounds_per_call
+    profile = options.profile and user_path(options.profile)
+    if options.clients:
+        with display.waiting("measuring rounds of many clients"):
+            facts["cohorts"] = measuring.measure_cohorts(options.clients, calls, profile)
+    if options.population:
+        with display.waiting("measuring rounds out of a large population"):
+            facts["population"] = measuring.measure_population(
+                options.population, options.rounds, per_call, profile
+            )
+    if options.clients or options.population:
+        return facts
+    with display.waiting("making the population"):
+        data = make_population()
+    for workload in options.workload or MODELS:
+        with display.waiting(f"measuring {workload}"):
+            result = measuring.measure(workload, data, calls, per_call, options.chunk_size, profile)
+        with display.waiting(f"measuring the parts of {workload}"):
+            result["parts"] = measuring.measure_parts(workload, data, calls)
+        facts["workloads"][workload] = result
+    return facts
 
 
 def _sizes(text: str) -> list[int]:
-    sizes = [int(part) for part in text.split(",")]
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError("allowed are numbers of 1 or more")
-    return sizes
+    return [_positive(part) for part in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    return _count(text, least=1)
+
+
+def _count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or len(text) > 10 or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}: allowed are whole numbers of {least} or more")
+    return int(text)
 
 
 def _show(facts: dict[str, Any], display: "Display") -> None:

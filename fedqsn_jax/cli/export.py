@@ -10,7 +10,6 @@ writes ``model.safetensors`` and ``model.json``, which `models.parameter_files.l
 
 import contextlib
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,6 +125,7 @@ def export(workdir: Path, out: Path, round: int | str | None = None) -> Exported
     from fedqsn_jax.config.paths import user_path
     from fedqsn_jax.config.schema import ConfigError
     from fedqsn_jax.core.trees import leaves_by_path
+    from fedqsn_jax.host.devices import computing
     from fedqsn_jax.models.language.pretrained import nested
     from fedqsn_jax.runs.working_directory import WorkDirectory
     from fedqsn_jax.simulation.from_config import merge_configured
@@ -134,8 +134,9 @@ def export(workdir: Path, out: Path, round: int | str | None = None) -> Exported
     run = _read_run(work)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out}: it is not empty; name a new or empty directory")
-    tensors, finished = _tensors(work, round)
-    tensors = leaves_by_path(merge_configured(run.adapters, nested(tensors)))
+    with computing():
+        tensors, finished = _tensors(work, round)
+        tensors = leaves_by_path(merge_configured(run.adapters, nested(tensors)))
     if not run.source:
         _write_plain(out, run, tensors, finished)
         return Exported(finished, "", ())
@@ -270,10 +271,11 @@ class _Run(NamedTuple):
 def _read_run(work: "WorkDirectory") -> _Run:
     """Reads a run's config.json, as any version wrote it."""
     from fedqsn_jax.config.schema import ConfigError, resolve
+    from fedqsn_jax.core.json_text import parse_json
 
     file = work.path / "config.json"
     try:
-        values = dict(json.loads(file.read_text()))
+        values = dict(parse_json(file.read_text()))
         model = dict(values.get("model") or {})
     except FileNotFoundError as error:
         raise ConfigError(f"--workdir={work.path}: there is no run in it") from error

@@ -96,12 +96,10 @@ def _run(
         told.
     """
     # Only now, so that mistakes are answered without waiting for JAX.
-    import jax
-
     from fedqsn_jax.core.errors import UserError
     from fedqsn_jax.host import distributed
     from fedqsn_jax.host.checkpoints import CheckpointError
-    from fedqsn_jax.host.devices import keep_compiled_programs, require_devices
+    from fedqsn_jax.host.devices import computing, keep_compiled_programs
     from fedqsn_jax.reporting.display import Display, silent_display
     from fedqsn_jax.runs import experiment
 
@@ -109,10 +107,8 @@ def _run(
     try:
         if options.compilation_cache:
             keep_compiled_programs(options.compilation_cache)
-        require_devices()
-        display = Display() if distributed.is_leader() else silent_display()
-        # As the programs are written. Strict is for users' own programs.
-        with jax.numpy_dtype_promotion("standard"):
+        with computing():
+            display = Display() if distributed.is_leader() else silent_display()
             if options.dry_run or directory is None:
                 experiment.dry_run(config, directory, display, chosen)
             else:

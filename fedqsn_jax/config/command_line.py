@@ -35,9 +35,9 @@ class Parser(argparse.ArgumentParser):
     Its help keeps the lines of descriptions, and names the command as users type it.
     """
 
-    def __init__(self, description: str, epilog: str = "") -> None:
+    def __init__(self, description: str = "", epilog: str = "", prog: str | None = None) -> None:
         super().__init__(
-            prog=_command(),
+            prog=prog or _command(),
             description=description,
             epilog=epilog,
             allow_abbrev=False,

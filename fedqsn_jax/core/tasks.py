@@ -19,7 +19,8 @@ class Task(NamedTuple):
 
     Attributes:
       loss: ``(outputs, batch, valid) -> float32`` scalar, the mean over valid rows.
-      statistics: ``(outputs, batch, valid) -> sums`` by name, float32 scalars; with ``count``.
+      statistics: ``(outputs, batch, valid) -> sums`` by name, float32 scalars; with ``count``, the
+        number of valid rows that have a target: in which something is to be predicted.
       summarize: ``sums -> metrics`` by name, of the sums over any number of batches; it is also
         applied to arrays of sums.
       score: The name of the metric that says how good a model is; larger is better.

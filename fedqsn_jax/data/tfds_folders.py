@@ -8,7 +8,6 @@ for absent data with an error about something else.
 
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError
 from fedqsn_jax.core.errors import UserError
+from fedqsn_jax.core.json_text import parse_json
 
 FORMAT = "array_record"
 """The format of TFDS's files that can be read without TensorFlow."""
@@ -120,7 +120,7 @@ def _version(folder: Path) -> tuple[int, ...]:
 def _formats(folder: Path) -> list[str]:
     file = folder / "dataset_info.json"
     try:
-        info = json.loads(file.read_text())
+        info = parse_json(file.read_text())
         # The first is left out where it is TFDS's default.
         return [info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", [])]
     except (OSError, ValueError, AttributeError) as error:

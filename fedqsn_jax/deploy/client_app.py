@@ -1,84 +1,77 @@
 """The client's program, as Flower starts it for each message."""
 
+import faulthandler
 import functools
-import tomllib
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.deploy import messages
 from fedqsn_jax.deploy.client import Client, check_rows, make_client
+from fedqsn_jax.deploy.client_files import SETTINGS, read_settings
 from fedqsn_jax.deploy.plan import Plan
 from fedqsn_jax.deploy.rows import read_rows
+from fedqsn_jax.host.devices import computing
 
 app = ClientApp()
 
-SETTINGS = "fedqsn-client"
-"""The name, in the node's configuration, of the client's own settings file (TOML)."""
+_STANDARD_ERROR = 2
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Takes part in a round. Whatever goes wrong is told by a reason without values.
 
-    The text of an exception would travel to the server, and may hold rows of the client's.
+    The text of an exception would travel to the server, and may hold rows of the client's. The
+    process ends when the server does not wait any more.
     """
+    # A program that hangs would keep its node from all later rounds.
+    faulthandler.dump_traceback_later(message.metadata.ttl, exit=True, file=_STANDARD_ERROR)
+    try:
+        return Message(_take_part(message, context), reply_to=message)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _take_part(message: Message, context: Context) -> RecordDict:
     try:
         payload, told = messages.read_task(message)
         settings = read_settings(str(context.node_config.get(SETTINGS, "")))
+        _use_cache(settings.get("cache"))
         plan = Plan.decode(str(told["plan"]))
         rows = check_rows(plan, read_rows(settings["rows"]), f"rows = {settings['rows']!r}")
         client = _client(str(told["plan"]), settings.get("base", ""))
         key = jax.random.wrap_key_data(jnp.asarray(told["key"], jnp.uint32))
-        result = client.answer(payload, key, rows)
+        with computing():
+            result = client.answer(payload, key, rows)
     except UserError as error:
         # The user's own mistake is told where it can be mended: here, not at the server.
         print(f"fedqsn_jax: {error}", flush=True)
-        return Message(messages.refusal("its own settings or rows do not fit"), reply_to=message)
+        return messages.refusal("its own settings or rows do not fit")
     except ValueError as error:
         print(f"fedqsn_jax: {error}", flush=True)
-        return Message(messages.refusal("what it received cannot be read"), reply_to=message)
+        return messages.refusal("what it received cannot be read")
     except Exception as error:
         print(f"fedqsn_jax: {type(error).__name__}: {error}", flush=True)
-        return Message(messages.refusal(f"a {type(error).__name__}"), reply_to=message)
-    content = messages.answer(
+        return messages.refusal(f"a {type(error).__name__}")
+    return messages.answer(
         result.payload,
         {"token": told["token"], "examples": result.examples, "loss": result.loss},
     )
-    return Message(content, reply_to=message)
 
 
-def read_settings(file: str) -> dict[str, Any]:
-    """Reads a client's settings.
-
-    Args:
-      file: A TOML file with ``rows``, a source of `rows.read_rows`; and with ``base``, a file of
-        named arrays, where the model is public and only adapters travel. ``cache`` names a
-        directory for compiled programs.
-
-    Raises:
-      UserError: It is absent, no TOML, or has other names.
-    """
-    if not file:
-        raise UserError(f"the node's configuration has no {SETTINGS!r}: name a TOML file")
-    try:
-        values = tomllib.loads(Path(file).expanduser().read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: {error}") from error
-    unknown = set(values) - {"rows", "base", "cache"}
-    if unknown or not isinstance(values.get("rows"), str):
-        raise UserError(f"{file}: allowed are rows (needed), base and cache, each a text")
-    if "cache" in values:
-        jax.config.update("jax_compilation_cache_dir", str(Path(values["cache"]).expanduser()))
+def _use_cache(directory: str | None) -> None:
+    """Keeps compiled programs: each message has a process of its own."""
+    if directory is not None:
+        jax.config.update("jax_compilation_cache_dir", str(user_path(directory)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return values
 
 
 @functools.cache
@@ -90,7 +83,7 @@ def _read_base(file: str) -> Params:
     """The tensors of a file, in nested dictionaries by the names of their paths."""
     tree: dict[str, Any] = {}
     try:
-        with np.load(Path(file).expanduser(), allow_pickle=False) as arrays:
+        with np.load(user_path(file), allow_pickle=False) as arrays:
             for path in arrays:
                 *parents, name = path.split("/")
                 branch = tree

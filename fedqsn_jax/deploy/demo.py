@@ -6,14 +6,10 @@ number is kept.
 
 import contextlib
 import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +20,19 @@ from fedqsn_jax.config.schema import Config, ConfigError, to_dict, with_fields
 from fedqsn_jax.data import registry
 from fedqsn_jax.data.streamed import HostData
 from fedqsn_jax.deploy.bundle import write_bundle
+from fedqsn_jax.deploy.processes import (
+    flower_environment,
+    free_port,
+    name_superlink,
+    process,
+    program,
+    require_flower,
+    superlink,
+    supernode,
+    wait_for_port,
+)
 from fedqsn_jax.reporting.display import Display
 
-_LOOPBACK = "127.0.0.1"
-_QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 _PATIENCE = 300.0
 
 
@@ -62,52 +67,21 @@ def demo(config: Config, clients: int, directory: Path, display: Display) -> Non
     settings, client_files = _lay_out(config, clients, directory, place)
     display.message(f"{clients} clients' rows and settings are in {place}, one directory each")
     with contextlib.ExitStack() as running:
-        environment = {
-            **os.environ,
-            **_QUIET,
-            "FLWR_HOME": str(place / "flower"),
-            "FEDQSN_SERVER": str(settings),
-            # Flower starts programs of its own by their names.
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        }
-        port = _free_port()
-        link = [
-            _program("flower-superlink"),
-            "--insecure",
-            f"--host={_LOOPBACK}",
-            f"--port={port}",
-            "--disable-runtime-dependency-installation",
-        ]
+        environment = flower_environment(place / "flower", settings)
+        port = free_port()
         log = place / "superlink.log"
-        server = running.enter_context(_process(link, environment, log))
-        _wait_for_port(port, server, log)
+        server = running.enter_context(process(superlink(port), environment, log))
+        wait_for_port(port, server, log)
         for number, file in enumerate(client_files):
-            node = [
-                _program("flower-supernode"),
-                "--insecure",
-                f"--superlink={_LOOPBACK}:{port}",
-                f"--host={_LOOPBACK}",
-                f"--port={_free_port()}",
-                f'--node-config=fedqsn-client="{file}"',
-            ]
-            running.enter_context(_process(node, environment, place / f"client_{number}.log"))
+            running.enter_context(
+                process(
+                    supernode(port, file),
+                    flower_environment(file.parent / "flower"),
+                    place / f"client_{number}.log",
+                )
+            )
         display.message("the SuperLink and the SuperNodes have been started")
         _run_app(place, port, environment, settings, server)
-
-
-def require_flower() -> None:
-    """Makes sure that Flower is installed.
-
-    Raises:
-      ConfigError: It is not.
-    """
-    try:
-        import flwr  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "Flower is not installed: pip install 'fedqsn_jax[deploy]', or in a checkout "
-            "pip install '.[deploy]'"
-        ) from error
 
 
 def _lay_out(
@@ -164,18 +138,13 @@ def _run_app(
 ) -> None:
     """Starts the run and shows what the server's program tells, until it ends."""
     outcome = settings.with_name("outcome.json")
-    home = place / "flower"
-    home.mkdir(exist_ok=True)
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "demo"\n\n[superlink.demo]\naddress = "{_LOOPBACK}:{port}"\n'
-        f"insecure = true\n"
-    )
+    name_superlink(place / "flower", port)
     bundle = write_bundle(place)
     # With the stream it ends with the run.
-    command = [_program("flwr"), "run", str(bundle), "demo", "--stream"]
+    command = [program("flwr"), "run", str(bundle), "fedqsn", "--stream"]
     shown = settings.with_name("server.log")
     shown.touch()
-    with _process(command, environment, place / "flwr.log") as started, shown.open() as lines:
+    with process(command, environment, place / "flwr.log") as started, shown.open() as lines:
         while True:
             ended = outcome.exists() or server.poll() is not None or started.poll() is not None
             for line in lines:
@@ -188,58 +157,3 @@ def _run_app(
     refused = json.loads(outcome.read_text()).get("refused")
     if refused:
         raise ConfigError(refused)
-
-
-def _program(name: str) -> str:
-    """The path of a program of this environment."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        raise ConfigError(f"{name}: no such program; pip install 'fedqsn_jax[deploy]'")
-    return found
-
-
-@contextlib.contextmanager
-def _process(
-    command: Sequence[str], environment: Mapping[str, str], log: Path
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a program as the leader of a group, which is ended at the end of the block."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env=dict(environment),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        _end(process)
-
-
-def _end(process: "subprocess.Popen[Any]") -> None:
-    """Ends a program and all that it has started."""
-    for kind in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, kind)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=5)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_for_port(port: int, server: "subprocess.Popen[Any]", log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise ConfigError(f"the SuperLink ended at once; {log} says why")
-        with contextlib.suppress(OSError), socket.create_connection((_LOOPBACK, port), 1):
-            return
-        time.sleep(0.2)
-    raise ConfigError(f"the SuperLink did not answer within a minute; {log} says more")

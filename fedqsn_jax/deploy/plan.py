@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from fedqsn_jax.config.schema import Config, flatten, resolve
+from fedqsn_jax.core.json_text import parse_json
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.protocol.layout import Layout, TensorLayout
 from fedqsn_jax.protocol.quantization import NormalFloat, Quantizer, SymmetricNormalFloat, Uniform
@@ -68,7 +69,10 @@ class Plan:
           ValueError: It is no plan, or one of another version of the wire format.
         """
         try:
-            values = json.loads(text)
+            values = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"what the server sent is no plan: {error}") from error
+        try:
             version = values["version"]
             if version != VERSION:
                 raise ValueError(
@@ -79,7 +83,7 @@ class Plan:
                 name: (tuple(shape), str(dtype)) for name, (shape, dtype) in values["rows"].items()
             }
             return cls(values["settings"], int(values["classes"]), rows, values["layout"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"what the server sent is no plan: {error!r}") from error
 
 

@@ -17,14 +17,12 @@ from rich.console import Console
 from fedqsn_jax.config.schema import resolve
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.deploy import messages
+from fedqsn_jax.deploy.processes import SETTINGS_VARIABLE
 from fedqsn_jax.deploy.rows import read_rows
 from fedqsn_jax.deploy.session import Patience, Reply, make_server, run_server
+from fedqsn_jax.host.devices import computing
 from fedqsn_jax.host.signals import tell
 from fedqsn_jax.reporting.display import Display
-
-SETTINGS = "FEDQSN_SERVER"
-"""The environment variable that names the server's settings file. Not Flower's run configuration,
-which is sent to every client."""
 
 app = ServerApp()
 
@@ -33,10 +31,11 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs the server's rounds over Flower's grid."""
     del context
-    file = Path(os.environ[SETTINGS])
+    file = Path(os.environ[SETTINGS_VARIABLE])
     outcome = file.with_name("outcome.json")
     try:
-        _run(FlowerNetwork(grid), json.loads(file.read_text()))
+        with computing():
+            _run(FlowerNetwork(grid), json.loads(file.read_text()))
     except UserError as error:
         tell(f"fedqsn_jax: {error}")
         outcome.write_text(json.dumps({"refused": str(error)}) + "\n")
@@ -111,10 +110,20 @@ class FlowerNetwork:
                 time.sleep(0.1)
 
 
+_FAILURES = {
+    3: "did not answer in time",
+    4: "did not answer in time",
+    5: "its node is gone",
+    8: "its program died",
+}
+"""What Flower's error codes mean; all others: the program failed."""
+
+
 def _reply(node: str, message: Message) -> Reply:
     if message.has_error():
         # Its reason may be the text of an exception of the client's: only the code is told.
-        return Reply(node, failure=f"its program failed (code {message.error.code})")
+        code = message.error.code
+        return Reply(node, failure=f"{_FAILURES.get(code, 'its program failed')} (code {code})")
     try:
         read = messages.read_answer(message)
     except ValueError as error:

@@ -93,7 +93,7 @@ def conditional_generation(label_smoothing: float = 0.0, encoder_decoder: bool =
             "loss": jnp.where(counts, losses(outputs, tokens, 0.0), 0).sum(),
             "correct": ((outputs.argmax(-1) == tokens) & counts).sum(dtype=jnp.float32),
             "tokens": counts.sum(dtype=jnp.float32),
-            "count": valid.sum(dtype=jnp.float32),
+            "count": counts.any(axis=1).sum(dtype=jnp.float32),
         }
 
     def summarize(sums: dict[str, Array]) -> dict[str, Array]:

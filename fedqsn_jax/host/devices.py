@@ -5,7 +5,9 @@ its state and its data are replicated before the first call; a call then moves n
 the state back in the sharding that it came in, so that the next call does not compile again.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TypeVar
 
 import jax
@@ -107,3 +109,18 @@ def require_devices() -> None:
             f"JAX_PLATFORMS={asked}: JAX has no such device here ({reason[:200]}); allowed are "
             f"platforms of this machine, for example cpu, or to leave it unset"
         ) from error
+
+
+@contextlib.contextmanager
+def computing() -> Iterator[None]:
+    """Looks for the devices, and lets JAX compute as the programs here are written.
+
+    They mix dtypes: ``JAX_NUMPY_DTYPE_PROMOTION=strict`` is for a user's own programs. Whatever
+    computes, of the commands and of what is called from Python, does it in this.
+
+    Raises:
+      UserError: As `require_devices` does.
+    """
+    require_devices()
+    with jax.numpy_dtype_promotion("standard"):
+        yield

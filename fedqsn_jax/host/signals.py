@@ -107,7 +107,11 @@ def cleaning_up(action: Callable[[], object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopping_at(kind: signal.Signals, stopped: threading.Event) -> Iterator[None]:
+def stopping_at(
+    kind: signal.Signals,
+    stopped: threading.Event,
+    waits_for: Callable[[], str] = lambda: "after what is running",
+) -> Iterator[None]:
     """Turns the first signal of a kind into a request to stop at the next boundary.
 
     Not a signal that is ignored, as a shell lets its background jobs ignore Ctrl-C, nor one that
@@ -116,6 +120,8 @@ def stopping_at(kind: signal.Signals, stopped: threading.Event) -> Iterator[None
     Args:
       kind: The signal.
       stopped: Is set by it.
+      waits_for: Gives what is then said of the boundary, in the words that follow ``stopping``. It
+        waits for nothing, and works wherever the main thread is.
     """
 
     def request(number: int, frame: FrameType | None) -> None:
@@ -125,7 +131,7 @@ def stopping_at(kind: signal.Signals, stopped: threading.Event) -> Iterator[None
         # This may be in the middle of a write to the same stream, which refuses another one; and
         # whatever is raised here would end the round.
         with contextlib.suppress(Exception):
-            tell("stopping after the rounds that are running; once more: at once")
+            tell(f"stopping {waits_for()}; once more: at once")
 
     previous = signal.getsignal(kind)
     in_main_thread = threading.current_thread() is threading.main_thread()

@@ -47,6 +47,12 @@ def verdict(summary: Mapping[str, Any], config: Config, idle: Collection[str] = 
     loss = views.get("global", {}).get("end", {}).get("loss", 0.0)
     if owner is None or number(loss) is None:
         text = "The training diverged, so nothing can be said of protection. Lower learning rates."
+        began = views.get("global", {}).get("start", {})
+        if number(began.get(score)) is None or number(began.get("loss", 0.0)) is None:
+            text = (
+                "The loss was no number before the first round, so nothing can be said of "
+                "protection. Look at the test rows and the model's parameters."
+            )
         return {"protection": None, "attackers": {}, "text": f"verdict: {text}"}
     start = number(views["global"]["start"].get(score))
     attackers = {}
@@ -61,10 +67,12 @@ def verdict(summary: Mapping[str, Any], config: Config, idle: Collection[str] = 
             }
     kinds = [facts["protection"] for facts in attackers.values()]
     worst = next((kind for kind in _WORDS if kind in kinds), None)
-    if not summary["hides"]:
+    # In one-way rounds what was learned is kept back, whatever columns are sent.
+    open_wide = not summary["hides"] and config.broadcast.every != 0
+    if open_wide:
         worst = "none"
     said = [_sentence(facts, start, score) for facts in attackers.values()]
-    if not summary["hides"]:
+    if open_wide:
         said.insert(0, "No column is hidden from clients: no protection.")
     elif not said:
         said.append("No colluders were evaluated, so nothing is known of protection.")
@@ -105,13 +113,57 @@ def _advice(summary: Mapping[str, Any], config: Config, worst: str | None) -> li
     if config.algorithm == FEDSP:
         return ["Distil a smaller model for the clients: fewer of fedsp.layers."]
     if not summary["hides"]:
-        return ["To hide columns choose algorithm = 'fedqsn' with p1 and p2 above 0."]
+        hide = "To hide columns choose algorithm = 'fedqsn' with p1 and p2 above 0."
+        return [hide] if config.broadcast.every == 0 else [hide, *_keep_back(config)]
     if config.p1 == 0:
-        return ["With p1 = 0 colluders collect every column in time: set p1 above 0."]
-    advice = [f"A p1 above {config.p1:g} hides more columns for good, at the owner's cost too"]
-    if not config.lora.rank:
+        advice = [_collected(config, max(_counts(summary), default=1))]
+    else:
+        advice = [f"A p1 above {config.p1:g} hides more columns for good, at the owner's cost too"]
+    if not config.lora.rank and config.p1 > 0:
         advice.append(
             "what is learned in all weights also serves those who see only some columns, so train "
             "adapters only (lora.rank) where the model has such layers"
         )
-    return ["; ".join(advice) + "."]
+    if config.mask_per == "round" and config.p2 > 0:
+        advice.append(
+            "with mask_per = 'client' a client sees the same columns in every round, which helps "
+            "against one that works alone"
+        )
+    return ["; ".join(advice) + ".", *_keep_back(config)]
+
+
+def _counts(summary: Mapping[str, Any]) -> list[int]:
+    views = (view for view in summary["views"] if view.startswith(ATTACKER))
+    return [int(view.removeprefix(ATTACKER)) for view in views]
+
+
+def _collected(config: Config, colluders: int) -> str:
+    """What colluders have of the columns, where the server hides none for good."""
+    if config.mask_per == "round":
+        return "With p1 = 0 colluders collect every column in time: set p1 above 0"
+    share = 100 * (1 - config.p2**colluders)
+    return (
+        f"With p1 = 0 and a mask of each client's own {colluders} of them see {share:.3g}% of the "
+        f"columns together: set p1 above 0"
+    )
+
+
+def _keep_back(config: Config) -> list[str]:
+    """What to change of what clients are sent back of what was learned."""
+    broadcast = config.broadcast
+    if broadcast.every == 0:
+        return [
+            "What was learned is not sent already (broadcast.every = 0): what colluders have is of "
+            "the first model, of which hidden columns keep more back."
+        ]
+    now = []
+    if broadcast.every > 1:
+        now.append(f"after every {broadcast.every} rounds")
+    if broadcast.share != 1:
+        now.append(f"a share of {broadcast.share:g}")
+    sent = (
+        f"What was learned is sent to clients ({', '.join(now)})"
+        if now
+        else ("What was learned is sent to clients after each round")
+    )
+    return [f"{sent}, which arms them: with broadcast.every = 0 it is not."]

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import signal
-import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from fedqsn_jax.data.splits import fingerprint
 from fedqsn_jax.host import distributed
 from fedqsn_jax.host.atomic_files import FileError, told_as_file_error
 from fedqsn_jax.host.checkpoints import CheckpointError, Checkpoints
-from fedqsn_jax.host.signals import stopping_at
 from fedqsn_jax.problems.problem import problem_settings
 from fedqsn_jax.problems.training import first_steps, pretrain
 from fedqsn_jax.reporting.display import Display
@@ -24,6 +22,7 @@ from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.runs.disk_space import check_room
 from fedqsn_jax.runs.preparation import Experiment, load_problem, prepare
 from fedqsn_jax.runs.results import mend_metrics, open_board, show_overview, write_results
+from fedqsn_jax.runs.stopping import RunningCall
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.simulation.memory import answer_out_of_memory
 from fedqsn_jax.simulation.running import (
@@ -147,7 +146,7 @@ def _run(
 ) -> tuple[ServerState, list[Entry]]:
     """The run in a directory that is ours alone."""
     config, settings = experiment.config, experiment.config.checkpoint
-    stopped = threading.Event()
+    running = RunningCall(config, work.what_remains)
     with Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints:
         restored = _restore(experiment, checkpoints)
         if restored is not None:
@@ -192,9 +191,9 @@ def _run(
                 with display.waiting("the first evaluation"):
                     history = [first_entry(experiment.simulation, state, experiment.held_out)]
             # Before and after the rounds neither waits: there is nothing more to be saved.
-            with stopping_at(signal.SIGINT, stopped), stopping_at(signal.SIGTERM, stopped):
+            with running.stopping_at(signal.SIGINT), running.stopping_at(signal.SIGTERM):
                 state = _train(
-                    experiment, state, history, work, checkpoints, display, stopped, on_entries
+                    experiment, state, history, work, checkpoints, display, running, on_entries
                 )
     finished = int(state.round)
     if finished == config.rounds:
@@ -253,7 +252,7 @@ def _train(
     work: WorkDirectory,
     checkpoints: Checkpoints,
     display: Display,
-    stopped: threading.Event,
+    running: RunningCall,
     on_entries: OnEntries,
 ) -> ServerState:
     """Runs the rounds that are left, adding to ``history``; returns the state after the last."""
@@ -294,12 +293,14 @@ def _train(
         display.progress(config.rounds, finished, simulation.task.score) as progress,
     ):
         progress.update(finished, history[-1:])
+        running.begins_after(finished)
         for after, state, entries in calls:
+            running.begins_after(after)
             history += entries
             progress.update(after, entries)
             on_entries(after, entries)
             # All stop at the same boundary, whichever of them was asked to.
-            stop = distributed.any_of(stopped.is_set())
+            stop = distributed.any_of(running.stopped.is_set())
             every = config.checkpoint.every
             due = stop or after // every > finished // every or after == config.rounds
             distributed.by_leader(functools.partial(record, entries))

@@ -8,6 +8,7 @@ import jax
 from fedqsn_jax.config.schema import Config
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.host.checkpoints import Checkpoints, History
+from fedqsn_jax.host.devices import computing
 from fedqsn_jax.models.language.pretrained import nested
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.simulation.from_config import merge_configured
@@ -33,6 +34,7 @@ class Trained(NamedTuple):
     round: int
 
 
+@computing()
 def load(workdir: Path | str, round: int | None = None) -> Trained:
     """Reads the hidden model that a run has trained so far; its data are not needed.
 

@@ -12,6 +12,7 @@ from typing import Any
 from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import Config, ConfigError, flatten, resolve, to_dict
 from fedqsn_jax.core.errors import UserError
+from fedqsn_jax.core.json_text import parse_json
 from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.runs.claims import (
     PRIVATE,
@@ -266,7 +267,7 @@ class WorkDirectory:
         if not file.exists():
             return None
         try:
-            return dict(json.loads(file.read_text()))
+            return dict(parse_json(file.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"--workdir={self.path}: {_CONFIG_FILE} cannot be read") from error
 

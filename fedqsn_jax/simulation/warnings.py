@@ -16,6 +16,11 @@ from fedqsn_jax.simulation.unused_settings import ignored_settings
 
 DIVERGED = "the training diverged; its loss is no number. Lower the learning rates"
 
+NO_NUMBER = (
+    "the loss was no number before the first round, whatever was trained: the test rows, or the "
+    "model's parameters, hold values that are not finite or too large"
+)
+
 
 def warnings_before_run(config: Config, chosen: Collection[str] = ()) -> list[str]:
     """Returns what to tell before a run, a line each.
@@ -139,7 +144,8 @@ def warnings_after_run(
                 f"in {sum(map(bool, counts))} of the {rounds} rounds that were evaluated",
             )
         )
-    lines += [DIVERGED] * has_diverged(history[-1])
+    if has_diverged(history[-1]):
+        lines.append(NO_NUMBER if has_diverged(history[0]) else DIVERGED)
     lines += [
         f"{name} has received nothing, as none of its clients took part: its figures tell nothing "
         f"of the method"

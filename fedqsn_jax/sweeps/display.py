@@ -13,6 +13,7 @@ from fedqsn_jax.reporting.display import Display
 from fedqsn_jax.reporting.progress import Clock, Ongoing, Pace, bar_row, clock_text
 from fedqsn_jax.reporting.summary import main_views_of, number
 from fedqsn_jax.reporting.tables import Column, natural_width
+from fedqsn_jax.sweeps.audits import BENEFIT, SHARE, coalitions
 from fedqsn_jax.sweeps.estimates import (
     Estimate,
     Setting,
@@ -92,6 +93,22 @@ class SweepDisplay(Display):
             names, fields, title = Column("", cells, right=False), [], "setting"
         self.table(title, names, [*fields, *scores])
         self.message(f"* no other setting is better for global and worse for {attacker}")
+
+    def shares_of(self, settings: Sequence[Setting]) -> None:
+        """Prints U and P of every setting, as `audits.with_shares` has them."""
+        names, fields = _columns_apart(settings, [""] * len(settings))
+        metrics = [BENEFIT, *(f"{SHARE}{who}" for who in coalitions(settings))]
+        columns = [
+            Column(
+                name, [self._estimate(each.metrics.get(name), interval=True) for each in settings]
+            )
+            for name in metrics
+        ]
+        self.message(
+            "\nU, the kept benefit, and P, the protected share against so many colluding clients "
+            "(- where there is nothing to protect)"
+        )
+        self.table(names.head, names, [*fields, *columns])
 
     def _score_columns(
         self, settings: Sequence[Setting], score: str, views: Sequence[str], interval: bool

@@ -65,6 +65,21 @@ def estimate(values: Sequence[float | None]) -> Estimate:
     return Estimate(mean, quantile * statistics.stdev(numbers) / math.sqrt(len(numbers)))
 
 
+def ratio(parts: Sequence[float | None], wholes: Sequence[float | None]) -> Estimate:
+    """Returns the ratio of two means over the same seeds, with its interval.
+
+    The interval is that of the ratio estimator of sampling theory (Cochran, Sampling Techniques,
+    1977, chapter 6): of the mean of ``part - ratio * whole``, divided by the mean of the wholes. A
+    mean of each seed's ratio would be ruled by the seed whose whole is next to nothing.
+    """
+    part, whole = estimate(parts).mean, estimate(wholes).mean
+    if math.isnan(part) or math.isnan(whole) or whole == 0:
+        return Estimate(math.nan, math.nan)
+    share = part / whole
+    rests = [a - share * b for a, b in zip(parts, wholes, strict=True)]  # type: ignore[operator]
+    return Estimate(share, estimate(rests).half / abs(whole))
+
+
 def score_of(settings: Sequence[Setting]) -> str:
     """Returns the metric that tells good from bad: the one of which the start was recorded."""
     names = (name for setting in settings for name in setting.metrics)

@@ -59,6 +59,7 @@ class Plan(NamedTuple):
       repeated: How many were left out: they differ from others in nothing that is used.
       idle: Fields whose values in ``base`` make no difference to any point.
       warnings: What the user should be told before anything runs, a line each.
+      audit: The settings of the audit of every point; None: points are not audited.
     """
 
     base: Config
@@ -67,6 +68,7 @@ class Plan(NamedTuple):
     repeated: int
     idle: frozenset[str]
     warnings: list[str]
+    audit: dict[str, Any] | None = None
 
     @property
     def varied(self) -> list[str]:

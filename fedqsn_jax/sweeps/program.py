@@ -154,6 +154,17 @@ def _state_axes(axis: int) -> Any:
     return ServerState(**{**fields, "round": None})
 
 
+def state_of(stacked: ServerState, place_: int) -> ServerState:
+    """Returns one point's state out of those of `Program.run_all`."""
+    fields = {
+        field.name: getattr(stacked, field.name)
+        if field.name == "round"
+        else jax.tree.map(lambda leaf: leaf[place_], getattr(stacked, field.name))
+        for field in dataclasses.fields(ServerState)
+    }
+    return ServerState(**fields)
+
+
 def _donating(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(function, donate_argnums=1)
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError, flatten
+from fedqsn_jax.core.json_text import parse_json
 from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.host.signals import cleaning_up
 from fedqsn_jax.reporting.writers import to_plain, write_json
@@ -18,6 +20,8 @@ from fedqsn_jax.runs.claims import check_free, claim_directory
 from fedqsn_jax.runs.disk_space import check_writable
 from fedqsn_jax.sweeps.estimates import Setting, estimate
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point
+
+_LONGEST_NAME = 160
 
 Record = dict[str, Any]
 """A finished point: ``settings``, ``seed`` and ``metrics``."""
@@ -33,6 +37,8 @@ class SweepDirectory:
         self.table = path / "results.csv"
         self.attacker_picture = path / "global_and_attacker.png"
         self.proxy_picture = path / "global_and_proxy.png"
+        self.frontier_picture = path / "benefit_and_protection.png"
+        self.audits = path / "audits"
         self._definition = path / "sweep.json"
 
     def check(self, plan: Plan) -> None:
@@ -61,7 +67,7 @@ class SweepDirectory:
                 f"name a new or empty directory"
             )
         try:
-            stored = json.loads(self._definition.read_text())
+            stored = parse_json(self._definition.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"--workdir={self.path}: {self._definition.name} cannot be read"
@@ -132,6 +138,14 @@ class SweepDirectory:
         _write_csv(self.table, [_row_of(setting) for setting in settings])
 
 
+def audit_name(plan: Plan, point: Point) -> str:
+    """What the folder of a point's audit is called: its place in the sweep, and its settings."""
+    label = {**point.settings, SEED: point.config.seed}
+    text = "_".join(f"{name}={value}" for name, value in label.items() if value is not None)
+    readable = re.sub(r"[^\w.=-]+", "-", text)[:_LONGEST_NAME]
+    return f"{plan.points.index(point):04}_{readable}"
+
+
 def record_of(point: Point, metrics: Mapping[str, Any]) -> Record:
     """Returns what is kept of a finished point."""
     kept = {name: value for name, value in metrics.items() if name not in ("round", "seconds")}
@@ -186,7 +200,7 @@ def _cell(value: Any) -> Any:
 
 
 def _definition(plan: Plan) -> dict[str, Any]:
-    definition = {"config": flatten(plan.base), "grids": plan.grids}
+    definition = {"config": flatten(plan.base), "grids": plan.grids, "audit": plan.audit}
     return json.loads(json.dumps(to_plain(definition)))
 
 
@@ -199,4 +213,6 @@ def _differences(plan: Plan, stored: Any) -> list[str]:
         for name in sorted(config.keys() | other.keys())
         if config.get(name) != other.get(name) and name not in plan.idle
     ]
-    return differing + ["its grids differ"] * (theirs.get("grids") != ours["grids"])
+    differing += ["its grids differ"] * (theirs.get("grids") != ours["grids"])
+    # Sweeps of earlier versions say nothing of audits.
+    return differing + ["its audit differs"] * (theirs.get("audit") != ours["audit"])

@@ -1,8 +1,9 @@
 """A sweep: its points, program by program, each kept as soon as it is finished."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -10,20 +11,38 @@ from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.host.signals import cleaning_up
 from fedqsn_jax.reporting.display import draw_safely
-from fedqsn_jax.runs.experiment import Experiment
+from fedqsn_jax.rounds.federation import ServerState
+from fedqsn_jax.runs.preparation import Experiment
 from fedqsn_jax.simulation.memory import answer_out_of_memory
 from fedqsn_jax.simulation.running import Entry
+from fedqsn_jax.sweeps.audits import PREFIX, PointAudit, references, with_shares
 from fedqsn_jax.sweeps.display import SweepDisplay
 from fedqsn_jax.sweeps.estimates import Setting
 from fedqsn_jax.sweeps.grid import SEED, Plan, Point, described, label_of, program_of
-from fedqsn_jax.sweeps.program import Program, may_be_side_by_side, settings_at_once
-from fedqsn_jax.sweeps.results import Record, SweepDirectory, identity, over_seeds, record_of
+from fedqsn_jax.sweeps.program import (
+    Program,
+    may_be_side_by_side,
+    settings_at_once,
+    state_of,
+)
+from fedqsn_jax.sweeps.results import (
+    Record,
+    SweepDirectory,
+    audit_name,
+    identity,
+    over_seeds,
+    record_of,
+)
 from fedqsn_jax.sweeps.sources import Sources, Start
 from fedqsn_jax.sweeps.warnings import warnings_after_sweep
 
 
 def check(
-    plan: Plan, directory: Path | None, at_once: int = 0, sources: Sources | None = None
+    plan: Plan,
+    directory: Path | None,
+    at_once: int = 0,
+    sources: Sources | None = None,
+    audit: PointAudit | None = None,
 ) -> list[tuple[list[Point], str]]:
     """Makes sure that every point that is left can be run; trains and writes nothing.
 
@@ -34,6 +53,7 @@ def check(
       directory: Where, if that is known.
       at_once: Points side by side; 0: what fits and pays.
       sources: Where data and models come from.
+      audit: Is asked whether it can audit the points.
 
     Returns:
       The points that are left, program by program, each with how its clients are run.
@@ -43,6 +63,8 @@ def check(
     """
     records: list[Record] = []
     sources = sources or Sources()
+    if audit is not None:
+        references(plan)
     if directory is not None:
         files = SweepDirectory(directory)
         files.check_fit(plan)
@@ -51,6 +73,8 @@ def check(
     for points in by_program(_missing(plan, records)):
         experiment = _prepare(points[0], sources)
         simulation = experiment.simulation
+        if audit is not None:
+            audit.check(experiment)
         if at_once > 1 and not may_be_side_by_side(simulation, experiment.problem.splits.clients):
             raise ConfigError(
                 f"--at_once={at_once}: allowed is 0 or 1 where several devices share a cohort, or "
@@ -60,7 +84,13 @@ def check(
     return groups
 
 
-def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) -> None:
+def run(
+    plan: Plan,
+    directory: Path,
+    display: SweepDisplay,
+    at_once: int = 0,
+    audit: PointAudit | None = None,
+) -> None:
     """Runs what is left of a sweep, and writes and shows what it came to.
 
     Args:
@@ -68,17 +98,19 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
       directory: Where everything is written; see `results.SweepDirectory`.
       display: Where progress is shown.
       at_once: Points side by side; 0: what fits and pays.
+      audit: Audits every finished point; None: points are not audited.
 
     Raises:
       ConfigError: A point is not possible (nothing was run then), or the directory belongs to
         another sweep.
       OutOfMemoryError: The device ran out of memory; finished points are kept.
     """
+    plan = plan._replace(audit=audit.described if audit else None)
     files = SweepDirectory(directory)
     files.check(plan)
     sources = Sources()
     with display.waiting("checking every program of the sweep"):
-        groups = check(plan, directory, at_once, sources)
+        groups = check(plan, directory, at_once, sources, audit)
     with files.claim(plan):
         records = files.read()
         missing = _missing(plan, records)
@@ -96,25 +128,58 @@ def run(plan: Plan, directory: Path, display: SweepDisplay, at_once: int = 0) ->
         ):
             for points in by_program(missing):
                 progress.begin_program()
-                for batch, rounds, entries in _run_program(points, at_once, sources):
-                    if entries is None:
+                for batch, rounds, ends in _run_program(points, at_once, sources):
+                    if ends is None:
                         progress.update(done + rounds)
                         continue
-                    new = [record_of(*pair) for pair in zip(batch, entries, strict=True)]
+                    new = []
+                    for point, end in zip(batch, ends, strict=True):
+                        told = _audited(plan, point, end, files, sources, audit)
+                        new.append(record_of(point, {**end.metrics, **told}))
                     files.append(new)
                     records += new
                     done += rounds
                     progress.update(done, new)
-        _report(files, over_seeds(records, _order(plan)), plan.base, display)
+        _report(files, _settings(records, plan), plan, display)
         for line in _warnings_after(plan, records):
             display.warning(line)
 
 
 def _write_tables(files: SweepDirectory, plan: Plan) -> None:
     records = files.read()
-    settings = over_seeds(records, _order(plan))
+    settings = _settings(records, plan)
     if settings:
         files.write_tables(records, settings)
+
+
+def _settings(records: Sequence[Record], plan: Plan) -> list[Setting]:
+    settings = over_seeds(records, _order(plan))
+    return with_shares(settings, records, plan) if settings and plan.audit else settings
+
+
+class _End(NamedTuple):
+    """How a point ended: its metrics, what it started from, and how to get its last state."""
+
+    metrics: Entry
+    start: Start
+    state: Callable[[], ServerState]
+
+
+def _audited(
+    plan: Plan,
+    point: Point,
+    end: _End,
+    files: SweepDirectory,
+    sources: Sources,
+    audit: PointAudit | None,
+) -> dict[str, Any]:
+    """What an audit says of a finished point, by names that tell where it comes from."""
+    if audit is None:
+        return {}
+    files.audits.mkdir(mode=0o700, exist_ok=True)
+    directory = files.audits / audit_name(plan, point)
+    found = audit(_prepare(point, sources), end.start.params, end.state(), directory)
+    return {f"{PREFIX}{name}": value for name, value in found.items()}
 
 
 def by_program(points: Sequence[Point]) -> list[list[Point]]:
@@ -127,12 +192,12 @@ def by_program(points: Sequence[Point]) -> list[list[Point]]:
 
 def _run_program(
     points: Sequence[Point], at_once: int, sources: Sources
-) -> Iterator[tuple[Sequence[Point], int, list[Entry] | None]]:
+) -> Iterator[tuple[Sequence[Point], int, list[_End] | None]]:
     """Runs the points of one program.
 
     Yields:
-      The points that are running, their finished rounds taken together, and at their end their
-      metrics.
+      The points that are running, their finished rounds taken together, and at their end how each
+      ended.
     """
     experiment = _prepare(points[0], sources)
     program = Program(experiment)
@@ -160,24 +225,32 @@ def _what_stands() -> str:
 
 def _run_batch(
     program: Program, batch: Sequence[Point], starts: dict[int, Start], count: int
-) -> Iterator[tuple[Sequence[Point], int, list[Entry] | None]]:
+) -> Iterator[tuple[Sequence[Point], int, list[_End] | None]]:
     configs = [point.config for point in batch]
     own = [starts[config.seed] for config in configs]
     latest: list[Entry] = []
+    last: Any = None
     if count == 1:
-        for finished, _, entry in program.run_one(configs[0], own[0]):
-            latest = [entry]
+        for finished, state, entry in program.run_one(configs[0], own[0]):
+            last, latest = state, [entry]
             yield batch, finished, None
     else:
         # The last batch is filled up, so that it runs in the same program.
         spare = count - len(batch)
         filled = configs + spare * configs[-1:], own + spare * own[-1:]
-        for finished, _, entries in program.run_all(*filled):
-            latest = entries[: len(batch)]
+        for finished, state, entries in program.run_all(*filled):
+            last, latest = state, entries[: len(batch)]
             yield batch, finished * len(batch), None
+
+    def state_at(place: int) -> ServerState:
+        return last if count == 1 else state_of(last, place)
+
     score = f"start/{program.simulation.task.score}"
-    metrics = [{**entry, score: start.score} for entry, start in zip(latest, own, strict=True)]
-    yield batch, configs[0].rounds * len(batch), metrics
+    ends = [
+        _End({**entry, score: start.score}, start, functools.partial(state_at, place))
+        for place, (entry, start) in enumerate(zip(latest, own, strict=True))
+    ]
+    yield batch, configs[0].rounds * len(batch), ends
 
 
 def _order(plan: Plan) -> list[Mapping[str, Any]]:
@@ -186,12 +259,14 @@ def _order(plan: Plan) -> list[Mapping[str, Any]]:
 
 
 def _report(
-    files: SweepDirectory, settings: Sequence[Setting], base: Config, display: SweepDisplay
+    files: SweepDirectory, settings: Sequence[Setting], plan: Plan, display: SweepDisplay
 ) -> None:
-    """Shows the table, and draws the pictures."""
+    """Shows the tables, and draws the pictures."""
     display.table_of(settings)
+    base = plan.base
     data = base.data.task if base.data.name == "text" else base.data.name
-    title = f"{data}, {base.rounds} rounds"
+    rounds = sorted({point.config.rounds for point in plan.points})
+    title = f"{data}, {' or '.join(map(str, rounds))} rounds"
     written = [files.table, files.points]
     for picture, rival in ((files.attacker_picture, "attacker"), (files.proxy_picture, "proxy")):
 
@@ -202,6 +277,17 @@ def _report(
             written.append(picture)
 
         draw_safely(display, picture.name, draw)
+    if plan.audit:
+        display.shares_of(settings)
+
+        def draw_frontier() -> None:
+            from fedqsn_jax.sweeps import frontier
+
+            frontier.draw(settings, files.frontier_picture, title)
+            written.append(files.frontier_picture)
+
+        draw_safely(display, files.frontier_picture.name, draw_frontier)
+        written.append(files.audits)
     display.written(written)
 
 

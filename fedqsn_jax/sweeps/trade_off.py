@@ -115,9 +115,7 @@ def _draw_marks(
     methods = list(dict.fromkeys(setting.method for setting in settings))
     for index, method in enumerate(methods):
         chosen = [i for i, setting in enumerate(settings) if setting.method == method]
-        # Beyond the last colour they begin again, each with another shape.
-        shape = index + index // len(_COLORS)
-        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[shape % len(_MARKERS)]
+        color, marker = look(index)
         x, y = [others[i].mean for i in chosen], [own[i].mean for i in chosen]
         half_x, half_y = ([_half(values[i]) for i in chosen] for values in (others, own))
         # Below every mark, the line of the front and the numbers.
@@ -135,6 +133,13 @@ def _draw_marks(
             label=method,
             zorder=4 if marker == "*" else 3,
         )
+
+
+def look(index: int) -> tuple[str, str]:
+    """The colour and the shape of the marks of one kind of setting, by its place among them."""
+    # Beyond the last colour they begin again, each with another shape.
+    shape = index + index // len(_COLORS)
+    return _COLORS[index % len(_COLORS)], _MARKERS[shape % len(_MARKERS)]
 
 
 def _fit(axes: Axes, others: Sequence[Estimate], own: Sequence[Estimate]) -> None:

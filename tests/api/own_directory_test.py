@@ -1,5 +1,6 @@
 """A working directory for a model of one's own: resumed, extended, loaded, refused to others."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,16 +47,18 @@ def finished(tmp_path_factory):
     """A run of one round that was extended to two, and the same in one piece, without directory."""
     directory = tmp_path_factory.mktemp("own") / "run"
     told = []
-    for rounds in (1, 2):
-        result = federate(
-            Network(),
-            CLIENTS,
-            TEST,
-            rounds=rounds,
-            workdir=directory,
-            on_progress=lambda finished, entries: told.append(finished),
-            **IN_DIRECTORY,
-        )
+    # Strict promotion of dtypes is for other programs of the user's.
+    with jax.numpy_dtype_promotion("strict"):
+        for rounds in (1, 2):
+            result = federate(
+                Network(),
+                CLIENTS,
+                TEST,
+                rounds=rounds,
+                workdir=directory,
+                on_progress=lambda finished, entries: told.append(finished),
+                **IN_DIRECTORY,
+            )
     return directory, result, quietly(Network(), rounds=2, **SHORT), told
 
 

@@ -14,7 +14,7 @@ from fedqsn_jax.api.own_rows import read_clients
 from fedqsn_jax.config.schema import Config, with_fields
 from fedqsn_jax.data.labels import check_labels
 from fedqsn_jax.models.functional import linen_init
-from fedqsn_jax.simulation.warnings import DIVERGED, warnings_after_run
+from fedqsn_jax.simulation.warnings import DIVERGED, NO_NUMBER, warnings_after_run
 
 CLASSES = 3
 SHORT = {"rounds": 2, "client": {"steps": 1}, "evaluation": {"proxy_samples": 2}}
@@ -133,6 +133,37 @@ def test_models_of_another_form_are_refused(model, message):
 
 
 @pytest.mark.usefixtures("only_shapes")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "mnist"}, "task: of type str; allowed is a Task"),
+        ({"on_progress": 3}, "on_progress: of type int; allowed is a function"),
+        # An empty path would be the current directory.
+        ({"workdir": ""}, "workdir = '': allowed is the path of a directory, or None"),
+        ({"workdir": 5}, "workdir = 5: allowed is the path of a directory, or None"),
+    ],
+)
+def test_what_is_used_late_is_looked_at_first(options, message):
+    assert refusal(**options).startswith(message)
+
+
+def test_numbers_that_the_device_cannot_hold_are_told_once():
+    """Not also by NumPy, in a warning of its own, which here would be an error."""
+    wide = {**rows(5), "image": rows(5)["image"].astype(np.float64) * 1e300}
+    message = refusal(clients=[wide], test=wide)
+    assert message.startswith("clients: 'image' has the value")
+    assert "which float32 cannot hold" in message
+
+
+def test_a_head_alone_has_nothing_to_hide():
+    message = refusal(nn.Dense(CLASSES))
+    assert message == (
+        "algorithm = 'fedqsn': the model has no layer but the task head (kernel), which is never "
+        "hidden; allowed is algorithm = 'fedavg', or a model with other layers"
+    )
+
+
+@pytest.mark.usefixtures("only_shapes")
 def test_other_rows_must_be_like_the_clients():
     for where in ("test", "private"):
         for arrays, message in (
@@ -234,6 +265,9 @@ def test_rejected_updates_are_counted_in_the_rounds_that_say():
     assert warnings_after_run(Config(), [history[0], history[2]], {}) == []
     diverged = [history[0], {"round": 20, "clients/rejected": 0, "global/loss": float("nan")}]
     assert warnings_after_run(Config(), diverged, {}) == [DIVERGED]
+    # As with a NaN among the test rows.
+    from_the_start = [{"round": 0, "global/loss": float("nan")}, diverged[-1]]
+    assert warnings_after_run(Config(), from_the_start, {}) == [NO_NUMBER]
 
 
 @pytest.mark.usefixtures("only_shapes")

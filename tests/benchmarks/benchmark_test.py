@@ -36,7 +36,9 @@ def test_a_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workloads, "make_population", lambda: small)
     out = tmp_path / "report.json"
     arguments = ["--workload=dense", "--calls=2", "--rounds_per_call=1", f"--out={out}"]
-    assert benchmark.main(arguments) == 0
+    # Strict promotion of dtypes is for users' own programs.
+    with jax.numpy_dtype_promotion("strict"):
+        assert benchmark.main(arguments) == 0
     report = json.loads(out.read_text())
     times = report["workloads"]["dense"]["algorithms"]
     assert set(times) == {"fedavg", "fedqsn"}
@@ -50,6 +52,45 @@ def test_a_report(tmp_path, monkeypatch, capsys):
     assert set(map(ord, shown)) <= {10, *range(32, 127)}
     rows = [line.split() for line in shown.splitlines()]
     assert [len(row) for row in rows if row[:2] == ["dense,", "fedqsn"]] == [6]
+
+
+def test_what_cannot_be_measured_or_written_is_a_line_before_it_is_measured(
+    tmp_path, monkeypatch, capsys
+):
+    def unused(*arguments):
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr(workloads, "make_population", unused)
+    assert benchmark.main([f"--out={tmp_path}"]) == 2
+    assert capsys.readouterr().err == f"fedqsn_jax: {tmp_path}: Is a directory\n"
+    for wrong in ("--calls=0", "--rounds_per_call=x", "--clients=10,0", "--population=-1"):
+        assert benchmark.main([wrong]) == 2
+        assert "allowed are whole numbers of 1 or more" in capsys.readouterr().err
+
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'cuda':\nno device")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert benchmark.main([f"--out={tmp_path / 'new' / 'report.json'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fedqsn_jax: JAX_PLATFORMS=")
+    assert error.count("\n") == 1
+
+
+def test_results_that_cannot_be_written_are_shown(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "report.json"
+
+    def measured(*arguments):
+        out.unlink()
+        out.mkdir()
+        times = {"median": 1.0, "quartiles": (1.0, 1.0), "best": 1.0}
+        return times | {"clients": "one at a time", "rounds": 2, "in_calls": 1.0, "programs": 1}
+
+    monkeypatch.setattr(measuring, "measure_population", measured)
+    assert benchmark.main(["--population=8", f"--out={out}"]) == 2
+    output, error = capsys.readouterr()
+    assert "one at a time" in output
+    assert error == f"fedqsn_jax: {out}: Is a directory\n"
 
 
 def test_reports_of_large_rounds(tmp_path, monkeypatch, capsys):

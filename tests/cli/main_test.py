@@ -27,6 +27,10 @@ MISTAKES = {
         ["--config.cohort.sise=3"],
         "unknown field cohort.sise; did you mean cohort.size",
     ),
+    "unknown field of a section": (
+        ["--config.client.lr=0.1"],
+        "unknown field client.lr; client has steps, batch_size, optimizer, learning_rate",
+    ),
     "a section": (["--config.model=mlp"], "model"),
     "p1 = 1": (["--config.p1=1.0"], "p1 = 1.0: allowed is 0 to below 1"),
     "p1 < 0": (["--config.p1=-0.1"], "p1 = -0.1: allowed is 0 to below 1"),

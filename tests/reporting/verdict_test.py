@@ -62,6 +62,15 @@ def test_absent_idle_and_diverged():
         assert "diverged" in word["text"]
 
 
+def test_a_loss_that_was_never_a_number_is_no_divergence():
+    """As with a NaN among the test rows."""
+    history = [{"round": n, "global/accuracy": 0.5, "global/loss": math.nan} for n in (0, 9)]
+    word = verdict(summarize(history, COSTS, 1.0), Config())
+    assert word["protection"] is None
+    assert "diverged" not in word["text"]
+    assert "before the first round, so nothing can be said" in word["text"]
+
+
 def test_a_method_that_hides_nothing_and_no_server_mask():
     costs = Costs(1, 1, 1, 1, hides=False)
     word = judged(0.5, config=with_fields(Config(), {"algorithm": "fedavg"}), costs=costs)
@@ -70,3 +79,36 @@ def test_a_method_that_hides_nothing_and_no_server_mask():
     assert "algorithm = 'fedqsn'" in word["text"]
     assert judged(None, config=Config(), costs=costs)["protection"] == "none"
     assert "set p1 above 0" in judged(0.96, config=with_fields(Config(), {"p1": 0.0}))["text"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told", "not_told"),
+    [
+        ({}, ["mask_per = 'client'", "clients after each round", "broadcast.every = 0"], []),
+        ({"p2": 0.0}, ["broadcast.every = 0"], ["mask_per"]),
+        ({"mask_per": "client"}, ["A p1 above 0.2"], ["mask_per = 'client'"]),
+        # Ten colluders miss a column with probability .2 ** 10.
+        ({"mask_per": "client", "p1": 0.0}, ["10 of them see 100%"], ["in time"]),
+        ({"mask_per": "client", "p1": 0.0, "p2": 0.9}, ["10 of them see 65.1%"], ["in time"]),
+        ({"p1": 0.0}, ["collect every column in time"], []),
+        ({"broadcast.every": 3}, ["(after every 3 rounds)", "broadcast.every = 0 it is not"], []),
+        ({"broadcast.share": 0.5}, ["(a share of 0.5)", "broadcast.every = 0 it is not"], []),
+        ({"broadcast.every": 0}, ["not sent already", "A p1 above"], ["= 0 it is not", "arms"]),
+    ],
+)
+def test_advice_knows_kept_masks_and_what_is_sent_back(settings, told, not_told):
+    text = judged(0.964, 0.964, config=with_fields(Config(), settings))["text"]
+    assert all(words in text for words in told), text
+    assert not any(words in text for words in not_told), text
+
+
+def test_one_way_rounds_protect_without_hidden_columns():
+    """What colluders lack there is what was learned."""
+    costs = Costs(1, 1, 1, 1, hides=False)
+    config = with_fields(Config(), {"algorithm": "fedavg", "broadcast.every": 0})
+    word = judged(0.8, config=config, costs=costs)
+    assert word["protection"] == "little"
+    assert "No column is hidden" not in word["text"]
+    assert "algorithm = 'fedqsn'" in word["text"]
+    assert judged(0.7, config=config, costs=costs)["protection"] == "some"
+    assert judged(0.964, config=config, costs=costs)["protection"] == "none"

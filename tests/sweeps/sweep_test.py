@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from types import SimpleNamespace
 
+import jax
 import pytest
 from sweep_cases import CONFIG, sweep_file
 
@@ -157,6 +158,8 @@ class FakeProgram:
             yield finished, None, fake_entry(config, finished)
 
     def run_all(self, configs, starts):
+        # Strict promotion of dtypes is for users' own programs.
+        assert jax.config.values["jax_numpy_dtype_promotion"] == "standard"
         for finished in (2, configs[0].rounds):
             yield finished, None, [fake_entry(config, finished) for config in configs]
 
@@ -209,7 +212,8 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on(at_once, tmp_path, ca
     assert "made by another sweep: client.steps = 2 (there: 1)" in message
 
     sweep_file(tmp_path, GRID)
-    assert main(arguments) == 0
+    with jax.numpy_dtype_promotion("strict"):
+        assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert f"4 points, {kept} of them finished before; 1 program to compile" in shown
     assert "4/4  p1=0.3 seed=1  global 0.916  proxy 0.600  attacker_2 0.800" in shown

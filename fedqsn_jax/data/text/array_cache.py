@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError
 from fedqsn_jax.data.splits import Rows
 from fedqsn_jax.host.signals import cleaning_up
@@ -17,7 +18,7 @@ _MODE = 0o700
 
 def default_directory() -> Path:
     """Returns ``fedqsn_jax`` in the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedqsn_jax"
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fedqsn_jax"
 
 
 def cached(directory: Path, key: str, build: Callable[[], Rows]) -> Rows:

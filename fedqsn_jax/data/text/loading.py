@@ -7,7 +7,7 @@ tokenizer and the lengths, so that the next run starts at once.
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +30,9 @@ OWN = "own"
 """The task whose columns are named by the user."""
 
 # Part of every cache key: to be raised when the same files would give other arrays.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _CUT = "rows that were cut"
+"""What is kept of the rows on their way: whether each has lost tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,15 +126,13 @@ def load(
     test_source = _test_source(settings, config, kind)
     console = console or EnduringConsole(file=sys.stderr)
 
-    def arrays(source: TextSource) -> tuple[Rows, int]:
+    def arrays(source: TextSource) -> Rows:
         return _arrays(source, settings, kind, options, tokenizer, console)
 
-    train, cut = arrays(train_source)
-    count = len(train["tokens"])
+    train = arrays(train_source)
     test_rows: Iterable[Row] | None = None
     if test_source is not None:
-        test, cut_in_test = arrays(test_source)
-        cut, count = cut + cut_in_test, count + len(test["tokens"])
+        test = arrays(test_source)
         if kind.generates:
             test_rows = test_source.rows()
     else:
@@ -151,14 +150,11 @@ def load(
     notes: list[str] = []
     if kind.generates:
         train, test, notes = _drop_without_targets(train, test, kind.length)
+    notes += _note_on_cuts([train.pop(_CUT), test.pop(_CUT)], options)
     prompts = None
     if test_rows is not None:
         prompts = make_prompts(test_rows, kind, tokenizer, options, new_tokens)
     splits = make_splits(train, test, len(kind.labels), config, generator)
-    if cut:
-        notes.append(
-            f"{cut} of the {count} rows of the files lost tokens beyond data.length = {kind.length}"
-        )
     if CLIENT_COLUMN in train and config.partition != "natural":
         notes.append(
             f"the column {CLIENT_COLUMN} of {train_source.name} is not used: data.partition = "
@@ -200,6 +196,18 @@ def text_format(settings: TextSettings) -> TextFormat:
         labels=settings.labels or kind.labels,
         length=settings.length or kind.length,
     )
+
+
+def _note_on_cuts(cut: Sequence[np.ndarray], options: PackingOptions) -> list[str]:
+    """How many of the rows that are used have lost tokens, and by which setting."""
+    lost, count = sum(int(each.sum()) for each in cut), sum(map(len, cut))
+    if not lost:
+        return []
+    length = f"data.length = {options.length}"
+    if options.encoder_decoder:
+        target = options.target_length or options.length
+        length = f"{length} (prompts) or data.target_length = {target} (completions)"
+    return [f"{lost} of the {count} rows that are used lost tokens beyond {length}"]
 
 
 def _drop_without_targets(train: Rows, test: Rows, length: int) -> tuple[Rows, Rows, list[str]]:
@@ -277,8 +285,8 @@ def _arrays(
     options: PackingOptions,
     tokenizer: TextTokenizer,
     console: Console,
-) -> tuple[Rows, int]:
-    """A source's rows as arrays, from the cache if they are there, and how many were cut."""
+) -> Rows:
+    """A source's rows as arrays, from the cache if they are there, with whether each was cut."""
 
     def build() -> Rows:
         rows = list(source.rows())
@@ -294,12 +302,11 @@ def _arrays(
             packed = pack(
                 rows, kind, tokenizer, options, lambda count: progress.advance(bar, count)
             )
-        return packed.arrays | {_CUT: np.asarray(packed.cut)}
+        return packed.arrays | {_CUT: packed.cut}
 
     directory = user_path(settings.cache) if settings.cache else default_directory()
     key = _key(source, settings, kind, options, tokenizer)
-    arrays = dict(cached(directory, key, build))
-    return arrays, int(arrays.pop(_CUT))
+    return dict(cached(directory, key, build))
 
 
 def _key(

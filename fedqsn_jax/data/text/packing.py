@@ -33,11 +33,11 @@ class Packed(NamedTuple):
 
     Attributes:
       arrays: Named arrays ``[rows, ...]``; with `CLIENT_COLUMN` where all rows have it.
-      cut: Number of rows that were too long and lost tokens at the end.
+      cut: Whether a row was too long and lost tokens at its end, bool ``[rows]``.
     """
 
     arrays: Rows
-    cut: int
+    cut: np.ndarray
 
 
 class PackingOptions(NamedTuple):
@@ -117,13 +117,13 @@ def _classification(
     (probe,) = tokenizer.encode([("a", "b")])
     if len(kind.inputs) == 2 and any(probe.types):
         arrays["token_types"] = np.zeros((len(rows), length), np.int32)
-    cut = 0
+    cut = np.zeros(len(rows), bool)
     for indices in _chunks(len(rows)):
         examples = [classification_example(rows[index], kind) for index in indices]
         encoded = tokenizer.encode([texts for texts, _ in examples], length=limit)
         for index, each, (_, label) in zip(indices, encoded, examples, strict=True):
             _check_length(rows[index], kind, len(each.tokens), length)
-            cut += each.cut
+            cut[index] = each.cut
             _fill(arrays, "tokens", "mask", index, each.tokens)
             if "token_types" in arrays:
                 arrays["token_types"][index, : len(each.types)] = each.types
@@ -142,13 +142,13 @@ def _causal(
     length = options.length
     arrays = _empty(len(rows), length, tokenizer.pad)
     arrays["loss_mask"] = np.zeros((len(rows), length), bool)
-    cut = 0
+    cut = np.zeros(len(rows), bool)
     for index, prompt, completion in _generation(rows, kind, tokenizer, on_rows):
         prompt = prompt + _separator(tokenizer, options)
         tokens = prompt + completion
         if not options.truncate:
             _check_length(rows[index], kind, len(tokens), length)
-        cut += len(tokens) > length
+        cut[index] = len(tokens) > length
         _fill(arrays, "tokens", "mask", index, tokens[:length])
         arrays["loss_mask"][index, len(prompt) : len(tokens)] = True
     return Packed(arrays, cut)
@@ -165,12 +165,12 @@ def _sequence_to_sequence(
     arrays = _empty(len(rows), length, tokenizer.pad)
     target = _empty(len(rows), target_length, tokenizer.pad)
     arrays |= {"target_tokens": target["tokens"], "target_mask": target["mask"]}
-    cut = 0
+    cut = np.zeros(len(rows), bool)
     for index, prompt, completion in _generation(rows, kind, tokenizer, on_rows):
         if not options.truncate:
             _check_length(rows[index], kind, len(prompt), length)
             _check_length(rows[index], kind, len(completion), target_length)
-        cut += len(prompt) > length or len(completion) > target_length
+        cut[index] = len(prompt) > length or len(completion) > target_length
         _fill(arrays, "tokens", "mask", index, prompt[:length])
         _fill(arrays, "target_tokens", "target_mask", index, completion[:target_length])
     return Packed(arrays, cut)

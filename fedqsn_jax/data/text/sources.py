@@ -12,7 +12,6 @@ A source is written ``KIND:REST``:
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import numpy as np
 
 from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError
+from fedqsn_jax.core.json_text import parse_json
 from fedqsn_jax.data.tfds_folders import FORMAT, PreparedSet
 
 KINDS = ("tsv", "jsonl", "e2e", "tfds")
@@ -139,11 +139,9 @@ def _tsv(path: Path) -> Iterator[Row]:
 def _jsonl(path: Path) -> Iterator[Row]:
     for line, where in _lines(path):
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError as error:
-            raise ConfigError(f"{where}: not JSON ({error})") from error
-        except RecursionError as error:
-            raise ConfigError(f"{where}: JSON that is nested too deeply") from error
+            raise ConfigError(f"{where}: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: a {type(values).__name__}; needed is a JSON object a line")
         yield Row(values, where)

@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError
+from fedqsn_jax.core.json_text import parse_json
 
 _USUAL_SHARE = 0.99
 """Of a vocabulary's rows at least so many have a token in most models, though rows are reserved
@@ -117,11 +117,11 @@ def load_tokenizer(
     file = file if file.name.endswith(".json") else file / "tokenizer.json"
     try:
         content = file.read_bytes()
-        settings = json.loads(content)
+        settings = parse_json(content)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; a tokenizer.json is needed") from error
     except ValueError as error:
-        raise ConfigError(f"{file}: not JSON ({error})") from error
+        raise ConfigError(f"{file}: {error}") from error
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # The library raises plain Exception for whatever it cannot read.

@@ -1,13 +1,13 @@
 """Files of weights as the transformers library writes them: safetensors, one or several."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedqsn_jax.core.json_text import parse_json
 from fedqsn_jax.models.language.hugging_face import PretrainedError, current_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -106,11 +106,11 @@ def open_weights(directory: Path) -> Iterator[Weights]:
 def read_json(file: Path) -> dict[str, Any]:
     """Reads an object of a JSON file; anything else is a PretrainedError."""
     try:
-        values = json.loads(file.read_text())
+        values = parse_json(file.read_text())
     except FileNotFoundError as error:
         raise PretrainedError(f"{file}: no such file") from error
     except (OSError, ValueError) as error:
-        raise PretrainedError(f"{file}: not a JSON file ({error})") from error
+        raise PretrainedError(f"{file}: not a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise PretrainedError(f"{file}: not a JSON object")
     return values

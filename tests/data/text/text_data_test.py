@@ -57,7 +57,7 @@ def test_single_texts(tmp_path):
     assert packed.arrays["mask"].sum(axis=1).tolist() == [4, 6]
     assert packed.arrays["mask"][0].tolist() == [True] * 4 + [False] * 2
     assert packed.arrays["label"].tolist() == [1, 0]
-    assert packed.cut == 1
+    assert packed.cut.sum() == 1
     dtypes = {name: array.dtype for name, array in packed.arrays.items()}
     assert dtypes == {"tokens": np.int32, "mask": np.bool_, "label": np.int32}
 
@@ -74,7 +74,7 @@ def test_pairs_are_cut_at_the_longer_text(tmp_path):
         [START, *ids("a film"), END, *ids("the"), END],
     )
     assert packed.arrays["token_types"].tolist() == [[0] * 5 + [1] * 2, [0] * 4 + [1] * 2 + [0]]
-    assert packed.cut == 1
+    assert packed.cut.sum() == 1
 
 
 def test_decoders_are_trained_on_completions_only(tmp_path):
@@ -94,7 +94,7 @@ def test_decoders_are_trained_on_completions_only(tmp_path):
     expected = (ids(PROMPTS[0]) + completions[0])[:12]
     assert short.arrays["tokens"][0].tolist() == expected
     assert short.arrays["loss_mask"][0].tolist() == [False] * 10 + [True] * 2
-    assert short.cut == 1
+    assert short.cut.sum() == 1
 
 
 def test_encoder_decoders_get_both_halves(tmp_path):
@@ -107,7 +107,7 @@ def test_encoder_decoders_get_both_halves(tmp_path):
         4, ids("Blue Spice is a"), [*ids("a pub"), END]
     )
     assert packed.arrays["target_mask"].tolist() == [[True] * 4, [True] * 3 + [False]]
-    assert packed.cut == 1
+    assert packed.cut.sum() == 1
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,26 @@ def test_rows_of_which_nothing_is_left_to_be_predicted_are_left_out_and_told(tmp
     for each in parts:
         assert np.asarray(each["loss_mask"])[:, 1:].any(axis=1).all()
     assert "24 of 48 rows are left out" in data.notes[0]
+    # Those that are left have lost nothing.
+    assert not any("lost tokens" in note for note in data.notes)
     message = refusal(load, tmp_path, source, tokenizer, length=2, **own)
     assert message.startswith("data.length = 2: the prompts fill it in every row")
+
+
+def test_cuts_of_either_half_are_told_with_both_lengths(tmp_path):
+    """Of 24 rows every third has a completion of six tokens and its end, others of one."""
+    lines = [{"q": "good", "a": "film " * (1 if n % 3 else 6)} for n in range(24)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = load(
+        *(tmp_path, f"jsonl:{file}", tiny_tokenizer(tmp_path, "none", max_length=128)),
+        **{"task": "own", "columns": ("q",), "target": "a", "test": f"jsonl:{file}"},
+        **{"length": 9, "target_length": 4, "encoder_decoder": True},
+    )
+    assert data.notes == (
+        "16 of the 48 rows that are used lost tokens beyond data.length = 9 (prompts) or "
+        "data.target_length = 4 (completions)",
+    )
 
 
 def test_prompts_have_all_their_references(tmp_path):
@@ -275,7 +293,9 @@ def write_sst2(tmp_path, count=20, **columns):
     return f"jsonl:{file}"
 
 
-def load(tmp_path, source, tokenizer=None, *, seed=0, console=None, data=None, **settings):
+def load(tmp_path, source, tokenizer=None, *, seed=0, data=None, **settings):
+    own = ("console", "encoder_decoder")
+    options = {name: settings.pop(name) for name in own if name in settings}
     settings = {"task": "sst2", "cache": str(tmp_path / "cache")} | settings
     config = {"clients": 3, "partition": "iid", "private_rows": 4, "test_rows": 5} | (data or {})
     return loading.load(
@@ -283,7 +303,7 @@ def load(tmp_path, source, tokenizer=None, *, seed=0, console=None, data=None, *
         DataConfig(**config),
         tokenizer or tiny_tokenizer(tmp_path),
         np.random.default_rng(seed),
-        console=console,
+        **options,
     )
 
 
@@ -403,7 +423,7 @@ def test_the_cache_saves_the_work(tmp_path, tokenized):
     second = load(tmp_path, source, length=3)
     assert len(tokenized) == 1
     assert first.notes == second.notes
-    assert first.notes[0] == "20 of the 20 rows of the files lost tokens beyond data.length = 3"
+    assert first.notes[0] == "20 of the 20 rows that are used lost tokens beyond data.length = 3"
     for name, array in first.splits.clients.examples.items():
         assert np.array_equal(array, second.splits.clients.examples[name])
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700

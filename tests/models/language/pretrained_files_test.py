@@ -277,6 +277,8 @@ def test_files_that_are_missing_or_broken_are_named(copy, tmp_path):
     assert "config.json: not a JSON object" in error_of(load, place)
     (place / "config.json").write_text("{")
     assert "config.json: not a JSON file" in error_of(load, place)
+    (place / "config.json").write_text('{"model_type":' * 10**5)
+    assert "config.json: not a JSON file: JSON that is nested too deeply" in error_of(load, place)
     (place / "config.json").unlink()
     assert "config.json: no such file" in error_of(load, place)
     assert f"model {tmp_path}/none: no such directory" in error_of(load, tmp_path / "none")
