@@ -55,6 +55,7 @@ COMMON = {
 PLAIN = "fedqsn"
 MASKED, QUANTIZED = ("fedsn", "fedqsn"), ("fedq", "fedqsn", "fedlpp")
 UPLOADS = {"upload.bits": 2, "upload.block_size": 4, "upload.error_feedback": True}
+PRIVATE = {"privacy.clip": 0.05, "privacy.noise": 0.5, "server.weighting": "uniform"}
 PROMPTED = {
     "algorithm": "fedsp",
     "fedsp.prompts": 2,
@@ -110,6 +111,14 @@ CASES: dict[str, dict[str, Any]] = {
         "blocks": "row",
         "sampling": "fixed_count",
         "server.rule": "from_sent",
+    },
+    "private": {**PRIVATE, "server.normalize": "coverage", "server.optimizer": "lamb"},
+    "private one-way rounds": {
+        **PRIVATE,
+        "cohort.sampling": "poisson",
+        "broadcast.every": 0,
+        "upload.bits": 2,
+        "upload.block_size": 4,
     },
     # All of it; and its rounds alone, which tell nothing, though distillation before them does.
     "fedsp": {**PROMPTED, "fedsp.distillation_steps": 2},

@@ -5,7 +5,16 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from rounds_cases import FEDQSN, KEY, POPULATION, fast, federate, octets
+from rounds_cases import (
+    FEDQSN,
+    KEY,
+    POPULATION,
+    TRANSFORM,
+    fast,
+    federate,
+    octets,
+    simulated_proxies,
+)
 from scipy import stats
 
 from fedqsn_jax.rounds.calls import draw_cohorts
@@ -69,14 +78,21 @@ def test_empty_places_leave_no_trace(model, data):
     cohorts = draw_cohorts(federation, state, 6)
     counts = (cohorts != NOBODY).sum(axis=1)
     assert len(set(counts.tolist())) > 2, "cohorts of several sizes"
+    known = {site.path: np.zeros((site.layers, site.columns), bool) for site in model.sites}
     rows = np.asarray(data.offsets[1:] - data.offsets[:-1])
     for index, count in enumerate(counts):
-        state, facts = run(state, data)
         there = cohorts[index, :count]
+        proxies, _ = simulated_proxies(TRANSFORM, model, state)
+        state, facts = run(state, data)
         assert int(facts["clients/drawn"]) == count
         assert int(facts["clients/returned"]) == (rows[there] > 0).sum()
         for site in model.sites.drawing:
-            assert int(facts[f"visible/{site.path}"]) <= count * site.columns
+            seen = [proxies[client].visible[site.path] for client in there]
+            assert int(facts[f"visible/{site.path}"]) == sum(each.sum() for each in seen)
+            known[site.path] = np.logical_or.reduce([known[site.path], *seen])
+            np.testing.assert_array_equal(
+                state.attackers[f"attacker_{POPULATION}"].known[site.path], known[site.path]
+            )
 
 
 @pytest.mark.usefixtures("quick_compilation")
