@@ -180,7 +180,8 @@ def test_faults_are_named_and_who_was_at_fault_comes_back(tmp_path):
             assert words in told
         first, second = running.history()[1:]
         assert first["clients/returned"] == 1
-        assert first["clients/rejected"] == 3
+        # Of the one that hangs Flower may tell that it is late before the server has waited enough.
+        assert first["clients/rejected"] in (3, 4)
         # Its process that hangs does not keep a node from the next round.
         assert second["clients/returned"] == len(clients)
         assert second["seconds"] - first["seconds"] < 120
