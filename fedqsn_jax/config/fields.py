@@ -299,7 +299,8 @@ def _as_float(value: Any) -> Any:
 def _check_number(name: str, value: Any, allowed: Allowed) -> None:
     largest = LARGEST_INTEGER if isinstance(value, int) else LARGEST_FLOAT
     low = -largest if allowed.low is None else allowed.low
-    high = largest if allowed.high is None else allowed.high
+    # Where a field says what it has to be below, that is its bound.
+    high = allowed.high if allowed.high is not None else allowed.below or largest
     # Written so that NaN is refused.
     if low <= value <= high and (allowed.below is None or value < allowed.below):
         return

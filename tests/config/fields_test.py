@@ -76,6 +76,12 @@ def test_such_a_flag_is_answered_in_a_line(flag, message, capsys):
     assert len(shown) < 250
 
 
+def test_a_seed_may_have_all_of_its_32_bits():
+    assert resolve({"seed": 2**32 - 1}).seed == 2**32 - 1
+    with pytest.raises(ConfigError, match="allowed is 0 to below 2\\^32"):
+        resolve({"seed": 2**32})
+
+
 def test_numbers_of_numpy_are_numbers():
     config = resolve({"p1": np.float32(0.25), "rounds": np.int64(3)})
     assert (config.p1, config.rounds) == (0.25, 3)
