@@ -63,7 +63,11 @@ from fedqsn_jax.simulation.running import (
     initial_state,
     run_rounds,
 )
-from fedqsn_jax.simulation.warnings import warnings_after_run, warnings_before_run
+from fedqsn_jax.simulation.warnings import (
+    warnings_after_run,
+    warnings_before_run,
+    weak_claims,
+)
 
 
 class Federated(NamedTuple):
@@ -148,7 +152,8 @@ def federate(
         task = classification() if task is None else task
         check_kinds(task, on_progress, workdir)
         check_names(model, inputs, task, population.examples)
-        for line in warnings_before_run(config, chosen_names(settings)):
+        lines = warnings_before_run(config, chosen_names(settings))
+        for line in [*lines, *weak_claims(config, population.clients)]:
             warnings.warn(line, stacklevel=2)
         own = _Own(model, task, params, inputs)
         noise = None if workdir is None else WorkDirectory(user_path(workdir)).noise()

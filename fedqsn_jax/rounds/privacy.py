@@ -15,9 +15,9 @@ depends on it:
   see it. A mean over one-way rounds adds these up, one expected cohort a round.
 
 All that follows, the server's optimizer and the proxies, is computed from the noisy sum alone. What
-is *not* covered: a round's facts (losses, counts), which are the server's own and carry no noise,
-and the finite precision of float32 noise (arXiv 2107.10138), of which no draw is beyond some 5.4
-standard deviations.
+is *not* covered: who knows the secret key, in simulation the seed; a round's facts (losses,
+counts), which are the server's own and carry no noise; and the finite precision of float32 noise
+(arXiv 2107.10138), of which no draw is beyond some 5.4 standard deviations.
 """
 
 import dataclasses

@@ -53,12 +53,17 @@ def dry_run(
     Raises:
       ConfigError: The run would be refused.
     """
+    noise = None
     if directory is not None:
         distributed.by_leader(lambda: WorkDirectory(directory).check_fit(config))
+        noise = WorkDirectory(directory).noise()
     with display.waiting("loading the data and making the model"):
         experiment = distributed.together(
             lambda: prepare(
-                config, load_problem(problem_settings(config), shapes=True), tell=display.message
+                config,
+                load_problem(problem_settings(config), shapes=True),
+                noise,
+                display.message,
             )
         )
     show_overview(experiment, display, chosen)
@@ -264,7 +269,8 @@ def _train(
 
     def begin() -> None:
         work.write_config(config)
-        if simulation.account is not None:
+        # Without rounds none was found.
+        if simulation.account is not None and config.rounds:
             work.write_noise(simulation.account.noise)
         if finished == 0:
             work.write_rows(fingerprint(splits))

@@ -222,3 +222,24 @@ def test_ones_own_memory_mapped_arrays(data, model, tmp_path):
     )
     with pytest.raises(ConfigError, match="data: of no use here"):
         own_model.federate((model.apply_fn, model.params), separate, test, data={"name": "digits"})
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_poisson_cohorts_are_streamed_without_those_who_are_not_there(data, model, simulate):
+    """Private ones too: bit for bit what they are with all rows on the device."""
+    changes = {
+        "cohort": {"size": 3, "sampling": "poisson"},
+        "server": {"weighting": "uniform"},
+        "privacy": {"clip": 0.1, "noise": 1.0},
+    }
+    runs = []
+    for rows in (data, on_host(data)):
+        simulation = simulate(rows, **changes)
+        state = initial_state(simulation, model.params)
+        calls = run_rounds(simulation, state, rows, data.examples)
+        runs.append([(after, octets(state), timeless(new)) for after, state, new in calls])
+    assert runs[0] == runs[1]
+    entries = [entry for _, _, new in runs[0] for entry in new]
+    spent = [entry["privacy/epsilon"] for entry in entries]
+    assert spent == [simulation.account.epsilon(entry["round"]) for entry in entries]
+    assert len({entry["clients/drawn"] for entry in entries}) > 1

@@ -18,7 +18,7 @@ from deploy_cases import (
     configured,
 )
 
-from fedqsn_jax.config.schema import Config, ConfigError
+from fedqsn_jax.config.schema import Config, ConfigError, with_fields
 from fedqsn_jax.core.keys import federation_key
 from fedqsn_jax.data.population import from_clients
 from fedqsn_jax.deploy.session import Patience, Reply, Server, make_server, run_server
@@ -242,3 +242,18 @@ def test_too_few_clients_are_told(tmp_path):
             silent_display(),
             Patience(0.3, 1),
         )
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {"privacy.clip": 1.0, "privacy.noise": 1.0, "server.weighting": "uniform"},
+            "privacy.clip = 1.0: a deployment takes the clients that are there",
+        ),
+        ({"cohort.sampling": "poisson"}, "cohort.sampling = 'poisson': a deployment asks"),
+    ],
+)
+def test_what_rests_on_random_cohorts_is_refused(values, told):
+    with pytest.raises(ConfigError, match=told):
+        server_of(with_fields(Config(), values))
