@@ -52,5 +52,5 @@ def _array(payload: bytes) -> ArrayRecord:
 
 
 def _bytes(content: RecordDict) -> bytes:
-    data: bytes = content[_PAYLOAD]["bytes"].data
-    return bytes(np.frombuffer(data, np.uint8))
+    array = content.array_records[_PAYLOAD]["bytes"]
+    return bytes(np.frombuffer(array.data, np.uint8))
