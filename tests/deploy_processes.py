@@ -18,7 +18,7 @@ from fedqsn_jax.config.schema import Config
 from fedqsn_jax.deploy import processes
 from fedqsn_jax.deploy.bundle import write_bundle
 from fedqsn_jax.deploy.client_files import write_client
-from fedqsn_jax.deploy.server_files import ServerRows, write_server
+from fedqsn_jax.deploy.server_files import RowSources, write_server
 
 # Rows that do what the file "fault" beside them says, once.
 _MISBEHAVING = """
@@ -46,7 +46,8 @@ def rows():
     whole = client.Client.answer
 
     def answer(self, *arguments):
-        result = whole(self, *arguments)
+        client.Client.answer = whole
+        result = self.answer(*arguments)
         if fault == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "hangs":
@@ -77,7 +78,7 @@ class Deployment:
         self.port = processes.free_port()
         for name in ("private", "test"):
             np.savez(place / f"{name}.npz", **rows[name])
-        sources = ServerRows(*(f"npz:{place / f'{name}.npz'}" for name in ("private", "test")))
+        sources = RowSources(*(f"npz:{place / f'{name}.npz'}" for name in ("private", "test")))
         self.settings = place / "server" / "server.json"
         names = [name for name in rows if name not in ("private", "test")]
         write_server(

@@ -40,8 +40,10 @@ def _parser() -> "Parser":
     demo = commands.add_parser("demo", help="a server and clients on this machine")
     demo.add_argument("--clients", type=int, default=3, help="how many")
     server = commands.add_parser("server", help="writes a server's settings and the plan")
-    server.add_argument("--private", required=True, help="the server's own rows, npz:FILE")
-    server.add_argument("--test", required=True, help="rows to evaluate on, npz:FILE")
+    server.add_argument(
+        "--private", required=True, help="the server's own rows, npz:FILE or tsv:FILE"
+    )
+    server.add_argument("--test", required=True, help="rows to evaluate on")
     server.add_argument(
         "--clients", type=int, required=True, help="the most that may ever take part"
     )
@@ -53,8 +55,11 @@ def _parser() -> "Parser":
         command.add_argument("--config", help="a file under configs/; --config.FIELD=VALUE")
         command.add_argument("--workdir", required=True, help="the server's working directory")
     client = commands.add_parser("client", help="writes a client's settings")
-    client.add_argument("--rows", required=True, help="npz:FILE or python:FILE.py:FUNCTION")
+    client.add_argument("--rows", required=True, help="npz:FILE, python:FILE.py:FUNCTION, tsv:FILE")
     client.add_argument("--plan", help="the server's plan.json, to which the rows are to fit")
+    client.add_argument(
+        "--tokenizer", help="for texts the server's tokenizer.json; by default beside the plan"
+    )
     client.add_argument("--out", required=True, help="the file to write, such as client.toml")
     bundle = commands.add_parser("bundle", help="writes the application for flwr run")
     bundle.add_argument("--out", required=True, help="a directory")
@@ -86,7 +91,7 @@ def _server(options: argparse.Namespace, rest: Sequence[str]) -> None:
     settings = user_path(options.settings or f"{directory}.server/server.json")
     server_files.write_server(
         config,
-        server_files.ServerRows(options.private, options.test),
+        server_files.RowSources(options.private, options.test),
         clients=options.clients,
         directory=directory,
         settings=settings,
@@ -102,7 +107,8 @@ def _client(options: argparse.Namespace, rest: Sequence[str]) -> None:
     del rest
     require_flower()
     plan = None if options.plan is None else user_path(options.plan)
-    write_client(options.rows, user_path(options.out), plan)
+    tokenizer = None if options.tokenizer is None else user_path(options.tokenizer)
+    write_client(options.rows, user_path(options.out), plan, tokenizer)
     print(f"Written: {options.out}")
 
 
