@@ -52,10 +52,42 @@ def rows():
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "hangs":
             time.sleep(100_000)
-        return client.Answer(b"garbage", result.examples, result.loss)
+        payload = b"garbage"
+        if fault == "another model":
+            # The bytes that tell a model's structure; see `protocol.wire`.
+            payload = result.payload[:8] + bytes(16) + result.payload[24:]
+        return client.Answer(payload, result.examples, result.loss)
 
     client.Client.answer = answer
     return found
+"""
+
+
+# A client's program that keeps its answers, and sends the last one again when it is asked to.
+_REPLAYING = """
+import pickle
+from pathlib import Path
+
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+from fedqsn_jax.deploy import client_app, messages
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    place = Path(context.node_config["fedqsn-client"])
+    kept, asked = place.with_name("answer"), place.with_name("replay")
+    if asked.exists():
+        asked.unlink()
+        return Message(messages.answer(*pickle.loads(kept.read_bytes())), reply_to=message)
+    reply = client_app.app(message, context)
+    read = messages.read_answer(reply)
+    if not isinstance(read, str):
+        kept.write_bytes(pickle.dumps(read))
+    return reply
 """
 
 
@@ -188,6 +220,14 @@ class Deployment:
 
     def ask_for(self, name: str, fault: str) -> None:
         (self.place / name / "fault").write_text(fault)
+
+    def keep_answers(self) -> None:
+        """Lets clients keep their answers, so that `replay` can be asked for."""
+        (self.bundle / "fedqsn_app" / "client.py").write_text(_REPLAYING)
+
+    def replay(self, name: str) -> None:
+        """Lets a client send its last answer once more, in place of the next."""
+        (self.place / name / "replay").write_text("")
 
     def told(self) -> str:
         """What the server's display has shown, its lines joined."""

@@ -60,6 +60,7 @@ def _parser() -> "Parser":
     client.add_argument(
         "--tokenizer", help="for texts the server's tokenizer.json; by default beside the plan"
     )
+    client.add_argument("--base", help="of a public model what does not travel: base.npz")
     client.add_argument("--out", required=True, help="the file to write, such as client.toml")
     bundle = commands.add_parser("bundle", help="writes the application for flwr run")
     bundle.add_argument("--out", required=True, help="a directory")
@@ -107,8 +108,11 @@ def _client(options: argparse.Namespace, rest: Sequence[str]) -> None:
     del rest
     require_flower()
     plan = None if options.plan is None else user_path(options.plan)
-    tokenizer = None if options.tokenizer is None else user_path(options.tokenizer)
-    write_client(options.rows, user_path(options.out), plan, tokenizer)
+    more = {
+        name: None if given is None else user_path(given)
+        for name, given in (("tokenizer", options.tokenizer), ("base", options.base))
+    }
+    write_client(options.rows, user_path(options.out), plan, **more)
     print(f"Written: {options.out}")
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.core.errors import UserError
-from fedqsn_jax.deploy.client import check_rows
+from fedqsn_jax.deploy.client import check_rows, make_client
+from fedqsn_jax.deploy.client_model import read_base
 from fedqsn_jax.deploy.outcome import SETTINGS
 from fedqsn_jax.deploy.plan import Plan
 from fedqsn_jax.deploy.rows import absolute, is_text, read_rows
@@ -18,7 +19,12 @@ _NAMES = frozenset({"rows", "base", "cache", "received", "tokenizer"})
 
 
 def write_client(
-    rows: str, out: Path, plan: Path | None = None, tokenizer: Path | None = None
+    rows: str,
+    out: Path,
+    plan: Path | None = None,
+    *,
+    tokenizer: Path | None = None,
+    base: Path | None = None,
 ) -> None:
     """Writes a client's settings, after its rows were read and found right.
 
@@ -27,6 +33,8 @@ def write_client(
       out: The file to write.
       plan: The server's ``plan.json``, to which the rows are to fit; None: they are only read.
       tokenizer: For texts the server's ``tokenizer.json``; None: the one beside the plan.
+      base: Where the model is public and only a part of it travels, the rest of it: the server's
+        ``base.npz``, or a language model's directory.
 
     Raises:
       UserError: The rows cannot be read or do not fit, or the plan is of another version.
@@ -41,7 +49,10 @@ def write_client(
         if is_text(rows):
             file = (tokenizer or plan.with_name("tokenizer.json")).absolute()
             values["tokenizer"] = str(file)
-        check_rows(told, own_rows(told, values, "--rows"), f"--rows={rows}")
+        check_rows(told, own_rows(told, {**values, "rows": rows}, "--rows"), f"--rows={rows}")
+        if base is not None:
+            values["base"] = str(base.absolute())
+            make_client(told, read_base(told, str(base)))
     text = "".join(
         f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items()
     )

@@ -11,7 +11,7 @@ from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.core.errors import UserError
 from fedqsn_jax.core.tasks import Task, classification
 from fedqsn_jax.core.trees import leaves_by_path
-from fedqsn_jax.core.types import ApplyFn, Batch, Params
+from fedqsn_jax.core.types import ApplyFn, Params
 from fedqsn_jax.deploy.plan import Plan
 from fedqsn_jax.models.functional import in_compute_dtype, linen_apply, linen_init
 from fedqsn_jax.models.registry import make_model
@@ -36,7 +36,7 @@ class ClientModel(NamedTuple):
     params: Params
 
 
-def client_model(plan: Plan, batch: Batch) -> ClientModel:
+def client_model(plan: Plan, batch: Any) -> ClientModel:
     """Makes the model of a plan.
 
     Args:
@@ -50,7 +50,7 @@ def client_model(plan: Plan, batch: Batch) -> ClientModel:
     return _adapted(plan, plain, batch)
 
 
-def _images(plan: Plan, batch: Batch) -> ClientModel:
+def _images(plan: Plan, batch: Any) -> ClientModel:
     client = plan.config().client
     module = make_model(plan.config().model, plan.classes, client.dropout)
     params = jax.eval_shape(lambda key, rows: linen_init(module, key, rows), _KEY, batch)
@@ -71,7 +71,7 @@ def _language(plan: Plan) -> ClientModel:
     return ClientModel(made.apply_fn, task, jax.eval_shape(made.init, _KEY))
 
 
-def _adapted(plan: Plan, plain: ClientModel, batch: Batch) -> ClientModel:
+def _adapted(plan: Plan, plain: ClientModel, batch: Any) -> ClientModel:
     settings = plan.config().lora
     if settings.rank == 0:
         return plain

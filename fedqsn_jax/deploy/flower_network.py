@@ -63,10 +63,10 @@ class FlowerNetwork:
             name, found = looks.look(names)
             if late is not None:
                 late = late - {name} if name else set()
-            for message in found:
-                node = waiting.pop(message.metadata.reply_to_message_id, None)
+            for reply in found:
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if node is not None:
-                    yield _reply(node, message)
+                    yield _reply(node, reply)
 
     def _push(self, message: Outgoing, ttl: float) -> str:
         """Sends a message; returns its name."""

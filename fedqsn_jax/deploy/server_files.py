@@ -3,6 +3,7 @@
 Everything that can be found wrong before the programs start is found here, and told in a line.
 """
 
+import io
 import json
 import os
 import socket
@@ -10,17 +11,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from fedqsn_jax.config.schema import Config, ConfigError, to_dict, with_fields
 from fedqsn_jax.deploy.client import check_rows
 from fedqsn_jax.deploy.processes import SETTINGS_VARIABLE
 from fedqsn_jax.deploy.rows import absolute
 from fedqsn_jax.deploy.server_model import server_rows, tokenizer_file
-from fedqsn_jax.deploy.session import make_server
+from fedqsn_jax.deploy.session import make_server, public_base
 from fedqsn_jax.host.atomic_files import replacing, told_as_file_error
 from fedqsn_jax.runs.working_directory import WorkDirectory
 
-PLAN, TOKENIZER = "plan.json", "tokenizer.json"
+PLAN, TOKENIZER, BASE = "plan.json", "tokenizer.json", "base.npz"
 _PATIENCE = 600.0
 
 
@@ -41,7 +43,8 @@ def write_server(
 ) -> None:
     """Writes a server's settings file, mode 0600, and beside it what is public.
 
-    That is the plan, and for texts the tokenizer.
+    That is the plan, for texts the tokenizer, and where a model is public and only a part of it
+    travels the rest of it.
 
     Args:
       config: What to run.
@@ -84,10 +87,14 @@ def write_server(
         "cache": str(settings.absolute().with_name("programs")),
         "log": str(settings.absolute().with_name("server.log")),
     }
-    tokenizer = tokenizer_file(config)
+    tokenizer, base = tokenizer_file(config), public_base(server)
     _make_private(settings.parent)
     _write(settings, f"{json.dumps(values, indent=2)}\n".encode(), 0o600)
     _write(settings.with_name(PLAN), f"{server.plan.encode()}\n".encode(), 0o644)
+    if base:
+        content = io.BytesIO()
+        np.savez(content, **base)  # type: ignore[arg-type]
+        _write(settings.with_name(BASE), content.getvalue(), 0o644)
     if tokenizer is not None:
         _write(settings.with_name(TOKENIZER), tokenizer.read_bytes(), 0o644)
 

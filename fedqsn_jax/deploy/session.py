@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedqsn_jax.config.schema import Config, ConfigError, chooses_scale
-from fedqsn_jax.core.trees import select
+from fedqsn_jax.core.trees import leaves_by_path, select
 from fedqsn_jax.core.types import Batch
 from fedqsn_jax.data.population import HeldOut, from_clients
 from fedqsn_jax.deploy.asking import Asking, short_name
@@ -132,6 +132,20 @@ def _check(config: Config) -> None:
             f"cohort.sampling = {config.cohort.sampling!r}: a deployment asks as many clients in "
             f"each round; allowed is 'without_replacement'"
         )
+
+
+def public_base(server: Server) -> dict[str, np.ndarray]:
+    """Returns the tensors, by their paths, that clients need and that never travel.
+
+    Where a model is public and only a part of it is trained, clients have the rest themselves:
+    the model as the server has trained it on its own rows. It is empty where all travels.
+    """
+    sent = {tensor.path for tensor in server.layout.tensors}
+    roles = server.simulation.roles
+    if roles.sent is None or roles.withheld:
+        return {}
+    started = leaves_by_path(server.start())
+    return {path: np.asarray(leaf) for path, leaf in started.items() if path not in sent}
 
 
 def _layout(simulation: Simulation, params: Any) -> Layout:

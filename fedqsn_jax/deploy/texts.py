@@ -82,11 +82,11 @@ def read_texts(plan: Plan, source: str, tokenizer: str, cache: str = "") -> Mapp
 
 
 def _text(plan: Plan, cache: str) -> TextSettings:
-    told = {
+    told: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in _language(plan)["text"].items()
     }
-    return TextSettings(train="", cache=cache, **told)
+    return TextSettings(**{"train": "", "cache": cache, **told})
 
 
 def _language(plan: Plan) -> dict[str, Any]:

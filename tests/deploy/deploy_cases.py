@@ -69,8 +69,16 @@ class MemoryNetwork:
       kept: What clients keep, by their names and payloads' names.
     """
 
-    def __init__(self, change: Callable[[str, int, Reply], list[Reply]] | None = None) -> None:
-        """Takes what a network may do to a reply of a client in an exchange, from 1 on."""
+    def __init__(
+        self,
+        change: Callable[[str, int, Reply], list[Reply]] | None = None,
+        base: dict[str, Any] | None = None,
+    ) -> None:
+        """Takes what a network may do to a reply of a client in an exchange, from 1 on.
+
+        ``base`` is what clients have of a public model.
+        """
+        self._base = base
         self._change = change or (lambda node, exchange, reply: [reply])
         self._exchanges = 0
         self._clients: dict[str, Any] = {}
@@ -90,7 +98,9 @@ class MemoryNetwork:
 
     def answer(self, node: str, payload: bytes, settings: dict[str, Any]) -> Reply:
         plan = Plan.decode(settings["plan"])
-        client = self._clients.setdefault(settings["plan"], make_client(plan))
+        client = self._clients.get(settings["plan"])
+        if client is None:
+            client = self._clients[settings["plan"]] = make_client(plan, self._base)
         own = check_rows(plan, CLIENT_ROWS[int(node.rsplit(" ", 1)[1])], node)
         key = jax.random.wrap_key_data(jnp.asarray(settings["key"], jnp.uint32))
         if "name" not in settings:

@@ -160,7 +160,7 @@ def test_a_client_with_another_tokenizer_or_other_columns_is_told_so(place, tmp_
 
     def refused(source=f"tsv:{rows}", told=plan, tokenizer=None):
         with pytest.raises(UserError) as error:
-            client_files.write_client(source, tmp_path / "client.toml", told, tokenizer)
+            client_files.write_client(source, tmp_path / "client.toml", told, tokenizer=tokenizer)
         assert not (tmp_path / "client.toml").exists()
         [line] = str(error.value).splitlines()
         return line

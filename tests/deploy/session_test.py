@@ -20,7 +20,7 @@ from session_cases import deployed, history, server_of, simulated
 from fedqsn_jax.config.schema import Config, ConfigError, with_fields
 from fedqsn_jax.core.keys import federation_key
 from fedqsn_jax.deploy.network import Reply
-from fedqsn_jax.deploy.session import Patience, make_server, run_server
+from fedqsn_jax.deploy.session import Patience, make_server, public_base, run_server
 from fedqsn_jax.protocol import wire
 from fedqsn_jax.reporting.display import Display, silent_display
 
@@ -35,13 +35,16 @@ METHODS = {
         "upload": {"bits": 4, "block_size": 4},
     },
     "adapters": {"lora": {"rank": 2}},
+    "FedLPP with adapters": {"algorithm": "fedlpp", "lora": {"rank": 2}},
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_deployed_run_is_the_simulated_one(name, tmp_path):
     config = configured(**METHODS[name])
-    state, network = deployed(config, tmp_path / "run")
+    base = public_base(server_of(config))
+    assert bool(base) == (name == "FedLPP with adapters")
+    state, network = deployed(config, tmp_path / "run", MemoryNetwork(base=base))
 
     other, told = simulated(config)
     jax.tree.map(
