@@ -51,6 +51,8 @@ def _parser() -> "Parser":
     server.add_argument(
         "--port", type=int, default=SUPERLINK_PORT, help="where the SuperLink will listen"
     )
+    server.add_argument("--certificate", help="the SuperLink's, to be checked; with --key")
+    server.add_argument("--key", help="its private key")
     for command in (demo, server):
         command.add_argument("--config", help="a file under configs/; --config.FIELD=VALUE")
         command.add_argument("--workdir", required=True, help="the server's working directory")
@@ -62,6 +64,9 @@ def _parser() -> "Parser":
     )
     client.add_argument("--base", help="of a public model what does not travel: base.npz")
     client.add_argument("--out", required=True, help="the file to write, such as client.toml")
+    client.add_argument("--superlink", help="ADDRESS:PORT, to be checked; with --authority")
+    for command in (server, client):
+        command.add_argument("--authority", help="whose certificates clients trust: ca.pem")
     bundle = commands.add_parser("bundle", help="writes the application for flwr run")
     bundle.add_argument("--out", required=True, help="a directory")
     return parser
@@ -82,12 +87,17 @@ def _demo(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def _server(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from fedqsn_jax.config.command_line import read_config
     from fedqsn_jax.config.paths import user_path
-    from fedqsn_jax.deploy import server_files
+    from fedqsn_jax.deploy import certificates, server_files
     from fedqsn_jax.deploy.processes import require_flower
 
     config = read_config(options.config, rest)
     require_flower()
     server_files.check_port(options.port)
+    given = [options.certificate, options.key, options.authority]
+    if any(given):
+        if not all(given):
+            raise UserError("--certificate, --key and --authority: all three are needed")
+        certificates.check_server(*map(user_path, given), certificates.LOCAL)
     directory = user_path(options.workdir)
     settings = user_path(options.settings or f"{directory}.server/server.json")
     server_files.write_server(
@@ -102,11 +112,16 @@ def _server(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _client(options: argparse.Namespace, rest: Sequence[str]) -> None:
     from fedqsn_jax.config.paths import user_path
+    from fedqsn_jax.deploy.certificates import check_client
     from fedqsn_jax.deploy.client_files import write_client
     from fedqsn_jax.deploy.processes import require_flower
 
     del rest
     require_flower()
+    if options.superlink or options.authority:
+        if not (options.superlink and options.authority):
+            raise UserError("--superlink and --authority: both are needed")
+        check_client(options.superlink, user_path(options.authority))
     plan = None if options.plan is None else user_path(options.plan)
     more = {
         name: None if given is None else user_path(given)

@@ -95,7 +95,7 @@ class Asking:
         return None if reason is None else f"{self._named(number)} is not counted: {reason}"
 
     def _named(self, number: int) -> str:
-        return f"client {number} ({short_name(self._cohort[number])})"
+        return f"client {number} ({self._cohort[number]})"
 
     def _warn(self, text: str) -> None:
         self._display.warning(f"round {self._current.number + 1}: {text}")
@@ -105,9 +105,3 @@ class Asking:
             self._display.message(
                 f"round {self._current.number + 1}: {what}, {bytes_text(len(payload))}"
             )
-
-
-def short_name(node: str) -> str:
-    """Returns a node's name with its last 16 characters only: keys begin alike."""
-    kind, colon, name = node.partition(":")
-    return f"{kind}{colon}{name[-16:]}" if colon else node

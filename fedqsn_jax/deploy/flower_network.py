@@ -1,11 +1,15 @@
 """Flower's grid as a `network.Network`."""
 
+import base64
+import functools
+import hashlib
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from cryptography.hazmat.primitives import serialization
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -32,9 +36,12 @@ class FlowerNetwork:
         self._ids: dict[str, int] = {}
 
     def nodes(self) -> list[str]:
-        """Names of the nodes that are there: of public keys, or of ids where nodes have none."""
+        """Names of the nodes that are there: of public keys, or of ids where nodes have none.
+
+        A key is named as ``ssh-keygen -lf KEY.pub`` does.
+        """
         self._ids = {
-            (f"key:{node.public_key.hex()}" if node.public_key else f"node:{node.node_id}"): (
+            _name_of_key(node.public_key) if node.public_key else f"node:{node.node_id}": (
                 node.node_id
             )
             for node in self._grid.get_nodes()
@@ -76,6 +83,17 @@ class FlowerNetwork:
             [Message(content, dst_node_id=node, message_type="train", ttl=ttl)]
         )
         return name
+
+
+@functools.cache
+def _name_of_key(key: bytes) -> str:
+    try:
+        public = serialization.load_pem_public_key(key)
+    except ValueError:
+        return f"key:{key.hex()}"
+    text = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    digest = hashlib.sha256(base64.b64decode(text.split()[1])).digest()
+    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
 class _Looks:

@@ -14,7 +14,7 @@ from fedqsn_jax.config.schema import Config, ConfigError, chooses_scale
 from fedqsn_jax.core.trees import leaves_by_path, select
 from fedqsn_jax.core.types import Batch
 from fedqsn_jax.data.population import HeldOut, from_clients
-from fedqsn_jax.deploy.asking import Asking, short_name
+from fedqsn_jax.deploy.asking import Asking
 from fedqsn_jax.deploy.network import Network
 from fedqsn_jax.deploy.plan import Plan, make_plan
 from fedqsn_jax.deploy.registry import REGISTRY, Registry, choose_cohort
@@ -285,7 +285,7 @@ def _wait_for(
         clients, beyond = registry.numbers(network.nodes())
         for node in sorted(set(beyond) - left_out):
             display.warning(
-                f"{short_name(node)} is left out: as many clients as may ever take part "
+                f"{node} is left out: as many clients as may ever take part "
                 f"(--clients) have come before it"
             )
         left_out |= set(beyond)
