@@ -355,6 +355,13 @@ class Config:
         "what a block lies in: a column, or a matrix row by row, which mixes columns",
         _QUANTIZES,
     )
+    tracing_margin: float = field(
+        0.0,
+        between(0, 0.45),
+        "how near to a border of two codes entries are rounded by a secret of each client's, by "
+        "which a leaked model is traced; 0: not at all",
+        _QUANTIZES,
+    )
     sites: str = field(
         "all",
         one_of("all", "residual"),

@@ -13,10 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedqsn_jax.core.keys import leak_tracing_key
 from fedqsn_jax.core.trees import select
 from fedqsn_jax.core.types import Columns, Key, Params
 from fedqsn_jax.protocol.layout import Layout
-from fedqsn_jax.protocol.proxy import Proxy, dequantize_params, dequantize_proxy, whole_proxy
+from fedqsn_jax.protocol.proxy import (
+    Proxy,
+    dequantize_params,
+    dequantize_proxy,
+    round_by_key,
+    whole_proxy,
+)
 from fedqsn_jax.protocol.wire import decode_update, encode_proxy
 from fedqsn_jax.rounds.aggregation import Contribution
 from fedqsn_jax.rounds.federation import ServerState
@@ -69,6 +76,7 @@ class Round:
         """
         key = self.method.mask_key(self.state.secret_key, self.state.round, client)
         proxy = _apply(self.method, key, self.state.transform_state, self.prepared)
+        proxy = round_by_key(proxy, leak_tracing_key(self.state.secret_key, client))
         token = secrets.token_bytes(16)
         self.sent[client] = (token, jax.device_get(proxy.visible))
         return encode_proxy(proxy), token

@@ -16,12 +16,17 @@ from fedqsn_jax.core.types import Array, Params
 from fedqsn_jax.data.population import ClientData
 from fedqsn_jax.data.streamed import HostData, capacity_for
 from fedqsn_jax.host.devices import device_bytes
+from fedqsn_jax.protocol.algorithms import Algorithm
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.sizes import Traffic
 from fedqsn_jax.rounds.calls import draw_cohorts
 from fedqsn_jax.rounds.federation import Federation
 from fedqsn_jax.simulation.from_config import cohort_places
 from fedqsn_jax.simulation.scheduling import calls_of
+
+
+OTHER_ROUNDING = "other roundings of the proxy"
+"""The purpose of what `other_rounding_bytes` counts."""
 
 
 def proxy_and_deltas(sent: Params, trained: Params) -> dict[str, int]:
@@ -102,14 +107,34 @@ def _rows_memory(
     return {"clients' rows of two calls": needed}
 
 
-def own_frozen_bytes(params: Params, sites: Sites, trained: Selection, traffic: Traffic) -> int:
-    """Returns the bytes of the frozen tensors that each client has in its own way, masked.
+def other_rounding_bytes(sent: Params, sites: Sites, algorithm: Algorithm) -> int:
+    """Returns the bytes of the other side of entries near a border, float32, for all clients.
+
+    Args:
+      sent: The tensors that are sent, or their shapes.
+      sites: The mask sites.
+      algorithm: Tells whether each client is given a rounding of its own.
+    """
+    kernels = select(sent, _traced(sites, algorithm))
+    return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(kernels))
+
+
+def own_frozen_bytes(
+    params: Params, sites: Sites, trained: Selection, *, traffic: Traffic, algorithm: Algorithm
+) -> int:
+    """Returns the bytes of the frozen tensors that each client has in its own way.
 
     Args:
       params: The parameters, or their shapes.
       sites: The mask sites.
       trained: The tensors that are trained.
       traffic: Tells which sites are masked.
+      algorithm: Tells whether each client is given a rounding of its own.
     """
-    masked = sites.masked_by(traffic.down.per_column).tensors
-    return tree_bytes(select(exclude(params, trained), masked))
+    own = sites.masked_by(traffic.down.per_column).tensors | _traced(sites, algorithm)
+    return tree_bytes(select(exclude(params, trained), own))
+
+
+def _traced(sites: Sites, algorithm: Algorithm) -> frozenset[str]:
+    is_traced = algorithm.quantizer is not None and algorithm.tracing_margin
+    return frozenset(sites.quantized.by_kernel) if is_traced else frozenset()
