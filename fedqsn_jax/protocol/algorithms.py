@@ -6,6 +6,7 @@ import enum
 from fedqsn_jax.protocol.masks import Sampling
 from fedqsn_jax.protocol.proxy import ProxyTransform, chain, client_mask, quantize, server_mask
 from fedqsn_jax.protocol.quantization import Quantizer
+from fedqsn_jax.protocol.sites import Sites
 
 
 class Promise(enum.Enum):
@@ -50,6 +51,12 @@ class Algorithm:
         if self.quantizer is not None:
             stages.insert(0, quantize(self.quantizer, self.tracing_margin))
         return chain(*stages)
+
+    def traced(self, sites: Sites) -> frozenset[str]:
+        """The kernels that each client is sent in a rounding of its own; see `proxy.quantize`."""
+        if self.quantizer is None or not self.tracing_margin:
+            return frozenset()
+        return frozenset(sites.quantized.by_kernel)
 
 
 def fedavg() -> Algorithm:

@@ -236,7 +236,7 @@ def rounding_bits(key: Key, site: MaskSite) -> Array:
     """
     count = site.layers * site.fan_in * site.columns
     words = jax.random.bits(fold_in_name(key, site.path), (-(-count // 32),), jnp.uint32)
-    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
     return bits.reshape(-1)[:count].astype(bool).reshape(site.layers, site.fan_in, site.columns)
 
 

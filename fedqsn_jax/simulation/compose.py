@@ -53,13 +53,7 @@ from fedqsn_jax.simulation.from_config import (
 )
 from fedqsn_jax.simulation.limits import check_population, report_bytes, sample_bytes
 from fedqsn_jax.simulation.memory import client_bytes, saved_activations
-from fedqsn_jax.simulation.round_memory import (
-    OTHER_ROUNDING,
-    fixed_memory,
-    other_rounding_bytes,
-    own_frozen_bytes,
-    proxy_and_deltas,
-)
+from fedqsn_jax.simulation.round_memory import fixed_memory, own_frozen_bytes, proxy_and_deltas
 from fedqsn_jax.simulation.scheduling import ClientAxisChoice, Workload, choose_client_axis
 
 TRACEABLE = (
@@ -327,20 +321,15 @@ def _choose_client_axis(
         proximal=config.client.proximal,
     )
     frozen = own_frozen_bytes(
-        model.params,
-        fitted.sites,
-        roles.trained,
-        traffic=parts.traffic,
-        algorithm=parts.algorithm,
+        model.params, fitted.sites, roles.trained, traffic=parts.traffic, algorithm=parts.algorithm
     )
     # Twice, as was measured: the compiler does not overwrite them in place. And a merged matrix
     # with its gradient.
     a_client += 2 * frozen + fitted.merged_bytes
     an_arrival = tree_bytes(select(model.params, roles.trained)) + frozen
-    sent = select(model.params, roles.sent)
+    sent, returned = select(model.params, roles.sent), select(model.params, roles.returned)
     fixed = {
-        **proxy_and_deltas(sent, select(model.params, roles.returned)),
-        OTHER_ROUNDING: other_rounding_bytes(sent, fitted.sites, parts.algorithm),
+        **proxy_and_deltas(sent, returned, fitted.sites, parts.algorithm),
         **fixed_memory(parts.federation, fitted.plain, fitted.sites, config=config, data=data),
         SAMPLES: sample_bytes(config),
         REPORTS: report_bytes(config, len(fitted.sites.drawing)),

@@ -25,22 +25,27 @@ from fedqsn_jax.simulation.from_config import cohort_places
 from fedqsn_jax.simulation.scheduling import calls_of
 
 
-OTHER_ROUNDING = "other roundings of the proxy"
-"""The purpose of what `other_rounding_bytes` counts."""
-
-
-def proxy_and_deltas(sent: Params, trained: Params) -> dict[str, int]:
+def proxy_and_deltas(
+    sent: Params, trained: Params, sites: Sites, algorithm: Algorithm
+) -> dict[str, int]:
     """Returns the bytes of the round's proxy and of the sum of deltas, both float32, by purpose.
 
     Args:
       sent: The tensors that are sent, or their shapes.
       trained: Those that are trained, likewise.
+      sites: The mask sites.
+      algorithm: Tells whether each client is given a rounding of its own.
     """
 
     def size(params: Params) -> int:
         return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
-    return {"dequantized proxy of the round": size(sent), "sum of deltas": size(trained)}
+    other = size(select(sent, algorithm.traced(sites)))
+    return {
+        "dequantized proxy of the round": size(sent),
+        "sum of deltas": size(trained),
+        **({"other roundings of the proxy": other} if other else {}),
+    }
 
 
 def fixed_memory(
@@ -107,18 +112,6 @@ def _rows_memory(
     return {"clients' rows of two calls": needed}
 
 
-def other_rounding_bytes(sent: Params, sites: Sites, algorithm: Algorithm) -> int:
-    """Returns the bytes of the other side of entries near a border, float32, for all clients.
-
-    Args:
-      sent: The tensors that are sent, or their shapes.
-      sites: The mask sites.
-      algorithm: Tells whether each client is given a rounding of its own.
-    """
-    kernels = select(sent, _traced(sites, algorithm))
-    return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(kernels))
-
-
 def own_frozen_bytes(
     params: Params, sites: Sites, trained: Selection, *, traffic: Traffic, algorithm: Algorithm
 ) -> int:
@@ -131,10 +124,5 @@ def own_frozen_bytes(
       traffic: Tells which sites are masked.
       algorithm: Tells whether each client is given a rounding of its own.
     """
-    own = sites.masked_by(traffic.down.per_column).tensors | _traced(sites, algorithm)
+    own = sites.masked_by(traffic.down.per_column).tensors | algorithm.traced(sites)
     return tree_bytes(select(exclude(params, trained), own))
-
-
-def _traced(sites: Sites, algorithm: Algorithm) -> frozenset[str]:
-    is_traced = algorithm.quantizer is not None and algorithm.tracing_margin
-    return frozenset(sites.quantized.by_kernel) if is_traced else frozenset()

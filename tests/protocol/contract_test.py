@@ -105,6 +105,8 @@ CASES: dict[str, dict[str, Any]] = {
         "participation.dropout": 0.3,
     },
     "one-way adapters": {"algorithm": "fedlpp", "lora.rank": 3, "broadcast.every": 0},
+    "traced": {"tracing_margin": 0.3},
+    "traced one-way rounds": {"tracing_margin": 0.2, "broadcast.every": 0, "mask_per": "client"},
     "half is sent every second round": {"broadcast.every": 2, "broadcast.share": 0.5},
     "released": {
         "codebook": "symmetric_normal_float",
