@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedqsn_jax.audit.case import Case
-from fedqsn_jax.core.keys import leak_tracing_key
 from fedqsn_jax.core.types import Array, Params
 from fedqsn_jax.protocol.layout import Layout
-from fedqsn_jax.protocol.proxy import Proxy, round_by_key, whole_proxy
+from fedqsn_jax.protocol.proxy import Proxy, whole_proxy
 from fedqsn_jax.protocol.wire import encode_proxy
 from fedqsn_jax.rounds.calls import draw_cohorts
 from fedqsn_jax.rounds.federation import ServerState
@@ -58,9 +57,13 @@ def make_client_proxy(case: Case) -> Callable[[ServerState, Array], Proxy]:
     def client_proxy(state: ServerState, client: Array) -> Proxy:
         sent = case.sent(method.broadcast.sent(state.broadcast, state.params))
         prepared = method.transform.prepare(state.transform_state, whole_proxy(sent, method.sites))
-        key = method.mask_key(state.secret_key, state.round, client)
-        proxy = method.transform.apply(key, state.transform_state, prepared)
-        return round_by_key(proxy, leak_tracing_key(state.secret_key, client))
+        return method.proxy_of(
+            client,
+            prepared,
+            secret_key=state.secret_key,
+            round_index=state.round,
+            transform_state=state.transform_state,
+        )
 
     return client_proxy
 

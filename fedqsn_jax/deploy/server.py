@@ -13,17 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.core.keys import leak_tracing_key
 from fedqsn_jax.core.trees import select
 from fedqsn_jax.core.types import Columns, Key, Params
 from fedqsn_jax.protocol.layout import Layout
-from fedqsn_jax.protocol.proxy import (
-    Proxy,
-    dequantize_params,
-    dequantize_proxy,
-    round_by_key,
-    whole_proxy,
-)
+from fedqsn_jax.protocol.proxy import Proxy, dequantize_params, dequantize_proxy, whole_proxy
 from fedqsn_jax.protocol.wire import decode_update, encode_proxy
 from fedqsn_jax.rounds.aggregation import Contribution
 from fedqsn_jax.rounds.federation import ServerState
@@ -74,9 +67,13 @@ class Round:
         The token is of the system's entropy: an answer to another round, or another client's, does
         not have it.
         """
-        key = self.method.mask_key(self.state.secret_key, self.state.round, client)
-        proxy = _apply(self.method, key, self.state.transform_state, self.prepared)
-        proxy = round_by_key(proxy, leak_tracing_key(self.state.secret_key, client))
+        proxy = self.method.proxy_of(
+            client,
+            self.prepared,
+            secret_key=self.state.secret_key,
+            round_index=self.state.round,
+            transform_state=self.state.transform_state,
+        )
         token = secrets.token_bytes(16)
         self.sent[client] = (token, jax.device_get(proxy.visible))
         return encode_proxy(proxy), token
@@ -165,10 +162,6 @@ def _prepare(method: Method, state: ServerState) -> Proxy:
     model = method.broadcast.sent(state.broadcast, state.params)
     whole = whole_proxy(select(model, method.roles.sent), method.sites)
     return method.transform.prepare(state.transform_state, whole)
-
-
-def _apply(method: Method, key: Key, state: Any, prepared: Proxy) -> Proxy:
-    return method.transform.apply(key, state, prepared)
 
 
 def _contribute(method: Method, delta: Params, examples: Any, visible: Columns) -> Contribution:
