@@ -1,7 +1,7 @@
 """Who leaked a model: the rounding of entries near a border is a secret of each client's.
 
-With ``tracing_margin`` the server rounds such entries to the one side or the other by bits that only
-it knows, the same in every round (`protocol.proxy.round_by_key`). A model that was made of a
+With ``tracing_margin`` the server rounds such entries to the one side or the other by bits that
+only it knows, the same in every round (`protocol.proxy.round_by_key`). A model that was made of a
 client's copy lies nearer to that client's sides, also after training and after averaging with other
 copies: each moves an entry by less than the distance of two levels, or by chance in either
 direction, while there are many entries.
@@ -20,6 +20,7 @@ import numpy as np
 
 from fedqsn_jax.audit.case import Case
 from fedqsn_jax.audit.replay import payloads_by_round, states
+from fedqsn_jax.audit.words import NOT_TRACED
 from fedqsn_jax.config.schema import ConfigError
 from fedqsn_jax.core.keys import leak_tracing_key
 from fedqsn_jax.core.trees import leaves_by_path
@@ -47,15 +48,13 @@ class Suspect(NamedTuple):
     false_alarm: float
 
 
-def trace(
-    case: Case, leaked: Params, done: Callable[[int], None] = lambda rounds: None
-) -> list[Suspect]:
+def trace(case: Case, leaked: Params, done: Callable[[], None] = lambda: None) -> list[Suspect]:
     """Compares a leaked model with every copy that was sent.
 
     Args:
       case: The run, which is replayed.
       leaked: The plain parameters of the leaked model.
-      done: Is called with the number of finished rounds.
+      done: Is called after every round.
 
     Returns:
       A suspect for each client that was sent a copy, the best agreement first.
@@ -64,10 +63,7 @@ def trace(
       ConfigError: The run gave every client the same rounding.
     """
     if not case.config.tracing_margin:
-        raise ConfigError(
-            "tracing_margin = 0: all clients were sent the same rounding, by which nobody is found; "
-            "allowed are runs with tracing_margin above 0"
-        )
+        raise ConfigError(NOT_TRACED)
     tensors = {path: jnp.asarray(leaf) for path, leaf in leaves_by_path(leaked).items()}
     sent = payloads_by_round(case, range(case.data.clients))
     agreements = _make_agreements(case)
@@ -79,7 +75,8 @@ def trace(
             scores = np.asarray(sums) / np.sqrt(np.maximum(np.asarray(squares), 1e-30))
             for client, score in zip(clients, scores, strict=True):
                 best[client] = max(best.get(client, (-math.inf, 0)), (float(score), finished))
-        done(finished)
+        if finished:
+            done()
     copies = sum(map(len, sent.values()))
     suspects = [
         Suspect(client, round_index, score, false_alarm(score, copies))

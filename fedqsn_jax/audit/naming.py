@@ -6,9 +6,9 @@ from typing import Any
 from fedqsn_jax.audit.case import case_of_run, read_model
 from fedqsn_jax.audit.leak_tracing import as_json, trace
 from fedqsn_jax.audit.running import FOLDER
-from fedqsn_jax.host.atomic_files import make_private_directory, write_json
 from fedqsn_jax.host.devices import computing
 from fedqsn_jax.reporting.display import Display
+from fedqsn_jax.reporting.writers import write_json
 from fedqsn_jax.runs.claims import claim_directory
 
 _SHOWN = 10
@@ -37,9 +37,9 @@ def trace_directory(
     leaked = read_model(model, case, "--model")
     with claim_directory(workdir):
         with display.steps("replaying rounds", case.config.rounds) as steps:
-            suspects = trace(case, leaked, steps.done)
+            suspects = trace(case, leaked, lambda: steps.add(1))
         report = as_json(suspects, false_alarm)
-        make_private_directory(workdir / FOLDER)
+        (workdir / FOLDER).mkdir(mode=0o700, exist_ok=True)
         write_json(workdir / FOLDER / "trace.json", report)
     show(report, display)
     display.message(f"written to {workdir / FOLDER / 'trace.json'}; only you may read it")

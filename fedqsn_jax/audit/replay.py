@@ -6,7 +6,7 @@ functions that the round itself uses. At the end the replayed model is compared 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,10 +110,10 @@ def states(case: Case) -> Iterator[tuple[int, ServerState]]:
     A state is gone when the next one is asked for.
     """
     # The rounds are given a copy: their state is donated.
-    state: Any = jax.tree.map(jnp.copy, case.start)
-    yield 0, state
-    for after, state, _ in run_rounds(case.simulation, state, case.data, case.held_out):
-        yield after, state
+    start = jax.tree.map(jnp.copy, case.start)
+    yield 0, start
+    for finished, state, _ in run_rounds(case.simulation, start, case.data, case.held_out):
+        yield finished, state
 
 
 def replay(
