@@ -11,7 +11,7 @@ Watermarking for Multimedia, 1997); the bound on false alarms is Hoeffding's (19
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,41 +48,52 @@ class Suspect(NamedTuple):
     false_alarm: float
 
 
-def trace(case: Case, leaked: Params, done: Callable[[], None] = lambda: None) -> list[Suspect]:
-    """Compares a leaked model with every copy that was sent.
+def trace(
+    case: Case, leaked: Sequence[Params], done: Callable[[], None] = lambda: None
+) -> list[list[Suspect]]:
+    """Compares leaked models with every copy that was sent.
 
     Args:
-      case: The run, which is replayed.
-      leaked: The plain parameters of the leaked model.
+      case: The run, which is replayed once for all of them.
+      leaked: The plain parameters of each leaked model.
       done: Is called after every round.
 
     Returns:
-      A suspect for each client that was sent a copy, the best agreement first.
+      For each model a suspect for each client that was sent a copy, the best agreement first.
 
     Raises:
       ConfigError: The run gave every client the same rounding.
     """
     if not case.config.tracing_margin:
         raise ConfigError(NOT_TRACED)
-    tensors = {path: jnp.asarray(leaf) for path, leaf in leaves_by_path(leaked).items()}
+    models = [
+        {path: jnp.asarray(leaf) for path, leaf in leaves_by_path(params).items()}
+        for params in leaked
+    ]
     sent = payloads_by_round(case, range(case.data.clients))
     agreements = _make_agreements(case)
-    best: dict[int, tuple[float, int]] = {}
+    best: list[dict[int, tuple[float, int]]] = [{} for _ in models]
     for finished, state in states(case):
         clients = sent.get(finished, [])
         if clients and finished < case.config.rounds:
-            sums, squares = agreements(state, tensors, jnp.asarray(clients, jnp.int32))
-            scores = np.asarray(sums) / np.sqrt(np.maximum(np.asarray(squares), 1e-30))
-            for client, score in zip(clients, scores, strict=True):
-                best[client] = max(best.get(client, (-math.inf, 0)), (float(score), finished))
+            ids = jnp.asarray(clients, jnp.int32)
+            for tensors, kept in zip(models, best, strict=True):
+                sums, squares = map(np.asarray, agreements(state, tensors, ids))
+                scores = sums / np.sqrt(np.maximum(squares, 1e-30))
+                for client, score in zip(clients, scores, strict=True):
+                    kept[client] = max(kept.get(client, (-math.inf, 0)), (float(score), finished))
         if finished:
             done()
     copies = sum(map(len, sent.values()))
-    suspects = [
-        Suspect(client, round_index, score, false_alarm(score, copies))
-        for client, (score, round_index) in best.items()
-    ]
-    return sorted(suspects, key=lambda suspect: -suspect.score)
+
+    def suspects(kept: dict[int, tuple[float, int]]) -> list[Suspect]:
+        found = [
+            Suspect(client, round_index, score, false_alarm(score, copies))
+            for client, (score, round_index) in kept.items()
+        ]
+        return sorted(found, key=lambda suspect: -suspect.score)
+
+    return list(map(suspects, best))
 
 
 def false_alarm(score: float, copies: int) -> float:

@@ -37,7 +37,7 @@ def trace_directory(
     leaked = read_model(model, case, "--model")
     with claim_directory(workdir):
         with display.steps("replaying rounds", case.config.rounds) as steps:
-            suspects = trace(case, leaked, lambda: steps.add(1))
+            (suspects,) = trace(case, [leaked], lambda: steps.add(1))
         report = as_json(suspects, false_alarm)
         (workdir / FOLDER).mkdir(mode=0o700, exist_ok=True)
         write_json(workdir / FOLDER / "trace.json", report)
