@@ -13,15 +13,15 @@ from fedqsn_jax.audit.distillation import distillation_loss
 from fedqsn_jax.audit.evaluation import (
     Answers,
     make_answering,
-    make_held_measure,
 )
-from fedqsn_jax.audit.fine_tuning import FineTune, Loss, Measure, make_fine_tuning
 from fedqsn_jax.audit.received import Holdings
-from fedqsn_jax.audit.rows import Divided, PooledRows
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.trees import tree_bytes
 from fedqsn_jax.core.types import Batch, Key, Params
 from fedqsn_jax.host.devices import device_bytes
+from fedqsn_jax.rounds.evaluation import make_held_measure
+from fedqsn_jax.rounds.fine_tuning import FineTune, Loss, Measure, make_fine_tuning
+from fedqsn_jax.rounds.pooled_rows import Divided, PooledRows
 
 _COPIES = 8
 """Copies of the parameters that a training has at once: start, best, gradients, moments."""
