@@ -20,6 +20,12 @@ from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.rounds.client_optimizer import warmup_and_decay
 from fedqsn_jax.rounds.pooled_rows import PooledRows
 
+RATES = (1e-4, 5e-4, 2e-3, 1e-2)
+"""Adam's rates that a thief tries."""
+
+COPIES = 8
+"""Copies of the parameters that a training has at once: start, best, gradients, moments."""
+
 PLACES = 4
 """How often on its way a training is measured on the held-back rows."""
 
