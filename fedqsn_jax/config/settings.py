@@ -295,6 +295,13 @@ class EvaluationConfig:
     batch_size: int = field(512, between(1), "rows at a time")
     proxy_samples: int = field(8, between(2), "client masks that the proxy view averages over")
     attackers: tuple[int, ...] = field((1, 10), LAYERS, "numbers of colluding clients")
+    fine_tuned_attackers: int = field(
+        0,
+        STEPS,
+        "most steps that they train what they hold, on rows of their own, after the last round; "
+        "0: they do not",
+        unless("algorithm", FEDSP),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
