@@ -10,6 +10,7 @@ from flax import linen as nn
 from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
 from fedqsn_jax.models.language.cache import empty_cache
 from fedqsn_jax.models.language.decoder import CausalModel
+from fedqsn_jax.models.language.distilbert import DistilBertConfig
 from fedqsn_jax.models.language.encoder import Encoder
 from fedqsn_jax.models.language.encoder_config import EncoderConfig
 from fedqsn_jax.models.language.gemma import Gemma, GemmaConfig
@@ -24,7 +25,15 @@ LanguageConfig = EncoderConfig | GPT2Config | LlamaConfig | T5Config
 
 FAMILIES: dict[str, type[LanguageConfig]] = {
     family: config
-    for config in (EncoderConfig, GPT2Config, LlamaConfig, Phi3Config, GemmaConfig, T5Config)
+    for config in (
+        EncoderConfig,
+        DistilBertConfig,
+        GPT2Config,
+        LlamaConfig,
+        Phi3Config,
+        GemmaConfig,
+        T5Config,
+    )
     for family in config.FAMILIES
 }
 """The configuration of each family, by the ``model_type`` of the transformers library."""

@@ -177,6 +177,12 @@ def models() -> dict[str, Callable[[], Any]]:
                 },
             )
         ),
+        "distilbert": lambda: t.DistilBertForSequenceClassification(
+            t.DistilBertConfig(
+                vocab_size=VOCAB, dim=16, n_layers=2, n_heads=4, hidden_dim=24,
+                max_position_embeddings=32, num_labels=3,
+            )
+        ),
     }  # fmt: skip
 
 
@@ -202,13 +208,15 @@ def outputs_of(model: Any) -> dict[str, np.ndarray]:
     target = torch.tensor(rng.integers(2, VOCAB, (3, 6)))
     right, left = torch.tensor(RIGHT), torch.tensor(LEFT)
     kind = model.config.model_type
-    if kind in ("bert", "roberta", "xlm-roberta"):
+    if kind in ("bert", "roberta", "xlm-roberta", "distilbert"):
         pad = model.config.pad_token_id
         tokens = torch.where(right == 1, tokens, pad)
-        types = torch.tensor(rng.integers(0, model.config.type_vocab_size, (3, LENGTH)))
-        inputs = {"input_ids": tokens, "attention_mask": right, "token_type_ids": types}
+        found = {"tokens": tokens, "mask": right}
+        inputs = {"input_ids": tokens, "attention_mask": right}
+        if kind != "distilbert":
+            types = torch.tensor(rng.integers(0, model.config.type_vocab_size, (3, LENGTH)))
+            inputs["token_type_ids"] = found["types"] = types
         result = model(**inputs, output_hidden_states=True)
-        found = {"tokens": tokens, "mask": right, "types": types}
         found |= {"hidden": result.hidden_states[-1]}
         return found | ({"logits": result.logits} if "logits" in result else {})
     found = {"tokens": tokens, "mask": right, "mask_left": left}

@@ -62,7 +62,7 @@ def test_logits_equal_those_of_transformers(name):
             assert np.abs(found[logits][real]).max() > 0.5
 
 
-@pytest.mark.parametrize("name", ["bert", "bert_base", "roberta", "xlm_roberta"])
+@pytest.mark.parametrize("name", ["bert", "bert_base", "distilbert", "roberta", "xlm_roberta"])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_pooled_states_equal_those_of_transformers(name, pooling):
     found = golden(name)
