@@ -1,12 +1,8 @@
 """DistilBERT (arXiv 1910.01108): a BERT without token types, written down under other names."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
-import jax
-
-from fedqsn_jax.core.types import Array
 from fedqsn_jax.models.language.encoder_config import (
     OTHER_HEADS,
     EncoderConfig,
@@ -40,7 +36,7 @@ class DistilBertConfig(EncoderConfig):
 
     FAMILIES: ClassVar[tuple[str, ...]] = ("distilbert",)
 
-    head_activation: ClassVar[Callable[[Array], Array]] = staticmethod(jax.nn.relu)
+    head_activation: ClassVar[str] = "relu"
     """Between the two layers of the family's head."""
 
     @property

@@ -13,6 +13,7 @@ from fedqsn_jax.models.language.attention import Attention, Prefix
 from fedqsn_jax.models.language.cache import positions_of
 from fedqsn_jax.models.language.encoder_config import EncoderConfig
 from fedqsn_jax.models.language.transformer import (
+    ACTIVATIONS,
     Embed,
     Execution,
     Mlp,
@@ -196,6 +197,6 @@ class _Classifier(nn.Module):
             if config.is_roberta:
                 pooled = Dropout(config.classifier_dropout, self.train)(pooled)
             pooled = nn.Dense(config.width, kernel_init=init, name="dense")(pooled)
-            pooled = config.head_activation(pooled)
+            pooled = ACTIVATIONS[config.head_activation](pooled)
         pooled = Dropout(config.classifier_dropout, self.train)(pooled)
         return nn.Dense(config.classes, kernel_init=init, name="out")(pooled)

@@ -1,12 +1,8 @@
 """How an encoder classifier is described: its settings, and how its tensors are written down."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
-import jax.numpy as jnp
-
-from fedqsn_jax.core.types import Array
 from fedqsn_jax.models.language.hugging_face import (
     Settings,
     Tensor,
@@ -103,8 +99,8 @@ class EncoderConfig:
 
     FAMILIES: ClassVar[tuple[str, ...]] = ("bert", "roberta", "xlm-roberta")
 
-    head_activation: ClassVar[Callable[[Array], Array]] = staticmethod(jnp.tanh)
-    """Between the two layers of the family's head."""
+    head_activation: ClassVar[str] = "tanh"
+    """Between the two layers of the family's head; a name in `transformer.ACTIVATIONS`."""
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:

@@ -273,7 +273,7 @@ def _read_window(
 class LlamaLayer(CausalLayer):
     """A LLaMA's layer; see `CausalLayer`."""
 
-    norm_class = nn.RMSNorm
+    norm_class: ClassVar[Any] = nn.RMSNorm
 
     def attention_settings(self) -> dict[str, Any]:
         """What the family's attention is made with."""
