@@ -147,6 +147,11 @@ def _serve_one(connection: Connection, take_part: Callable[..., Outcome]) -> Non
 
 def _listening(place: Path) -> socket.socket:
     """The socket, its path there only once it takes connections."""
+    for left in place.parent.glob("*-*"):
+        # Of a process that was killed, and whose SuperNode is gone.
+        number = left.name.partition("-")[0]
+        if number.isdecimal() and not _is_there(int(number)):
+            left.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     temporary = place.with_suffix(f".{os.getpid()}")
     listener.bind(str(temporary))

@@ -19,6 +19,7 @@ from session_cases import deployed, history, server_of, simulated
 
 from fedqsn_jax.config.schema import Config, ConfigError, with_fields
 from fedqsn_jax.core.keys import federation_key
+from fedqsn_jax.deploy import asking
 from fedqsn_jax.deploy.network import Reply
 from fedqsn_jax.deploy.session import Patience, make_server, public_base, run_server
 from fedqsn_jax.protocol import wire
@@ -231,3 +232,26 @@ def test_too_few_clients_are_told(tmp_path):
 def test_what_rests_on_random_cohorts_is_refused(values, told):
     with pytest.raises(ConfigError, match=told):
         server_of(with_fields(Config(), values))
+
+
+def test_large_payloads_are_told_of_as_they_go(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(asking, "_TOLD_FROM", 300)
+    config = configured(rounds=1, algorithm="fedavg")
+    run_server(
+        server_of(config), MemoryNetwork(), tmp_path, Display(), Patience(1, 1), jax.random.key(0)
+    )
+    told = " ".join(capsys.readouterr().out.split())
+    for text in ("payload 1 of 3", "answer 1 of 3", "payload 3 of 3", "answer 3 of 3"):
+        assert f"round 1: {text}, " in told
+
+
+def test_more_nodes_than_may_come_are_left_out(tmp_path, capsys):
+    class Crowd(MemoryNetwork):
+        def nodes(self):
+            return [*super().nodes(), "someone else"]
+
+    config = configured(rounds=1, algorithm="fedavg")
+    run_server(server_of(config), Crowd(), tmp_path, Display(), Patience(1, 1), jax.random.key(0))
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("someone else is left out") == 1
+    assert history(tmp_path)[-1]["clients/returned"] == CLIENTS

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,20 @@ def test_one_process_answers_all_messages_and_is_replaced_when_it_dies(asked, tm
     assert asked().examples == 1
     [directory] = tmp_path.glob("fedqsn-*")
     assert directory.stat().st_mode & 0o777 == 0o700
+    # What processes have left whose SuperNode is gone is cleared away by the next.
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (directory / f"{gone.pid}-0.pid").write_text("1")
+    with pytest.raises(worker.WorkerError, match="died"):
+        asked("die")
+    asked()
+    assert {file.name.partition("-")[0] for file in directory.iterdir()} == {str(os.getpid())}
 
 
 def test_it_ends_with_the_supernode(tmp_path, monkeypatch):
+    stand_in = types.ModuleType("fedqsn_jax.deploy.work")
+    stand_in.take_part = None
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
     owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     serving = threading.Thread(
         target=_serve, args=(tmp_path / "socket", owner.pid, monkeypatch), daemon=True
@@ -89,7 +101,7 @@ def test_it_ends_with_the_supernode(tmp_path, monkeypatch):
     assert serving.is_alive()
     owner.kill()
     owner.wait()
-    serving.join(timeout=10)
+    serving.join(timeout=60)
     assert not serving.is_alive()
     assert list(tmp_path.glob("socket*")) == []
 
