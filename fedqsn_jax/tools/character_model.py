@@ -2,9 +2,9 @@
 
   python -m fedqsn_jax.tools.character_model --out=characters
 
-writes ``config.json`` (a LLaMA), ``model.safetensors`` and ``tokenizer.json``, which has a token for
-each printable character of ASCII, the newline and the long dash, whatever the texts are: a server
-and its clients agree on it without telling each other of their rows.
+writes ``config.json`` (a LLaMA), ``model.safetensors`` and ``tokenizer.json``, which has a token
+for each printable character of ASCII, the newline and the long dash, whatever the texts are: a
+server and its clients agree on it without telling each other of their rows.
 """
 
 import argparse
