@@ -127,7 +127,9 @@ def _overrides(settings: ProblemSettings, kind: TextFormat) -> dict[str, Any]:
 def _families(classify: bool) -> str:
     """The families of models that classify, or of those that write."""
     return ", ".join(
-        sorted(name for name, kind in FAMILIES.items() if (kind is EncoderConfig) == classify)
+        sorted(
+            name for name, kind in FAMILIES.items() if issubclass(kind, EncoderConfig) == classify
+        )
     )
 
 

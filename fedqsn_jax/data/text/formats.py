@@ -32,6 +32,7 @@ class TextFormat:
       labels: Names of the labels in the order of their numbers; empty for generation.
       prompt: From the values of the inputs to the prompt; None for classification.
       test_split: The TFDS split with targets that nothing is trained on.
+      ends: Whether a completion ends where its text ends, so that the end is predicted too.
       f1: Whether the F1 score of label 1 is reported beside the accuracy.
     """
 
@@ -41,6 +42,7 @@ class TextFormat:
     labels: tuple[str, ...] = ()
     prompt: Callable[..., str] | None = None
     test_split: str = "validation"
+    ends: bool = True
     f1: bool = False
 
     @property
@@ -279,5 +281,7 @@ FORMATS: dict[str, TextFormat] = {
     "dialogsum": TextFormat(
         (("topic",), ("dialogue",)), ("summary",), 400, prompt=_plain_prompt, test_split="test"
     ),
+    # After the separator, every character of a window of 80.
+    "running_text": TextFormat((), ("text",), 81, prompt=lambda: "", test_split="test", ends=False),
 }
-"""The paper's tasks by name, and MNLI, which it has not, with the length usual for it."""
+"""The paper's tasks by name, and others: MNLI with its usual length; windows of a running text."""

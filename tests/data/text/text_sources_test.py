@@ -284,7 +284,7 @@ def test_generation_formats(tmp_path, task, values, prompt):
 
 
 def test_lengths_are_the_papers():
-    lengths = {name: kind.length for name, kind in FORMATS.items()}
+    lengths = {name: kind.length for name, kind in FORMATS.items() if name != "running_text"}
     assert lengths == {
         "rte": 160,
         "sst2": 50,
