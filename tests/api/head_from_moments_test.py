@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedqsn_jax.api import head_from_moments as module
 from fedqsn_jax.api.head_from_moments import head_from_moments
 from fedqsn_jax.rounds.feature_moments import (
     draw_features,
@@ -104,6 +105,23 @@ def test_the_new_head_is_nearly_that_of_all_rows():
     }
     assert mean_error["together"] < mean_error["alone"] / 2
     jax.tree.map(np.testing.assert_array_equal, solved.params["hidden"], PARAMS["hidden"])
+
+
+def test_what_clients_return_is_the_same_for_any_model_server_rows_and_other_clients(monkeypatch):
+    returned = []
+
+    def keep(parts):
+        returned.append([jax.tree.map(np.asarray, part) for part in parts])
+        return total(returned[-1])
+
+    monkeypatch.setattr(module, "total", keep)
+    other = jax.tree.map(lambda leaf: 3 * leaf + 1, PARAMS)
+    head_from_moments(apply_fn, PARAMS, CLIENTS, PRIVATE, features=8)
+    head_from_moments(apply_fn, other, [CLIENTS[0], rows(40, 5)], rows(20, 6), features=8)
+    # Each call adds up the clients' sums first, then theirs and the server's.
+    first, second = returned[0], returned[2]
+    assert (len(first), len(second)) == (3, 2)
+    jax.tree.map(np.testing.assert_array_equal, first[0], second[0])
 
 
 def test_bytes_are_a_seed_down_and_one_half_of_symmetric_sums_up():

@@ -304,7 +304,9 @@ def learn(seed, option):
                 world = add(world, delta, count / total)
     if not fixed:
         return [world] * len(SCALES), make(world), masks, skip
-    deltas = [jax.tree.map(lambda d: d / max(w, 1), s) for s, w in zip(sums, weight, strict=True)]
+    deltas = [
+        jax.tree.map(lambda d, w=w: d / max(w, 1), s) for s, w in zip(sums, weight, strict=True)
+    ]
     counts = list(np.diff(seed.offsets) * np.asarray(weight))
     if option.get("weights"):
         mean = chosen_weights(deltas, counts, seed)
