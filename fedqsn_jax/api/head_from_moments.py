@@ -160,13 +160,14 @@ def _check_linear(
         )
 
 
-def _each(population: HostData) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+def _each(population: HostData) -> Iterator[tuple[Batch, Array]]:
     """Every client's rows, padded to as many, and which of them are no padding."""
     counts = np.diff(population.offsets)
     places = np.arange(counts.max())
     for begin, count in zip(population.offsets[:-1], counts, strict=True):
         chosen = np.minimum(begin + places, population.offsets[-1] - 1)
-        yield {name: array[chosen] for name, array in population.examples.items()}, places < count
+        rows = {name: jnp.asarray(a[chosen]) for name, a in population.examples.items()}
+        yield rows, jnp.asarray(places < count)
 
 
 def _mixtures(rows: Batch, inputs: str, seed: int) -> Batch:
