@@ -174,8 +174,8 @@ def _mixtures(rows: Batch, inputs: str, seed: int) -> Batch:
     """Rows that are made up: mixtures of two of the server's (mixup, arXiv 1710.09412)."""
     generator = np.random.default_rng([seed, 1])
     first, second = generator.integers(0, len(rows[inputs]), (2, _MADE_UP))
-    share = generator.uniform(size=(_MADE_UP,)).astype(np.float32)
-    share = share.reshape(-1, *(1,) * (rows[inputs].ndim - 1))
+    shape = (_MADE_UP, *(1,) * (rows[inputs].ndim - 1))
+    share = jnp.asarray(generator.uniform(size=shape), jnp.float32)
     plain = {name: array[first] for name, array in rows.items()}
     return {**plain, inputs: share * plain[inputs] + (1 - share) * rows[inputs][second]}
 
