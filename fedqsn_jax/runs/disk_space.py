@@ -74,7 +74,8 @@ def check_writable(path: Path) -> None:
     while not nearest.exists():
         if nearest.is_symlink():
             raise ConfigError(
-                f"--workdir={path}: {nearest} is a link to {nearest.readlink()}, which does not exist"
+                f"--workdir={path}: {nearest} is a link to {nearest.readlink()}, which does not "
+                f"exist"
             )
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):

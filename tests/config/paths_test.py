@@ -14,7 +14,7 @@ def test_a_path_that_cannot_be_one_is_a_line(kind, tmp_path, capsys):
     path, says = {
         "long": ("x" * 300, "x...: File name too long"),
         "NUL": ("a\0b", "'a\\x00b': that is no path (embedded null byte)"),
-        "loop": (tmp_path / "loop", "loop: Too many levels of symbolic links"),
+        "loop": (tmp_path / "loop", ": Too many levels of symbolic links"),
         "nothing": (None, "None: that is no path ("),
     }[kind]
     for read in (user_path, load):

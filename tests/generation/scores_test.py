@@ -71,7 +71,7 @@ SAME = {
     "mixed": "我的 iPhone 很 old 啊",
     "accents": "é à ô ü",
     "emoji": "😀 😁 😂 🤣",
-    "signs": "!!! ??? ... ;;;",
+    "Braille": "⠓⠑ ⠇⠇ ⠕ ⠺",
 }
 
 
