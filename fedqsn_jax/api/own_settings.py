@@ -43,6 +43,11 @@ def resolve_own(settings: Mapping[str, Any], population: int, keeps: bool) -> Co
                 else ("here, the model and the arrays are your own")
             )
             raise ConfigError(f"{section}: of no use {why}")
+    if settings.get("evaluation", {}).get("fine_tuned_attackers") and not keeps:
+        raise ConfigError(
+            "evaluation.fine_tuned_attackers: of no use without workdir=DIRECTORY, whose "
+            "summary.json tells what came of it"
+        )
     cohort = {"size": min(Config().cohort.size, population), **settings.get("cohort", {})}
     attackers = tuple(sorted({min(n, population) for n in Config().evaluation.attackers}))
     evaluation = {"attackers": attackers, **settings.get("evaluation", {})}

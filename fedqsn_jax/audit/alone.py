@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedqsn_jax.audit.fine_tuning import PLACES, Best, Loss, Measure, Tuned, better_of
-from fedqsn_jax.audit.rows import PooledRows
 from fedqsn_jax.core.types import ApplyFn, Array, Key, Params
+from fedqsn_jax.rounds.fine_tuning import PLACES, Best, Loss, Measure, Tuned, better_of
+from fedqsn_jax.rounds.pooled_rows import PooledRows
 
 Federate = Callable[[Params, PooledRows, Array, Array, Key], Tuned]
 

@@ -11,20 +11,18 @@ import jax.numpy as jnp
 from fedqsn_jax.audit.alone import members_places
 from fedqsn_jax.audit.case import random_weights
 from fedqsn_jax.audit.distillation import TEACHER, answers_of, queries
-from fedqsn_jax.audit.fine_tuning import Tuned
 from fedqsn_jax.audit.hidden_columns import filled, mean_columns, sites_of
 from fedqsn_jax.audit.low_rank_differences import shared_model
 from fedqsn_jax.audit.quantization_cells import with_middles
-from fedqsn_jax.audit.rows import pad
 from fedqsn_jax.audit.scene import AuditSettings, Scene
 from fedqsn_jax.audit.union import (
-    everything,
-    known_entries,
     latest_model,
     small_tensors,
     union_model,
 )
 from fedqsn_jax.core.types import Params
+from fedqsn_jax.rounds.fine_tuning import Tuned, everything, known_entries
+from fedqsn_jax.rounds.pooled_rows import pad
 
 _RANK = 8
 """The rank that differences between versions are taken to have."""

@@ -19,6 +19,7 @@ from fedqsn_jax.data.streamed import HostData
 from fedqsn_jax.data.streamed import place as on_device
 from fedqsn_jax.host.checkpoints import Checkpoints
 from fedqsn_jax.models.functional import in_compute_dtype
+from fedqsn_jax.models.parameter_files import DESCRIPTION, load_params
 from fedqsn_jax.problems.problem import problem_settings
 from fedqsn_jax.problems.training import hold_back, pretrain
 from fedqsn_jax.protocol.proxy import scale_sites
@@ -240,22 +241,31 @@ def require_auditable(config: Config) -> None:
         )
 
 
-def read_base(directory: Path, case: Case) -> Params:
-    """Reads a public model of the audited architecture: a run's directory, or a pre-trained one's.
+def read_model(directory: Path, case: Case, option: str) -> Params:
+    """Reads a model of the audited architecture.
+
+    Args:
+      directory: A run's, an exported model's, or a pre-trained language model's.
+      case: The audited run.
+      option: After which the user named the directory.
 
     Raises:
       ConfigError: There is none, or it has another architecture.
+      UserError: A file of it is damaged.
     """
     if (directory / "checkpoints").is_dir():
         params = load(directory).params
+    elif (directory / DESCRIPTION).is_file():
+        params = load_params(directory).params
     elif case.config.model.name == LANGUAGE and directory.is_dir():
         settings = with_fields(case.config, {"model.pretrained": str(directory)})
         params = load_problem(problem_settings(settings)).params
     else:
         raise ConfigError(
-            f"--public_base={directory}: there is no run and no pre-trained language model in it"
+            f"{option}={directory}: there is no run, no exported model and no pre-trained language "
+            f"model in it"
         )
-    require_same_architecture(params, case, f"--public_base={directory}")
+    require_same_architecture(params, case, f"{option}={directory}")
     return params
 
 

@@ -1,6 +1,7 @@
 """The command's body; see `main`."""
 
 import ast
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return _trace(given[1:]) if given[:1] == ["trace"] else _play(given)
+
+
+def _play(arguments: Sequence[str]) -> int:
     # Imports stand here, and below, so that a Ctrl-C during them is no traceback.
     from fedqsn_jax.config.command_line import Parser
     from fedqsn_jax.config.schema import ConfigError
@@ -30,7 +36,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser(
         "Plays the thief: what colluding clients get from the model of a finished run.",
         "writes audit.json, audit.png and audit.html to DIR/audit; an audit that was interrupted\n"
-        "goes on where it was",
+        "goes on where it was; `trace` instead of options names who leaked a model",
     )
     parser.add_argument("--workdir", metavar="DIR", help="the directory of the finished run")
     parser.add_argument(
@@ -69,6 +75,76 @@ def _main(arguments: Sequence[str] | None) -> int:
         return _audit(workdir, options, colluders, queries, steps)
     except UserError as error:
         return signals.refuse(error)
+
+
+def _trace(arguments: Sequence[str]) -> int:
+    from fedqsn_jax.audit.words import NOT_TRACED
+    from fedqsn_jax.config.command_line import Parser
+    from fedqsn_jax.config.schema import ConfigError
+    from fedqsn_jax.core.errors import UserError
+    from fedqsn_jax.runs.working_directory import WorkDirectory
+
+    parser = Parser(
+        "Names the clients of whose copies a leaked model was made, in a run with tracing_margin.",
+        "replays the rounds and writes DIR/audit/trace.json",
+    )
+    parser.add_argument("--workdir", metavar="DIR", help="the directory of the finished run")
+    parser.add_argument(
+        "--model", metavar="DIR", help="the leaked model: a run, or an exported or language model"
+    )
+    parser.add_argument(
+        "--false_alarm",
+        default="0.001",
+        help="the largest probability of naming a client wrongly; by default 0.001",
+    )
+    try:
+        options = parser.parse_args(arguments)
+        for name in ("workdir", "model"):
+            if not getattr(options, name):
+                raise ConfigError(f"no --{name}: name a directory")
+        allowed = probability("--false_alarm", options.false_alarm)
+        work = WorkDirectory(Path(options.workdir))
+        config = work.config()
+        work.check(config)
+        # Before JAX is waited for.
+        if not config.tracing_margin:
+            raise ConfigError(f"--workdir={options.workdir}: {NOT_TRACED}")
+        return _traced(Path(options.workdir), Path(options.model), allowed)
+    except UserError as error:
+        return signals.refuse(error)
+
+
+def _traced(workdir: Path, model: Path, allowed: float) -> int:
+    from fedqsn_jax.audit.naming import trace_directory
+    from fedqsn_jax.host.checkpoints import CheckpointError
+    from fedqsn_jax.reporting.display import Display
+
+    try:
+        trace_directory(workdir, model, Display(), allowed)
+    except CheckpointError as error:
+        return signals.refuse(error)
+    return 0
+
+
+def probability(option: str, text: str) -> float:
+    """Reads a probability above 0 and below 1.
+
+    Args:
+      option: What the user wrote it after.
+      text: What was written.
+
+    Raises:
+      ConfigError: It is something else.
+    """
+    from fedqsn_jax.config.schema import ConfigError
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise ConfigError(f"{option}={text}: allowed is a number above 0 and below 1")
+    return value
 
 
 def _audit(workdir: Path, options: Any, colluders: tuple, queries: tuple, steps: int) -> int:

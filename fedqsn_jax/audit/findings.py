@@ -12,7 +12,6 @@ from fedqsn_jax.audit.case import random_weights
 from fedqsn_jax.audit.membership import confidence, likelihood_ratio, ranked
 from fedqsn_jax.audit.received import Payloads
 from fedqsn_jax.audit.replay import members_by_round, payload_layout
-from fedqsn_jax.audit.rows import client_rows, pad
 from fedqsn_jax.audit.scene import Scene
 from fedqsn_jax.audit.subtraction import (
     compare,
@@ -22,9 +21,11 @@ from fedqsn_jax.audit.subtraction import (
     pairs,
     plays,
 )
-from fedqsn_jax.audit.union import everything, union_model
+from fedqsn_jax.audit.union import union_model
 from fedqsn_jax.protocol.proxy import dequantize_proxy
 from fedqsn_jax.rounds.calls import draw_cohorts
+from fedqsn_jax.rounds.fine_tuning import everything
+from fedqsn_jax.rounds.pooled_rows import client_rows, pad
 
 Finding = dict[str, Any]
 

@@ -22,12 +22,12 @@ from fedqsn_jax.audit.evaluation import Answers, fidelity, score_of
 from fedqsn_jax.audit.findings import FINDINGS
 from fedqsn_jax.audit.received import Holdings, Payloads, expected_bytes, hold, not_recorded
 from fedqsn_jax.audit.replay import members_by_round, payload_layout, payloads_by_round, replay
-from fedqsn_jax.audit.rows import Divided, divide, pooled_rows
 from fedqsn_jax.audit.scene import AuditSettings, Scene, Tools, make_tools
 from fedqsn_jax.audit.subtraction import pairs, plays
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.host.atomic_files import replacing
 from fedqsn_jax.reporting.display import Display, bytes_text
+from fedqsn_jax.rounds.pooled_rows import Divided, divide, pooled_rows
 
 _SETTINGS = "settings.json"
 RECEIVED, RESULTS = "received", "results"

@@ -5,8 +5,8 @@ member of a coalition that takes part is sent its proxy, as bytes (`protocol.wir
 functions that the round itself uses. At the end the replayed model is compared with the run's.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,13 @@ def make_client_proxy(case: Case) -> Callable[[ServerState, Array], Proxy]:
     def client_proxy(state: ServerState, client: Array) -> Proxy:
         sent = case.sent(method.broadcast.sent(state.broadcast, state.params))
         prepared = method.transform.prepare(state.transform_state, whole_proxy(sent, method.sites))
-        key = method.mask_key(state.secret_key, state.round, client)
-        return method.transform.apply(key, state.transform_state, prepared)
+        return method.proxy_of(
+            client,
+            prepared,
+            secret_key=state.secret_key,
+            round_index=state.round,
+            transform_state=state.transform_state,
+        )
 
     return client_proxy
 
@@ -99,6 +104,18 @@ def members_by_round(case: Case, members: Sequence[int]) -> dict[int, list[int]]
     return found
 
 
+def states(case: Case) -> Iterator[tuple[int, ServerState]]:
+    """Runs the rounds again: ``(finished rounds, state)`` from the start to the end.
+
+    A state is gone when the next one is asked for.
+    """
+    # The rounds are given a copy: their state is donated.
+    start = jax.tree.map(jnp.copy, case.start)
+    yield 0, start
+    for finished, state, _ in run_rounds(case.simulation, start, case.data, case.held_out):
+        yield finished, state
+
+
 def replay(
     case: Case,
     members: Sequence[int],
@@ -128,19 +145,16 @@ def replay(
     def of_sent(state: ServerState) -> Params:
         return jax.tree.map(np.array, jax.device_get(case.sent(state.params)))
 
-    # The rounds are given a copy: their state is donated.
-    state: Any = jax.tree.map(jnp.copy, case.start)
-    before = of_sent(state) if 0 in wanted else None
-    send(state)
-    calls = run_rounds(case.simulation, state, case.data, case.held_out)
-    for after, state, _ in calls:
+    before = None
+    for after, state in states(case):
         if after - 1 in wanted:
             difference = jax.tree.map(np.subtract, of_sent(state), before)
             found.append(Change(after - 1, difference))
         before = of_sent(state) if after in wanted else None
         if after < case.config.rounds:
             send(state)
-        done(after)
+        if after:
+            done(after)
     gaps = jax.tree.map(
         lambda ours, theirs: jnp.abs(ours.astype(jnp.float32) - theirs).max(),
         state.params,

@@ -9,7 +9,7 @@ from fedqsn_jax.audit.case import (
     OwnModel,
     case_of_model,
     case_of_run,
-    read_base,
+    read_model,
     read_reference,
     require_same_architecture,
 )
@@ -55,7 +55,7 @@ def audit_directory(
     """
     case = case_of_run(workdir)
     check_colluders(settings.colluders, case.data.clients)
-    base = read_base(public_base, case) if public_base else None
+    base = read_model(public_base, case, "--public_base") if public_base else None
     fedavg = read_reference(reference, case) if reference else None
     named = [str(path.resolve()) if path else "" for path in (public_base, reference)]
     with claim_directory(workdir):

@@ -13,18 +13,22 @@ from fedqsn_jax.audit.distillation import distillation_loss
 from fedqsn_jax.audit.evaluation import (
     Answers,
     make_answering,
-    make_held_measure,
 )
-from fedqsn_jax.audit.fine_tuning import FineTune, Loss, Measure, make_fine_tuning
 from fedqsn_jax.audit.received import Holdings
-from fedqsn_jax.audit.rows import Divided, PooledRows
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.trees import tree_bytes
 from fedqsn_jax.core.types import Batch, Key, Params
 from fedqsn_jax.host.devices import device_bytes
-
-_COPIES = 8
-"""Copies of the parameters that a training has at once: start, best, gradients, moments."""
+from fedqsn_jax.rounds.evaluation import make_held_measure
+from fedqsn_jax.rounds.fine_tuning import (
+    COPIES,
+    RATES,
+    FineTune,
+    Loss,
+    Measure,
+    make_fine_tuning,
+)
+from fedqsn_jax.rounds.pooled_rows import Divided, PooledRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ class AuditSettings:
 
     colluders: tuple[int | str, ...] = (1, 3, HALF)
     queries: tuple[int, ...] = (50, 500, 10_000)
-    rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3, 1e-2)
+    rates: tuple[float, ...] = RATES
     steps: int = 0
     shadows: int = 4
     findings: bool = True
@@ -128,7 +132,7 @@ def make_tools(case: Case, settings: AuditSettings) -> Tools:
     measure = make_held_measure(case.apply_fn, case.task, batch_size)
     shapes = jax.eval_shape(case.owner, case.final)
     room = device_bytes() // 4
-    at_once = max(1, min(len(settings.rates), room // max(1, _COPIES * tree_bytes(shapes))))
+    at_once = max(1, min(len(settings.rates), room // max(1, COPIES * tree_bytes(shapes))))
     common: dict[str, Any] = {"batch_size": case.config.client.batch_size, "rates": settings.rates}
 
     def make(loss: Loss) -> FineTune:

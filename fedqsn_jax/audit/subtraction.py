@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedqsn_jax.audit.case import Case
-from fedqsn_jax.audit.rows import client_rows
 from fedqsn_jax.core.keys import client_round_key
 from fedqsn_jax.core.types import Array, Params
 from fedqsn_jax.data.population import single_client
@@ -22,6 +21,7 @@ from fedqsn_jax.problems.training import local_optimizer
 from fedqsn_jax.protocol.masks import spread
 from fedqsn_jax.protocol.proxy import Proxy
 from fedqsn_jax.rounds.client import make_client_update
+from fedqsn_jax.rounds.pooled_rows import client_rows
 
 
 class Estimate(NamedTuple):

@@ -17,9 +17,7 @@ import jax.numpy as jnp
 from fedqsn_jax.audit.case import Case
 from fedqsn_jax.audit.received import Holdings, rescaling
 from fedqsn_jax.core.trees import matches_any, path_of
-from fedqsn_jax.core.types import Columns, Params
-from fedqsn_jax.protocol.masks import spread
-from fedqsn_jax.protocol.sites import Sites
+from fedqsn_jax.core.types import Params
 
 _SMALL = ("*/bias", "*/*bias", "*/*norm*/*", "bias", "*/*_norm*/*", "*/scale")
 
@@ -47,22 +45,6 @@ def union_model(case: Case, holdings: Holdings, values: Params | None = None) ->
     return case.model(values, rescaling(holdings.union))
 
 
-def everything(params: Params) -> Params:
-    """A tree that lets all entries change."""
-    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
-
-
-def known_entries(params: Params, known: Columns, sites: Sites) -> Params:
-    """A tree that lets change what is known, and whatever belongs to no site.
-
-    Of a model with adapters, merged into their matrices, every entry.
-    """
-    here = set(_paths(params))
-    own = Sites(site for site in sites if site.path in here)
-    seen = spread(known, params, own, True)
-    return jax.tree.map(lambda leaf, on: jnp.broadcast_to(on, leaf.shape), params, seen)
-
-
 def small_tensors(params: Params) -> Params:
     """A tree that lets norms and biases change."""
 
@@ -70,7 +52,3 @@ def small_tensors(params: Params) -> Params:
         return jnp.full(leaf.shape, matches_any(path_of(path), _SMALL))
 
     return jax.tree_util.tree_map_with_path(visit, params)
-
-
-def _paths(params: Params) -> list[str]:
-    return [path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]

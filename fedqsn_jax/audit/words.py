@@ -1,7 +1,13 @@
-"""How coalitions and figures are written."""
+"""How coalitions, figures and refusals are written."""
 
 from collections.abc import Mapping
 from typing import Any
+
+NOT_TRACED = (
+    "tracing_margin = 0, all clients were sent the same rounding, by which nobody is found; "
+    "allowed are runs with tracing_margin above 0"
+)
+"""Why a run cannot be traced."""
 
 
 def coalition(name: str, facts: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     from fedqsn_jax.config.schema import Config, ConfigError
     from fedqsn_jax.core.errors import UserError
     from fedqsn_jax.host import distributed
+    from fedqsn_jax.runs.reference import check_reference
     from fedqsn_jax.runs.working_directory import WorkDirectory
 
     parser = Parser(
@@ -47,6 +48,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     )
     parser.add_argument("--config", help="a file under configs/, as FILE or FILE:ALGORITHM")
     parser.add_argument("--workdir", help="the directory of the run; it is made private")
+    parser.add_argument(
+        "--reference",
+        metavar="DIR",
+        help="a finished run of FedAvg on the same data, for the kept benefit U",
+    )
     parser.add_argument(
         "--compilation_cache",
         metavar="DIR",
@@ -71,6 +77,8 @@ def _main(arguments: Sequence[str] | None) -> int:
                 (work.check_fit if options.dry_run else work.check)(config)
             if not options.dry_run:
                 signals.remaining_after_interruption(work.what_remains)
+        if options.reference and not several:
+            check_reference(Path(options.reference), config)
         if several:
             _run_among(several, config, chosen_fields(overrides), options)
     except UserError as error:
@@ -112,7 +120,8 @@ def _run(
             if options.dry_run or directory is None:
                 experiment.dry_run(config, directory, display, chosen)
             else:
-                experiment.run(config, directory, display, chosen)
+                reference = Path(options.reference) if options.reference else None
+                experiment.run(config, directory, display, chosen, reference)
     except UserError as error:
         leave()
         return signals.refuse(error)

@@ -25,6 +25,7 @@ def check_together(config: Config) -> None:
     _check_fedsp(config)
     _check_broadcast(config)
     _check_privacy(config)
+    _check_tracing(config)
     if config.data.partition != "natural" and config.cohort.size > config.data.clients:
         raise ConfigError(
             f"cohort.size = {config.cohort.size}: allowed is at most data.clients = "
@@ -177,6 +178,24 @@ def _check_privacy(config: Config) -> None:
     for what, (is_set, why) in refused.items():
         if is_set:
             raise ConfigError(f"{what} with {chosen}: {why}")
+
+
+def _check_tracing(config: Config) -> None:
+    """What clients' own roundings do not go with."""
+    if not config.tracing_margin:
+        return
+    chosen = f"tracing_margin = {config.tracing_margin}"
+    if config.algorithm == "fedlpp" or config.lora.public_base:
+        what = "lora.public_base = True" if config.lora.public_base else "algorithm = 'fedlpp'"
+        raise ConfigError(
+            f"{chosen} with {what}: only adapters travel, and a leaked model has them merged; "
+            f"allowed is 0"
+        )
+    if config.server.rule != "delta":
+        raise ConfigError(
+            f"{chosen} with server.rule = {config.server.rule!r}, which needs one rounding for all "
+            f"clients; allowed is server.rule = 'delta', or 0"
+        )
 
 
 def _check_one_way(config: Config, chosen: str) -> None:

@@ -24,6 +24,11 @@ from fedqsn_jax.config.choices import (
     STEMS,
     TEXT,
 )
+from fedqsn_jax.config.evaluation_settings import (
+    CheckpointConfig,
+    EvaluationConfig,
+    GenerationConfig,
+)
 from fedqsn_jax.config.fields import (
     ConfigError,
     check_value,
@@ -41,13 +46,10 @@ from fedqsn_jax.config.problem_settings import (
 )
 from fedqsn_jax.config.settings import (
     BroadcastConfig,
-    CheckpointConfig,
     ClientConfig,
     CohortConfig,
     Config,
-    EvaluationConfig,
     FedSPConfig,
-    GenerationConfig,
     LoraConfig,
     ParticipationConfig,
     PrivacyConfig,

@@ -20,9 +20,13 @@ from fedqsn_jax.config.choices import (
     SERVER_OPTIMIZERS,
     TUNED,
 )
+from fedqsn_jax.config.evaluation_settings import (
+    CheckpointConfig,
+    EvaluationConfig,
+    GenerationConfig,
+)
 from fedqsn_jax.config.fields import Condition, between, both, field, one_of, section, unless, when
 from fedqsn_jax.config.problem_settings import (
-    LAYERS,
     STEPS,
     DataConfig,
     ModelConfig,
@@ -288,42 +292,6 @@ class PrivacyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """When and how the four views are evaluated."""
-
-    every: int = field(1, between(1), "rounds between evaluations; the last is always evaluated")
-    batch_size: int = field(512, between(1), "rows at a time")
-    proxy_samples: int = field(8, between(2), "client masks that the proxy view averages over")
-    attackers: tuple[int, ...] = field((1, 10), LAYERS, "numbers of colluding clients")
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationConfig:
-    """The texts that every view writes after the last round, where the task is to write."""
-
-    prompts: int = field(0, between(0), "distinct test prompts that are answered; 0: none")
-    batch_size: int = field(64, between(1), "prompts at a time")
-    proxy_samples: int = field(2, between(1), "client masks that the proxy view averages over")
-    new_tokens: int = field(64, between(1), "most tokens of a text")
-    beams: int = field(10, between(1), "hypotheses of the beam search; 1: greedy")
-    no_repeat_ngram: int = field(4, between(0), "so many tokens never occur twice; 0: they may")
-    length_penalty: float = field(
-        0.9, between(-10, 10), "exponent of the length that a score is divided by"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When the hidden model is saved, and which saves are kept."""
-
-    every: int = field(10, between(1), "rounds between saves; the last round is always saved")
-    keep_latest: int = field(2, between(1), "latest saves kept")
-    keep_best: int = field(
-        1, between(0), "beside the latest, the saved rounds of the best global score, so many"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -353,6 +321,13 @@ class Config:
         "column",
         one_of("column", "row"),
         "what a block lies in: a column, or a matrix row by row, which mixes columns",
+        _QUANTIZES,
+    )
+    tracing_margin: float = field(
+        0.0,
+        between(0, 0.45),
+        "how near to a border of two codes entries are rounded by a secret of each client's, by "
+        "which a leaked model is traced; 0: not at all",
         _QUANTIZES,
     )
     sites: str = field(

@@ -42,6 +42,11 @@ def sticky_client_key(key: Key, client_id: Array | int) -> Key:
     return jax.random.fold_in(fold_in_name(key, "of a client for all rounds"), client_id)
 
 
+def leak_tracing_key(key: Key, client_id: Array | int) -> Key:
+    """Returns the key of one client's rounding for all rounds."""
+    return jax.random.fold_in(fold_in_name(key, "leak tracing"), client_id)
+
+
 def keyed_permutation(key: Key, positions: Array, length: Array | int) -> Array:
     """Images of ``positions`` under a pseudo-random permutation of ``range(length)``.
 

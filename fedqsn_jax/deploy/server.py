@@ -67,8 +67,13 @@ class Round:
         The token is of the system's entropy: an answer to another round, or another client's, does
         not have it.
         """
-        key = self.method.mask_key(self.state.secret_key, self.state.round, client)
-        proxy = _apply(self.method, key, self.state.transform_state, self.prepared)
+        proxy = self.method.proxy_of(
+            client,
+            self.prepared,
+            secret_key=self.state.secret_key,
+            round_index=self.state.round,
+            transform_state=self.state.transform_state,
+        )
         token = secrets.token_bytes(16)
         self.sent[client] = (token, jax.device_get(proxy.visible))
         return encode_proxy(proxy), token
@@ -157,10 +162,6 @@ def _prepare(method: Method, state: ServerState) -> Proxy:
     model = method.broadcast.sent(state.broadcast, state.params)
     whole = whole_proxy(select(model, method.roles.sent), method.sites)
     return method.transform.prepare(state.transform_state, whole)
-
-
-def _apply(method: Method, key: Key, state: Any, prepared: Proxy) -> Proxy:
-    return method.transform.apply(key, state, prepared)
 
 
 def _contribute(method: Method, delta: Params, examples: Any, visible: Columns) -> Contribution:

@@ -165,6 +165,11 @@ def _check(config: Config) -> None:
             f"privacy.clip = {config.privacy.clip}: a deployment takes the clients that are there, "
             f"who are no random cohort; allowed is 0"
         )
+    if config.evaluation.fine_tuned_attackers:
+        raise ConfigError(
+            f"evaluation.fine_tuned_attackers = {config.evaluation.fine_tuned_attackers}: a "
+            f"deployment's server has no rows of clients; allowed is 0"
+        )
     if config.cohort.sampling != "without_replacement":
         raise ConfigError(
             f"cohort.sampling = {config.cohort.sampling!r}: a deployment asks as many clients in "

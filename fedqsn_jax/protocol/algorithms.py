@@ -6,6 +6,7 @@ import enum
 from fedqsn_jax.protocol.masks import Sampling
 from fedqsn_jax.protocol.proxy import ProxyTransform, chain, client_mask, quantize, server_mask
 from fedqsn_jax.protocol.quantization import Quantizer
+from fedqsn_jax.protocol.sites import Sites
 
 
 class Promise(enum.Enum):
@@ -25,6 +26,7 @@ class Algorithm:
       p1: Probability of a column that is hidden for good.
       p2: Probability of a column that is hidden from one client in one round.
       sampling: How masks are drawn.
+      tracing_margin: How near to a border entries are rounded by a secret of each client's.
       adapters_only: Whether the model's own tensors are public, and adapters, quantized in flat
         blocks, are all that is secret, travels and is trained.
       prompts_only: Whether the model never leaves the server at all: clients train prompts on an
@@ -37,6 +39,7 @@ class Algorithm:
     p1: float = 0.0
     p2: float = 0.0
     sampling: Sampling = "bernoulli"
+    tracing_margin: float = 0.0
     adapters_only: bool = False
     prompts_only: bool = False
     broken_promises: frozenset[Promise] = frozenset()
@@ -46,8 +49,14 @@ class Algorithm:
         """The chain that makes clients' proxies."""
         stages = [server_mask(self.p1, self.sampling), client_mask(self.p2, self.sampling)]
         if self.quantizer is not None:
-            stages.insert(0, quantize(self.quantizer))
+            stages.insert(0, quantize(self.quantizer, self.tracing_margin))
         return chain(*stages)
+
+    def traced(self, sites: Sites) -> frozenset[str]:
+        """The kernels that each client is sent in a rounding of its own; see `proxy.quantize`."""
+        if self.quantizer is None or not self.tracing_margin:
+            return frozenset()
+        return frozenset(sites.quantized.by_kernel)
 
 
 def fedavg() -> Algorithm:

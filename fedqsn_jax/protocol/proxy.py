@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from fedqsn_jax.core.keys import fold_in_name
-from fedqsn_jax.core.trees import map_by_path
+from fedqsn_jax.core.trees import leaves_by_path, map_by_path
 from fedqsn_jax.core.types import Array, Columns, Key, Params
 from fedqsn_jax.protocol import quantization
 from fedqsn_jax.protocol.masks import Sampling, draw_masks, hide, spread, visible_share
 from fedqsn_jax.protocol.quantization import Quantized, Quantizer
-from fedqsn_jax.protocol.sites import Sites
+from fedqsn_jax.protocol.sites import MaskSite, Sites
 
 _SERVER_MASK, _CLIENT_MASK = "server_mask", "client_mask"
 
@@ -42,13 +42,18 @@ class Proxy:
       visible: bool ``[layers, columns]`` a site; a site that is absent is visible as a whole, and
         one that follows another is under that one's name.
       scale: float32 scalar a site, ``1/kappa``; a site that is absent has scale 1.
+      other_rounding: Until a client's rounding is chosen (`round_by_key`), by kernel what entries
+        near a cell's border are on its other side: codes, or values where it is dequantized.
       sites: The mask sites (static).
+      traced: The kernels whose rounding differs from client to client (static).
     """
 
     params: Params
     visible: Columns
     scale: dict[str, Array]
     sites: Sites = struct.field(pytree_node=False)
+    other_rounding: dict[str, Array] = struct.field(default_factory=dict)
+    traced: frozenset[str] = struct.field(pytree_node=False, default=frozenset())
 
 
 class ProxyTransform(NamedTuple):
@@ -112,16 +117,27 @@ def chain(*transforms: ProxyTransform) -> ProxyTransform:
     return ProxyTransform(init=init, prepare=prepare, apply=apply, steps=tuple(steps))
 
 
-def quantize(quantizer: Quantizer) -> ProxyTransform:
+def quantize(quantizer: Quantizer, tracing_margin: float = 0.0) -> ProxyTransform:
     """Quantizes the kernels of all sites that are to be, once a round for all clients.
 
     Biases of sites and all other tensors stay as they are.
+
+    Args:
+      quantizer: The codebook and block size.
+      tracing_margin: How near to a cell's border an entry is rounded to either side, by a secret of
+        each client's; see `quantization.quantize_other_way` and `round_by_key`. 0: not at all.
     """
 
     def prepare(state: tuple[()], proxy: Proxy) -> Proxy:
+        other = {}
+        if tracing_margin:
+            other = _other_codes(proxy.params, quantizer, proxy.sites, tracing_margin)
         params = quantize_sites(proxy.params, quantizer, proxy.sites)
+        quantized = dataclasses.replace(
+            proxy, params=params, other_rounding=other, traced=frozenset(other)
+        )
         # A zero has a code of its own: hide again, so that hidden columns have code zero.
-        return _hide(dataclasses.replace(proxy, params=params), proxy.visible)
+        return _hide(quantized, proxy.visible)
 
     return identity()._replace(prepare=prepare, steps=("quantize",))
 
@@ -174,6 +190,56 @@ def quantize_sites(params: Params, quantizer: Quantizer, sites: Sites) -> Params
     return map_by_path(visit, params)
 
 
+def _other_codes(
+    params: Params, quantizer: Quantizer, sites: Sites, margin: float
+) -> dict[str, Array]:
+    kernels = sites.quantized.by_kernel
+    return {
+        path: quantization.quantize_other_way(quantizer, kernels[path].to_matrices(leaf), margin)
+        for path, leaf in leaves_by_path(params).items()
+        if path in kernels
+    }
+
+
+def round_by_key(proxy: Proxy, key: Key | None) -> Proxy:
+    """Chooses one client's rounding: of entries near a border the side that a secret bit says.
+
+    The bits depend on key and place alone, not on any value, and are the same in every round: who
+    averages the copies of many rounds finds the bits of one client in all of them.
+
+    Args:
+      proxy: What the client sees, dequantized or not.
+      key: The client's, of the server's secret; may be None where nothing is traced.
+    """
+    if not proxy.traced:
+        return proxy
+    assert key is not None  # Whoever composes a traced method has a key for each client.
+
+    def visit(path: str, leaf: Array | Quantized) -> Array | Quantized:
+        if path not in proxy.traced:
+            return leaf
+        other, bits = proxy.other_rounding[path], rounding_bits(key, proxy.sites.by_kernel[path])
+        if isinstance(leaf, Quantized):
+            return dataclasses.replace(leaf, codes=jnp.where(bits, other, leaf.codes))
+        return jnp.where(proxy.sites.by_kernel[path].from_matrices(bits), other, leaf)
+
+    params = map_by_path(visit, proxy.params, is_leaf=is_quantized)
+    return dataclasses.replace(proxy, params=params, other_rounding={})
+
+
+def rounding_bits(key: Key, site: MaskSite) -> Array:
+    """A client's bits for one kernel, bool ``[layers, inputs, columns]``; True is the other side.
+
+    Args:
+      key: The client's; see `round_by_key`.
+      site: The kernel's site.
+    """
+    count = site.layers * site.fan_in * site.columns
+    words = jax.random.bits(fold_in_name(key, site.path), (-(-count // 32),), jnp.uint32)
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+    return bits.reshape(-1)[:count].astype(bool).reshape(site.layers, site.fan_in, site.columns)
+
+
 def dequantize_proxy(proxy: Proxy) -> Proxy:
     """Replaces the quantized kernels by the values that they stand for (float32, not scaled).
 
@@ -182,11 +248,22 @@ def dequantize_proxy(proxy: Proxy) -> Proxy:
     """
     params = dequantize_params(proxy.params, proxy.sites)
     leaves = jax.tree.leaves(proxy.params, is_leaf=is_quantized)
-    values = dataclasses.replace(proxy, params=params)
+    kernels = leaves_by_path(proxy.params, is_leaf=is_quantized) if proxy.other_rounding else {}
+    other = {
+        path: _other_values(kernels[path], codes, proxy.sites.by_kernel[path])
+        for path, codes in proxy.other_rounding.items()
+    }
+    values = dataclasses.replace(proxy, params=params, other_rounding=other)
     if any(is_quantized(leaf) and leaf.quantizer.mixes_columns for leaf in leaves):
         # There a code of zero has a value, also in a hidden column.
         return _hide(values, proxy.visible)
     return values
+
+
+def _other_values(kernel: Array | Quantized, other: Array, site: MaskSite) -> Array:
+    if not isinstance(kernel, Quantized):
+        return other
+    return site.from_matrices(quantization.dequantize(dataclasses.replace(kernel, codes=other)))
 
 
 def dequantize_params(params: Params, sites: Sites) -> Params:
@@ -245,4 +322,18 @@ def _hide_and_scale(
 
 
 def _hide(proxy: Proxy, visible: Columns) -> Proxy:
-    return dataclasses.replace(proxy, params=hide(proxy.params, proxy.sites, visible))
+    other = {
+        path: _hide_kernel(codes, proxy.sites.by_kernel[path], visible)
+        for path, codes in proxy.other_rounding.items()
+    }
+    params = hide(proxy.params, proxy.sites, visible)
+    return dataclasses.replace(proxy, params=params, other_rounding=other)
+
+
+def _hide_kernel(kernel: Array, site: MaskSite, visible: Columns) -> Array:
+    if site.mask_path not in visible:
+        return kernel
+    seen = visible[site.mask_path]
+    is_codes = kernel.dtype == jnp.uint8
+    seen = seen[:, None, :] if is_codes else site.to_tensor(site.path, seen)
+    return jnp.where(seen, kernel, jnp.zeros((), kernel.dtype))

@@ -120,13 +120,15 @@ class Display:
         """Prints what a run came to, and the verdict on it.
 
         Args:
-          summary: What `summary.summarize` returned, with the ``verdict`` of `verdict.verdict`, if
-            there is one, and ``texts``, the scores of what the views wrote.
+          summary: What `summary.summarize` returned; with the ``verdict`` of `verdict.verdict`,
+            ``texts``, the scores of what the views wrote, ``kept_benefit`` and ``fine_tuned``, if
+            there are such.
         """
         self.message("")
         self._print_views(summary["views"], summary["score"])
         self._print_clients(summary)
         self._print_gaps(summary)
+        self._print_benefit(summary)
         self._print_texts(summary.get("texts", {}))
         self._print_bytes(
             "bytes of a client in a round",
@@ -202,6 +204,10 @@ class Display:
             else 2 * ("no column is hidden from clients",)
         )
         lines = [(f"global - {view}", gap, attack) for view, gap in gaps["attack"].items()]
+        trained = summary.get("fine_tuned", {}).get("attackers", {})
+        for view, gap in gaps.get("fine_tuned", {}).items():
+            rows = trained[view]["rows"]
+            lines.append((f"global - {view}, trained", gap, f"after training on {rows} own rows"))
         lines.append(("global - proxy", gaps["forgetting"], forgetting))
         lines = [line for line in lines if number(line[1]) is not None]
         if lines:
@@ -211,6 +217,19 @@ class Display:
             self.message(f"  {name:<{width}}  {_decimal(gap):>7}  {meaning}")
         if lines:
             self.message("")
+
+    def _print_benefit(self, summary: Mapping[str, Any]) -> None:
+        """What the run kept of FedAvg's benefit, where that is known."""
+        kept = summary.get("kept_benefit")
+        if not kept:
+            return
+        start, end, fedavg = (_decimal(kept[name]) for name in ("start", "end", "fedavg"))
+        value = "unknown, as FedAvg gained nothing" if kept["value"] is None else ""
+        self.message(
+            f"kept benefit U: {value or _decimal(kept['value'])}  from {start} to {end}, where "
+            f"FedAvg came to {fedavg}"
+        )
+        self.message("")
 
     def _print_tensors(self, rows: Sequence[TensorRow]) -> None:
         total = sum(row.parameters for row in rows)

@@ -188,6 +188,48 @@ def summarize(
     }
 
 
+def add_reference(summary: dict[str, Any], fedavg: float) -> None:
+    """Adds what a run kept of the benefit that federated averaging has.
+
+    Args:
+      summary: What `summarize` returned; ``kept_benefit`` is added: ``start`` and ``end``, the
+        scores of the global model, ``fedavg``, and ``value``, ``(end - start) / (fedavg - start)``;
+        None where a score is no number or FedAvg gained nothing.
+      fedavg: FedAvg's score at its end, from the same start.
+    """
+    view, score = summary["views"].get("global", {}), summary["score"]
+    start, end = (number(view.get(time, {}).get(score)) for time in ("start", "end"))
+    known = start is not None and end is not None and fedavg > start
+    summary["kept_benefit"] = {
+        "value": (end - start) / (fedavg - start) if known else None,  # type: ignore[operator]
+        "start": start,
+        "end": end,
+        "fedavg": fedavg,
+    }
+
+
+def add_trained_attackers(
+    summary: dict[str, Any], trained: Mapping[str, Mapping[str, Any]], steps: int
+) -> None:
+    """Adds what attackers reach who train what they hold.
+
+    Args:
+      summary: What `summarize` returned; added are ``fine_tuned``, with ``most_steps`` and
+        ``attackers``, and the gaps ``fine_tuned``, global minus attacker.
+      trained: By the attacker's name what came of it: ``score``, ``rate``, ``steps``, ``rows`` and
+        ``held_rows``; see `simulation.fine_tuned_attackers`.
+      steps: The most steps that they were given.
+    """
+    owner = summary["views"].get("global", {}).get("end", {}).get(summary["score"])
+    summary["fine_tuned"] = {
+        "most_steps": steps,
+        "attackers": {name: dict(facts) for name, facts in trained.items()},
+    }
+    summary["gaps"]["fine_tuned"] = {
+        name: _difference(owner, facts["score"]) for name, facts in trained.items()
+    }
+
+
 def _summarize_view(history: Sequence[Metrics], view: str, score: str) -> dict[str, Any]:
     entries = [
         {"round": int(entry["round"])}

@@ -18,7 +18,10 @@ _WORDS = {
     "little": "little protection, no less than the owner had before the first round",
     "some": "protection, less than the owner had before the first round",
 }
-_UNTESTED = "They might do better after training it on rows of their own, which was not tried."
+_UNTESTED = (
+    "They might do better after training it on rows of their own, which was not tried "
+    "(evaluation.fine_tuned_attackers)."
+)
 
 
 def verdict(summary: Mapping[str, Any], config: Config, idle: Collection[str] = ()) -> dict:
@@ -26,7 +29,8 @@ def verdict(summary: Mapping[str, Any], config: Config, idle: Collection[str] = 
 
     Protection is ``none`` where colluders are level with the owner or better, ``little`` where
     they are below but have at least what the owner had before the first round, and ``some`` where
-    they have less than that.
+    they have less than that. Where they have trained on their own rows too, the better of both
+    scores counts: a gap that training closes protects nothing.
 
     Args:
       summary: What `summary.summarize` returned.
@@ -39,7 +43,8 @@ def verdict(summary: Mapping[str, Any], config: Config, idle: Collection[str] = 
       * ``protection``: that of the colluders who have least of it against them: ``none``,
         ``little``, ``some``; or None where nothing is known;
       * ``attackers``: for each attacker ``colluders`` (their number), ``score`` and ``owner``, the
-        same score of the global model, both at the end, and ``protection``;
+        same score of the global model, both at the end, ``trained``, theirs after training on own
+        rows, or None, and ``protection``;
       * ``text``: all of it in words, a line.
     """
     views, score = summary["views"], summary["score"]
@@ -55,6 +60,7 @@ def verdict(summary: Mapping[str, Any], config: Config, idle: Collection[str] = 
             )
         return {"protection": None, "attackers": {}, "text": f"verdict: {text}"}
     start = number(views["global"]["start"].get(score))
+    trained = summary.get("fine_tuned", {}).get("attackers", {})
     attackers = {}
     for view in views:
         reached = _end(views, view, score)
@@ -63,7 +69,10 @@ def verdict(summary: Mapping[str, Any], config: Config, idle: Collection[str] = 
                 "colluders": int(view.removeprefix(ATTACKER)),
                 "score": reached,
                 "owner": owner,
-                "protection": _protection(owner, start, reached),
+                "trained": (tuned := number(trained.get(view, {}).get("score"))),
+                "protection": _protection(
+                    owner, start, reached if tuned is None else max(reached, tuned)
+                ),
             }
     kinds = [facts["protection"] for facts in attackers.values()]
     worst = next((kind for kind in _WORDS if kind in kinds), None)
@@ -76,7 +85,7 @@ def verdict(summary: Mapping[str, Any], config: Config, idle: Collection[str] = 
         said.insert(0, "No column is hidden from clients: no protection.")
     elif not said:
         said.append("No colluders were evaluated, so nothing is known of protection.")
-    if worst == "some":
+    if worst == "some" and any(facts["trained"] is None for facts in attackers.values()):
         said.append(_UNTESTED)
     said += _advice(summary, config, worst)
     return {"protection": worst, "attackers": attackers, "text": f"verdict: {' '.join(said)}"}
@@ -96,8 +105,13 @@ def _sentence(facts: Mapping[str, Any], start: float | None, score: str) -> str:
     count, kind = facts["colluders"], facts["protection"]
     who = "1 colluder has" if count == 1 else f"{count} colluders have"
     theirs, owners = (_figure(facts[name], score) for name in ("score", "owner"))
+    trained = ""
+    if facts["trained"] is not None:
+        trained = f", {_figure(facts['trained'], score)} after training on rows of their own,"
     began = "" if start is None or kind == "none" else f" ({_figure(start, score)})"
-    return f"{who} {theirs} of {score} where the owner has {owners}: {_WORDS[kind]}{began}."
+    return (
+        f"{who} {theirs} of {score}{trained} where the owner has {owners}: {_WORDS[kind]}{began}."
+    )
 
 
 def _figure(value: float, score: str) -> str:

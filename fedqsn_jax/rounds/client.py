@@ -216,8 +216,8 @@ def _minibatch(key: Key, step: Array, rows: Array, batch_size: int) -> tuple[Arr
 
 
 def _masked_tensors(proxy: Proxy) -> frozenset[str]:
-    """The kernels and biases that have masks."""
-    return proxy.sites.masked_by(proxy.visible).tensors
+    """The kernels and biases of which each client has its own: masks, or roundings."""
+    return proxy.sites.masked_by(proxy.visible).tensors | proxy.traced
 
 
 def _factors(proxy: Proxy) -> Columns:

@@ -9,7 +9,7 @@ from flax import struct
 
 from fedqsn_jax.core.types import Array, Columns, Key
 from fedqsn_jax.data.population import ClientData
-from fedqsn_jax.protocol.proxy import Proxy, select_columns
+from fedqsn_jax.protocol.proxy import Proxy, round_by_key, select_columns
 from fedqsn_jax.protocol.upload import Residuals
 from fedqsn_jax.rounds.client import Training
 from fedqsn_jax.rounds.client_axis import ClientAxis, ClientWork, sum_over_clients
@@ -31,6 +31,8 @@ class Cohort:
       broken: Whose update is NaN, bool ``[cohort]``.
       residuals: What each client of the population keeps.
       training_key: The round's key of batches and dropout; a client's id is folded in.
+      rounding_keys: The clients' keys of `proxy.round_by_key`, ``[cohort]``; None: nothing is
+        traced.
     """
 
     prepared: Proxy
@@ -43,11 +45,14 @@ class Cohort:
     broken: Array
     residuals: Residuals
     training_key: Key
+    rounding_keys: Key | None = None
 
     def proxy_of(self, client: Array) -> Proxy:
         """The proxy of the client at a position."""
-        visible, scale = jax.tree.map(lambda leaf: leaf[client], (self.visible, self.scale))
-        return select_columns(self.prepared, visible, scale)
+        visible, scale, rounding_key = jax.tree.map(
+            lambda leaf: leaf[client], (self.visible, self.scale, self.rounding_keys)
+        )
+        return round_by_key(select_columns(self.prepared, visible, scale), rounding_key)
 
 
 def train_cohort(

@@ -104,3 +104,31 @@ def make_client_evaluator(apply_fn: ApplyFn, task: Task, batch_size: int) -> Cli
 
     # Inlined: several views are evaluated, and the model is traced once.
     return jax.jit(evaluate, inline=True)
+
+
+def make_held_measure(
+    apply_fn: ApplyFn, task: Task, batch_size: int
+) -> Callable[[Params, Batch, Array], tuple[Array, Array]]:
+    """Makes ``(params, rows, count) -> (score, loss)`` on the first ``count`` rows; pure.
+
+    Rows after the count are padding. The loss decides between equal scores, which few rows have;
+    where a task's metrics have no loss it is zero.
+    """
+
+    def measure(params: Params, rows: Batch, count: Array) -> tuple[Array, Array]:
+        places = jax.tree.leaves(rows)[0].shape[0]
+        size = min(batch_size, places)
+        batches = -(-places // size)
+        indices = jnp.arange(batches * size, dtype=jnp.int32).reshape(batches, size)
+
+        def some(chosen: Array) -> dict[str, Array]:
+            batch = {name: array[jnp.minimum(chosen, places - 1)] for name, array in rows.items()}
+            valid = chosen < jnp.minimum(count, places)
+            return task.statistics(apply_fn(params, batch, None), batch, valid)
+
+        sums = jax.lax.map(some, indices)
+        metrics = task.summarize({name: each.sum(axis=0) for name, each in sums.items()})
+        loss = metrics.get("loss", jnp.float32(0))
+        return metrics[task.score].astype(jnp.float32), loss.astype(jnp.float32)
+
+    return measure

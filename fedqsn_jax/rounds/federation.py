@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedqsn_jax.core.keys import fold_in_name
+from fedqsn_jax.core.keys import fold_in_name, leak_tracing_key
 from fedqsn_jax.core.tasks import mean
 from fedqsn_jax.core.trees import combine, exclude, select
 from fedqsn_jax.core.types import Array, Batch, Columns, Key, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
 from fedqsn_jax.protocol.broadcast import BroadcastState
-from fedqsn_jax.protocol.proxy import Proxy, dequantize_proxy, whole_proxy
+from fedqsn_jax.protocol.proxy import Proxy, dequantize_proxy, round_by_key, whole_proxy
 from fedqsn_jax.protocol.upload import Residuals
 from fedqsn_jax.rounds.client_axis import ONE_BY_ONE, ClientAxis, sample_cohort
 from fedqsn_jax.rounds.cohort import Cohort, train_cohort
@@ -245,6 +245,7 @@ class _Composed:
             broken=attendance.broken,
             residuals=state.residuals,
             training_key=training_key,
+            rounding_keys=_rounding_keys(prepared, state.secret_key, ids),
         )
         total, kept = train_cohort(method, cohort, attendance.steps, client_axis)
         broadcast, facts = method.broadcast.send(
@@ -330,8 +331,9 @@ class _Composed:
             params=state.params,
             sendable=exclude(state.params, method.roles.withheld),
             prepared=self.prepare(state),
-            apply=lambda key, prepared: method.transform.apply(
-                key, state.transform_state, prepared
+            apply=lambda key, prepared: round_by_key(
+                method.transform.apply(key, state.transform_state, prepared),
+                fold_in_name(key, "rounding of the proxy view"),
             ),
             proxy_keys=self.proxy_keys(state),
             attackers=state.attackers,
@@ -353,6 +355,12 @@ class _Composed:
                 of_group = views_on(evaluation.client_evaluator, data)
                 metrics |= {f"{group}/{name}": value for name, value in of_group.items()}
         return metrics
+
+
+def _rounding_keys(prepared: Proxy, secret_key: Key, ids: Array) -> Key | None:
+    if not prepared.traced:
+        return None
+    return jax.vmap(lambda client: leak_tracing_key(secret_key, client))(ids)
 
 
 def _facts(total: dict[str, Any], attendance: Attendance, visible: Columns) -> dict[str, Array]:

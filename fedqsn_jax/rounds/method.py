@@ -1,12 +1,12 @@
 """What a federated method is made of."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from fedqsn_jax.core.keys import client_round_key, sticky_client_key
+from fedqsn_jax.core.keys import client_round_key, leak_tracing_key, sticky_client_key
 from fedqsn_jax.core.trees import TensorRoles
 from fedqsn_jax.core.types import Array, Key
 from fedqsn_jax.protocol.broadcast import EVERY_ROUND, Broadcast
-from fedqsn_jax.protocol.proxy import ProxyTransform
+from fedqsn_jax.protocol.proxy import Proxy, ProxyTransform, round_by_key
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.upload import Upload, whole_upload
 from fedqsn_jax.rounds.aggregation import Aggregator
@@ -52,3 +52,17 @@ class Method(NamedTuple):
         if self.mask_per == "client":
             return sticky_client_key(secret_key, client_id)
         return client_round_key(secret_key, round_index, client_id)
+
+    def proxy_of(
+        self,
+        client_id: Array | int,
+        prepared: Proxy,
+        *,
+        secret_key: Key,
+        round_index: Array | int,
+        transform_state: Any,
+    ) -> Proxy:
+        """Returns what a client is sent in a round: with its masks, in its own rounding."""
+        key = self.mask_key(secret_key, round_index, client_id)
+        proxy = self.transform.apply(key, transform_state, prepared)
+        return round_by_key(proxy, leak_tracing_key(secret_key, client_id))

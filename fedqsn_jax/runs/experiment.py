@@ -21,6 +21,7 @@ from fedqsn_jax.reporting.writers import MetricsFile
 from fedqsn_jax.rounds.federation import ServerState
 from fedqsn_jax.runs.disk_space import check_room
 from fedqsn_jax.runs.preparation import Experiment, load_problem, prepare
+from fedqsn_jax.runs.reference import check_reference, reference_score
 from fedqsn_jax.runs.results import mend_metrics, open_board, show_overview, write_results
 from fedqsn_jax.runs.stopping import RunningRounds
 from fedqsn_jax.runs.working_directory import WorkDirectory
@@ -69,7 +70,13 @@ def dry_run(
     show_overview(experiment, display, chosen)
 
 
-def run(config: Config, directory: Path, display: Display, chosen: Collection[str] = ()) -> None:
+def run(
+    config: Config,
+    directory: Path,
+    display: Display,
+    chosen: Collection[str] = (),
+    reference: Path | None = None,
+) -> None:
     """Runs, resumes or extends the run in a directory.
 
     With several processes each calls this, with a directory that all of them see; the leader
@@ -80,21 +87,31 @@ def run(config: Config, directory: Path, display: Display, chosen: Collection[st
       directory: Where everything is written; see `working_directory.WorkDirectory`.
       display: Where progress is shown.
       chosen: Fields that the user set one by one; see `unused_settings.ignored_settings`.
+      reference: The directory of a finished run of FedAvg, against which the benefit is measured.
 
     Raises:
-      ConfigError: The configuration is not possible, or the directory belongs to another one.
+      ConfigError: The configuration is not possible, the directory belongs to another one, or the
+        reference is no such run.
       OutOfMemoryError: The device ran out of memory; the last checkpoint stands.
       CheckpointError: The checkpoints in the directory cannot be read or written, or do not fit.
       FileError: The file system refuses another file, as a full disk does.
     """
     work = WorkDirectory(directory)
     distributed.by_leader(lambda: work.check(config))
+    if reference is not None:
+        distributed.by_leader(lambda: check_reference(reference, config))
     noise = work.noise()
     with display.waiting("loading the data and making the model"):
         experiment = distributed.together(
             lambda: prepare(config, noise=noise, tell=display.message)
         )
-    run_in(work, experiment, display, chosen)
+    fedavg = None
+    if reference is not None:
+        # The leader alone writes results.
+        score = experiment.problem.task.score
+        rows = fingerprint(experiment.problem.splits)
+        fedavg = distributed.by_leader(lambda: reference_score(reference, rows, score))
+    run_in(work, experiment, display, chosen, fedavg=fedavg)
 
 
 def run_in(
@@ -103,6 +120,7 @@ def run_in(
     display: Display,
     chosen: Collection[str] = (),
     on_entries: OnEntries = lambda finished, entries: None,
+    fedavg: float | None = None,
 ) -> tuple[ServerState, list[Entry]]:
     """Runs, resumes or extends in a directory what is prepared.
 
@@ -112,6 +130,7 @@ def run_in(
       display: Where progress is shown.
       chosen: Fields that the user set one by one; see `unused_settings.ignored_settings`.
       on_entries: Called with the number of finished rounds, and what was newly evaluated.
+      fedavg: The score that FedAvg reached, if it is known.
 
     Returns:
       The last state, and everything that was evaluated, by earlier parts of the run too.
@@ -129,7 +148,7 @@ def run_in(
     with contextlib.ExitStack() as claim:
         distributed.by_leader(lambda: claim.enter_context(work.claim(config)))
         with told_as_file_error(work.path), _telling_what_remains(work):
-            return _run(experiment, work, display, chosen, on_entries)
+            return _run(experiment, work, display, chosen, on_entries, fedavg)
     raise RuntimeError("a claim suppresses nothing")
 
 
@@ -148,6 +167,7 @@ def _run(
     display: Display,
     chosen: Collection[str],
     on_entries: OnEntries,
+    fedavg: float | None,
 ) -> tuple[ServerState, list[Entry]]:
     """The run in a directory that is ours alone."""
     config, settings = experiment.config, experiment.config.checkpoint
@@ -163,7 +183,9 @@ def _run(
                 f"finished at round {config.rounds}; a larger --config.rounds would extend the run"
             )
             distributed.by_leader(lambda: mend_metrics(work, restored[1], display))
-            distributed.by_leader(lambda: write_results(experiment, work, *restored, display))
+            distributed.by_leader(
+                lambda: write_results(experiment, work, *restored, display, fedavg)
+            )
             return restored
         show_overview(experiment, display, chosen)
         chunk = experiment.simulation.choice.axis.chunk_size
@@ -202,7 +224,9 @@ def _run(
                 )
     finished = int(state.round)
     if finished == config.rounds:
-        distributed.by_leader(lambda: write_results(experiment, work, state, history, display))
+        distributed.by_leader(
+            lambda: write_results(experiment, work, state, history, display, fedavg)
+        )
     else:
         display.message(f"stopped after round {finished}; the same command resumes there")
     return state, history

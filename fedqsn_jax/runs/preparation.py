@@ -12,8 +12,13 @@ from fedqsn_jax.problems.images import load_image_problem
 from fedqsn_jax.problems.problem import Problem, ProblemSettings, problem_settings
 from fedqsn_jax.problems.training import hold_back
 from fedqsn_jax.simulation.compose import Simulation, make_simulation
+from fedqsn_jax.simulation.fine_tuned_attackers import trains_attackers
 from fedqsn_jax.simulation.fitting import Model
-from fedqsn_jax.simulation.limits import check_evaluation, check_pretraining
+from fedqsn_jax.simulation.limits import (
+    check_evaluation,
+    check_pretraining,
+    check_trained_attackers,
+)
 from fedqsn_jax.simulation.running import (
     place,
 )
@@ -96,6 +101,8 @@ def _check_memory(config: Config, problem: Problem, simulation: Simulation) -> N
     )
     check_pretraining(config, model, problem.splits.private)
     check_evaluation(config, model, problem.splits.test, simulation.held_bytes)
+    if trains_attackers(config):
+        check_trained_attackers(config, model, problem.splits.test, simulation.held_bytes)
 
 
 def load_problem(settings: ProblemSettings, shapes: bool = False) -> Problem:

@@ -1,10 +1,16 @@
 """What a run shows and leaves: the overview, metrics for TensorBoard, the final table, pictures."""
 
 from collections.abc import Collection
+from typing import Any
 
 from fedqsn_jax.host.atomic_files import FileError, told_as_file_error
 from fedqsn_jax.reporting.display import Display, draw_safely
-from fedqsn_jax.reporting.summary import Costs, summarize
+from fedqsn_jax.reporting.summary import (
+    Costs,
+    add_reference,
+    add_trained_attackers,
+    summarize,
+)
 from fedqsn_jax.reporting.verdict import verdict
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard, write_json
 from fedqsn_jax.rounds.federation import ServerState
@@ -13,9 +19,8 @@ from fedqsn_jax.runs.preparation import Experiment
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.runs.written_texts import passes, write_texts
 from fedqsn_jax.simulation.costs import expected_costs, tensor_rows
-from fedqsn_jax.simulation.running import (
-    Entry,
-)
+from fedqsn_jax.simulation.fine_tuned_attackers import train_attackers, trains_attackers
+from fedqsn_jax.simulation.running import Entry
 from fedqsn_jax.simulation.warnings import warnings_after_run, warnings_before_run, weak_claims
 
 
@@ -41,16 +46,33 @@ def write_results(
     state: ServerState,
     history: list[Entry],
     display: Display,
+    fedavg: float | None = None,
 ) -> None:
-    """Writes and shows the final table, what the views wrote, and then the curves."""
+    """Writes and shows the final table, what the views wrote, and then the curves.
+
+    Args:
+      experiment: What was run.
+      work: Where.
+      state: The state after the last round.
+      history: Everything that was evaluated.
+      display: Where it is shown.
+      fedavg: The score of a FedAvg run, against which the benefit is measured, if one is known.
+    """
     simulation, config = experiment.simulation, experiment.config
     score = simulation.task.score
     summary = summarize(history, _costs(experiment), history[-1]["seconds"], score)
     summary["privacy"] = simulation.account and simulation.account.told(int(state.round))
+    if fedavg is not None:
+        add_reference(summary, fedavg)
     idle = [name for name, each in state.attackers.items() if not has_received(each)]
     summary["verdict"] = verdict(summary, config, idle)
     # Results first: nothing that comes later may cost them.
     write_json(work.summary, summary)
+    if trains_attackers(config):
+        with display.waiting("colluders train on rows of their own"):
+            _train_attackers(experiment, state, summary)
+        summary["verdict"] = verdict(summary, config, idle)
+        write_json(work.summary, summary)
     texts = experiment.problem.texts
     if texts is not None:
         total = passes(simulation, state) * len(texts.prompts.texts)
@@ -78,6 +100,20 @@ def write_results(
         # The results are written; that the disk takes no more is told all the same.
         raise refused[0]
     display.message(f"written to {work.path}")
+
+
+def _train_attackers(experiment: Experiment, state: ServerState, summary: dict[str, Any]) -> None:
+    problem, steps = experiment.problem, experiment.config.evaluation.fine_tuned_attackers
+    found = train_attackers(
+        experiment.simulation,
+        state,
+        problem.apply_fn,
+        problem.client_apply,
+        problem.splits.clients,
+        problem.splits.test,
+    )
+    facts = {name: each._asdict() for name, each in found.items()}
+    add_trained_attackers(summary, facts, steps)
 
 
 def show_overview(experiment: Experiment, display: Display, chosen: Collection[str]) -> None:

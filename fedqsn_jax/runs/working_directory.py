@@ -30,6 +30,8 @@ _CONFIG_FILE = "config.json"
 _PRIVACY_FILE = "privacy.json"
 _ROWS_FILE = "rows.sha256"
 _OWN_MODEL = "own_model"
+_AT_THE_END = ("rounds", "evaluation.fine_tuned_attackers")
+"""Fields that change nothing of what was run so far."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +297,7 @@ class WorkDirectory:
         differing = {
             name
             for name in ours.keys() | theirs.keys()
-            if name != "rounds" and ours.get(name) != theirs.get(name)
+            if name not in _AT_THE_END and ours.get(name) != theirs.get(name)
         }
         if differing:
             # Only now, as it waits for JAX. What decides on other fields' effect is compared, too.

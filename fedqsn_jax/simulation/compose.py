@@ -320,13 +320,16 @@ def _choose_client_axis(
         trained=roles.trained,
         proximal=config.client.proximal,
     )
-    frozen = own_frozen_bytes(model.params, fitted.sites, roles.trained, parts.traffic)
+    frozen = own_frozen_bytes(
+        model.params, fitted.sites, roles.trained, traffic=parts.traffic, algorithm=parts.algorithm
+    )
     # Twice, as was measured: the compiler does not overwrite them in place. And a merged matrix
     # with its gradient.
     a_client += 2 * frozen + fitted.merged_bytes
     an_arrival = tree_bytes(select(model.params, roles.trained)) + frozen
+    sent, returned = select(model.params, roles.sent), select(model.params, roles.returned)
     fixed = {
-        **proxy_and_deltas(select(model.params, roles.sent), select(model.params, roles.returned)),
+        **proxy_and_deltas(sent, returned, fitted.sites, parts.algorithm),
         **fixed_memory(parts.federation, fitted.plain, fitted.sites, config=config, data=data),
         SAMPLES: sample_bytes(config),
         REPORTS: report_bytes(config, len(fitted.sites.drawing)),

@@ -1,5 +1,6 @@
 """The parts of a method that a configuration names: algorithm, quantizers, optimizer, adapters."""
 
+import dataclasses
 from typing import Any
 
 import optax
@@ -27,13 +28,14 @@ _CODEBOOKS: dict[str, type[Quantizer]] = {
 
 def algorithm_of(config: Config) -> Algorithm:
     """Returns the algorithm that a configuration names, with the settings that it uses."""
-    return make_algorithm(
+    algorithm = make_algorithm(
         config.algorithm,
         make_quantizer(config),
         p1=config.p1,
         p2=config.p2,
         sampling=config.sampling,  # type: ignore[arg-type]
     )
+    return dataclasses.replace(algorithm, tracing_margin=config.tracing_margin)
 
 
 def make_quantizer(config: Config) -> Quantizer:

@@ -14,6 +14,7 @@ from fedqsn_jax.core.trees import tree_bytes
 from fedqsn_jax.core.types import Batch
 from fedqsn_jax.problems.limits import check_memory
 from fedqsn_jax.problems.training import local_optimizer
+from fedqsn_jax.rounds.fine_tuning import COPIES
 from fedqsn_jax.simulation.fitting import Model
 from fedqsn_jax.simulation.memory import client_bytes, saved_activations
 
@@ -90,6 +91,30 @@ def check_evaluation(config: Config, model: Model, rows: Batch, held: int) -> No
             "evaluation.batch_size": forward,
             "evaluation.proxy_samples": sample_bytes(config),
             model.size: held + 2 * tree_bytes(model.params) + tree_bytes(rows),
+        },
+    )
+
+
+def check_trained_attackers(config: Config, model: Model, rows: Batch, held: int) -> None:
+    """Makes sure that attackers can train what they hold.
+
+    Args:
+      config: The settings.
+      model: The model.
+      rows: The test rows, in the shapes of which are the attackers' own.
+      held: Bytes that are held all the while, the server's state and the clients' rows.
+
+    Raises:
+      ConfigError: It takes more memory than there is.
+    """
+    batch = _rows_of(rows, config.client.batch_size)
+    saved = saved_activations(model.client_apply, model.task, model.params, batch)
+    check_memory(
+        config,
+        "the training of attackers (evaluation.fine_tuned_attackers)",
+        {
+            "client.batch_size": tree_bytes(batch) + 2 * saved,
+            model.size: held + COPIES * tree_bytes(model.params),
         },
     )
 

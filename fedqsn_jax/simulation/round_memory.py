@@ -16,6 +16,7 @@ from fedqsn_jax.core.types import Array, Params
 from fedqsn_jax.data.population import ClientData
 from fedqsn_jax.data.streamed import HostData, capacity_for
 from fedqsn_jax.host.devices import device_bytes
+from fedqsn_jax.protocol.algorithms import Algorithm
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.sizes import Traffic
 from fedqsn_jax.rounds.calls import draw_cohorts
@@ -24,18 +25,27 @@ from fedqsn_jax.simulation.from_config import cohort_places
 from fedqsn_jax.simulation.scheduling import calls_of
 
 
-def proxy_and_deltas(sent: Params, trained: Params) -> dict[str, int]:
+def proxy_and_deltas(
+    sent: Params, trained: Params, sites: Sites, algorithm: Algorithm
+) -> dict[str, int]:
     """Returns the bytes of the round's proxy and of the sum of deltas, both float32, by purpose.
 
     Args:
       sent: The tensors that are sent, or their shapes.
       trained: Those that are trained, likewise.
+      sites: The mask sites.
+      algorithm: Tells whether each client is given a rounding of its own.
     """
 
     def size(params: Params) -> int:
         return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
-    return {"dequantized proxy of the round": size(sent), "sum of deltas": size(trained)}
+    other = size(select(sent, algorithm.traced(sites)))
+    return {
+        "dequantized proxy of the round": size(sent),
+        "sum of deltas": size(trained),
+        **({"other roundings of the proxy": other} if other else {}),
+    }
 
 
 def fixed_memory(
@@ -102,14 +112,17 @@ def _rows_memory(
     return {"clients' rows of two calls": needed}
 
 
-def own_frozen_bytes(params: Params, sites: Sites, trained: Selection, traffic: Traffic) -> int:
-    """Returns the bytes of the frozen tensors that each client has in its own way, masked.
+def own_frozen_bytes(
+    params: Params, sites: Sites, trained: Selection, *, traffic: Traffic, algorithm: Algorithm
+) -> int:
+    """Returns the bytes of the frozen tensors that each client has in its own way.
 
     Args:
       params: The parameters, or their shapes.
       sites: The mask sites.
       trained: The tensors that are trained.
       traffic: Tells which sites are masked.
+      algorithm: Tells whether each client is given a rounding of its own.
     """
-    masked = sites.masked_by(traffic.down.per_column).tensors
-    return tree_bytes(select(exclude(params, trained), masked))
+    own = sites.masked_by(traffic.down.per_column).tensors | algorithm.traced(sites)
+    return tree_bytes(select(exclude(params, trained), own))

@@ -194,6 +194,11 @@ def _resolve_point(values: dict[str, Any], changes: dict[str, Any]) -> Config:
         config = resolve(nested)
         if config.rounds < 1:
             raise ConfigError(f"rounds = {config.rounds}: in a sweep allowed is 1 or more")
+        if config.evaluation.fine_tuned_attackers:
+            raise ConfigError(
+                f"evaluation.fine_tuned_attackers = {config.evaluation.fine_tuned_attackers}: in a "
+                f"sweep allowed is 0; with --audit thieves train at every point"
+            )
     except UserError as error:
         raise ConfigError(f"{error} (at the sweep's point {described(changes)})") from error
     return config

@@ -111,6 +111,8 @@ def test_the_directory_is_refused_to_others(finished, capsys):
 def test_checkpoints_need_a_directory():
     with pytest.raises(ConfigError, match=r"^checkpoint: of no use without workdir=DIRECTORY$"):
         federate(Network(), CLIENTS, TEST, checkpoint={"every": 1})
+    with pytest.raises(ConfigError, match=r"^evaluation.fine_tuned_attackers: of no use without"):
+        federate(Network(), CLIENTS, TEST, evaluation={"fine_tuned_attackers": 5})
 
 
 def test_parameters_that_were_loaded_have_the_form_of_the_models_own():

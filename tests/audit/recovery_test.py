@@ -8,8 +8,9 @@ from fedqsn_jax.audit.distillation import TEACHER, distillation_loss, queries
 from fedqsn_jax.audit.hidden_columns import filled, mean_columns
 from fedqsn_jax.audit.low_rank_differences import shared_part
 from fedqsn_jax.audit.quantization_cells import Cell, borders, cell_of, intersect
-from fedqsn_jax.audit.union import known_entries, small_tensors
+from fedqsn_jax.audit.union import small_tensors
 from fedqsn_jax.protocol.quantization import NormalFloat, Uniform, quantize
+from fedqsn_jax.rounds.fine_tuning import known_entries
 
 
 def test_a_cell_is_as_wide_as_the_closed_form_says_and_holds_the_value():

@@ -10,16 +10,16 @@ import pytest
 
 from fedqsn_jax.audit.alone import make_colluders_federation, members_places
 from fedqsn_jax.audit.case import case_of_run
-from fedqsn_jax.audit.evaluation import make_answering, make_held_measure
-from fedqsn_jax.audit.fine_tuning import make_fine_tuning
+from fedqsn_jax.audit.evaluation import make_answering
 from fedqsn_jax.audit.replay import make_client_proxy, replay
-from fedqsn_jax.audit.rows import divide, pooled_rows
 from fedqsn_jax.audit.subtraction import compare, others_update, own_updates, pairs
-from fedqsn_jax.audit.union import everything
 from fedqsn_jax.config.schema import resolve
 from fedqsn_jax.core.tasks import classification
 from fedqsn_jax.protocol.proxy import dequantize_proxy, whole_proxy
 from fedqsn_jax.reporting.display import silent_display
+from fedqsn_jax.rounds.evaluation import make_held_measure
+from fedqsn_jax.rounds.fine_tuning import everything, make_fine_tuning
+from fedqsn_jax.rounds.pooled_rows import divide, pooled_rows
 from fedqsn_jax.runs import experiment
 
 TASK = classification()

@@ -251,6 +251,7 @@ def test_too_few_clients_are_told(tmp_path):
             {"privacy.clip": 1.0, "privacy.noise": 1.0, "server.weighting": "uniform"},
             "privacy.clip = 1.0: a deployment takes the clients that are there",
         ),
+        ({"evaluation.fine_tuned_attackers": 9}, "evaluation.fine_tuned_attackers = 9: a depl"),
         ({"cohort.sampling": "poisson"}, "cohort.sampling = 'poisson': a deployment asks"),
     ],
 )

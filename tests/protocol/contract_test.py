@@ -105,6 +105,8 @@ CASES: dict[str, dict[str, Any]] = {
         "participation.dropout": 0.3,
     },
     "one-way adapters": {"algorithm": "fedlpp", "lora.rank": 3, "broadcast.every": 0},
+    "traced": {"tracing_margin": 0.3},
+    "traced one-way rounds": {"tracing_margin": 0.2, "broadcast.every": 0, "mask_per": "client"},
     "half is sent every second round": {"broadcast.every": 2, "broadcast.share": 0.5},
     "released": {
         "codebook": "symmetric_normal_float",
@@ -243,7 +245,17 @@ def test_hidden_values_neither_change_nor_show(name, subject_of, plain):
     algorithm, sites = simulation.algorithm, simulation.sites
     federation, transform = simulation.federation, algorithm.transform
     init, run = fast(federation.init), fast(federation.round)
-    prepare, apply = fast(transform.prepare), fast(transform.apply)
+    prepare = fast(transform.prepare)
+
+    @fast
+    def apply(state, prepared, client_id):
+        return simulation.method.proxy_of(
+            client_id,
+            prepared,
+            secret_key=state.secret_key,
+            round_index=state.round,
+            transform_state=state.transform_state,
+        )
 
     def prepared_of(state):
         model = simulation.method.broadcast.sent(state.broadcast, state.params)
@@ -273,8 +285,7 @@ def test_hidden_values_neither_change_nor_show(name, subject_of, plain):
             assert (now[~hidden] != before[~hidden]).any() == returned, path
         prepared, payloads = prepared_of(state), []
         for client_id in range(POPULATION):
-            key = simulation.method.mask_key(state.secret_key, state.round, client_id)
-            proxy = apply(key, state.transform_state, prepared)
+            proxy = apply(state, prepared, client_id)
             payloads.append(encode_proxy(proxy))
             counts = {path: int(np.sum(seen)) for path, seen in proxy.visible.items()}
             assert len(payloads[-1]) == simulation.traffic.down.of(counts)

@@ -6,7 +6,7 @@ import math
 import pytest
 from reporting_cases import COSTS, VIEWS, make_history
 
-from fedqsn_jax.reporting.summary import Costs, main_views_of, summarize, views_of
+from fedqsn_jax.reporting.summary import Costs, add_reference, main_views_of, summarize, views_of
 
 
 @pytest.fixture
@@ -32,6 +32,19 @@ def test_summary_agrees_with_a_hand_computation(history):
     assert down == {"per_client": 300.0, "expected": 300.0, "fedavg": 1000.0, "ratio": 0.3}
     assert up == {"per_client": 500.0, "expected": 700.0, "fedavg": 1400.0, "ratio": 500 / 1400}
     assert summary["seconds"] == {"total": 10.0, "per_round": 0.5}
+    json.dumps(summary, allow_nan=False)
+
+
+def test_the_kept_benefit_agrees_with_a_hand_computation(history):
+    """From .5 to .875, where FedAvg came to 1: three quarters."""
+    summary = summarize(history, COSTS, seconds=10)
+    add_reference(summary, 1.0)
+    assert summary["kept_benefit"] == {"value": 0.75, "start": 0.5, "end": 0.875, "fedavg": 1.0}
+    add_reference(summary, 0.75)
+    assert summary["kept_benefit"]["value"] == 1.5
+    for gained_nothing in (0.5, 0.25):
+        add_reference(summary, gained_nothing)
+        assert summary["kept_benefit"]["value"] is None
     json.dumps(summary, allow_nan=False)
 
 

@@ -6,7 +6,7 @@ import pytest
 from reporting_cases import COSTS
 
 from fedqsn_jax.config.schema import Config, with_fields
-from fedqsn_jax.reporting.summary import Costs, summarize
+from fedqsn_jax.reporting.summary import Costs, add_trained_attackers, summarize
 from fedqsn_jax.reporting.verdict import verdict
 
 
@@ -27,7 +27,8 @@ def test_colluders_above_level_and_below(reached, protection):
     word = judged(reached)
     assert word["protection"] == protection
     assert word["attackers"]["attacker_1"] == {
-        "colluders": 1, "score": reached, "owner": 0.964, "protection": protection
+        "colluders": 1, "score": reached, "owner": 0.964, "trained": None,
+        "protection": protection,
     }  # fmt: skip
 
 
@@ -39,8 +40,36 @@ def test_the_words():
     assert judged(0.5)["text"] == (
         "verdict: 1 colluder has 50.0% of accuracy where the owner has 96.4%: protection, less "
         "than the owner had before the first round (80.0%). They might do better after training "
-        "it on rows of their own, which was not tried."
+        "it on rows of their own, which was not tried (evaluation.fine_tuned_attackers)."
     )
+
+
+def trained_and_judged(**scores):
+    last = {"global/accuracy": 0.964, "attacker_1/accuracy": 0.5, "attacker_10/accuracy": 0.6}
+    history = [{"round": 0, "global/accuracy": 0.8}, {"round": 9, "global/loss": 0.5, **last}]
+    summary = summarize(history, COSTS, 1.0)
+    facts = {"rate": 1e-3, "steps": 50, "rows": 57, "held_rows": 15}
+    trained = {f"attacker_{name[1:]}": {"score": s, **facts} for name, s in scores.items()}
+    add_trained_attackers(summary, trained, 100)
+    return summary, verdict(summary, Config())
+
+
+@pytest.mark.parametrize(
+    ("score", "protection"), [(0.96, "none"), (0.9, "little"), (0.7, "some"), (0.3, "some")]
+)
+def test_a_gap_that_training_closes_is_no_protection(score, protection):
+    summary, word = trained_and_judged(_1=score, _10=0.55)
+    kinds = {name: facts["protection"] for name, facts in word["attackers"].items()}
+    assert kinds == {"attacker_1": protection, "attacker_10": "some"}
+    assert word["protection"] == protection
+    assert summary["gaps"]["attack"]["attacker_1"] == pytest.approx(0.464)
+    assert summary["gaps"]["fine_tuned"]["attacker_1"] == pytest.approx(0.964 - score)
+    assert f"1 colluder has 50.0% of accuracy, {100 * score:.1f}% after training on" in word["text"]
+    assert "not tried" not in word["text"]
+
+
+def test_what_was_not_tried_for_all_is_said():
+    assert "not tried" in trained_and_judged(_1=0.5)[1]["text"]
 
 
 def test_a_run_is_as_good_as_its_worst_case():

@@ -9,7 +9,11 @@ from fedqsn_jax.core.tasks import classification
 from fedqsn_jax.problems.problem import problem_settings
 from fedqsn_jax.runs.experiment import load_problem, prepare
 from fedqsn_jax.simulation.fitting import Model
-from fedqsn_jax.simulation.limits import check_evaluation, check_pretraining
+from fedqsn_jax.simulation.limits import (
+    check_evaluation,
+    check_pretraining,
+    check_trained_attackers,
+)
 
 GIB = 2**30
 
@@ -102,6 +106,13 @@ def test_evaluations_are_counted_up_to_the_rows_that_there_are():
         check_evaluation(config, dense(2**20), rows(2600), held=0)
     with pytest.raises(ConfigError, match=r"^model: it is too large: evaluations take about 21\.0"):
         check_evaluation(config, dense(1), rows(2), held=21 * GIB)
+
+
+def test_attackers_that_train_must_fit():
+    config = with_fields(Config(), {"client.batch_size": 10**9})
+    with pytest.raises(ConfigError, match=r"^client.batch_size = 1000000000: the training of att"):
+        check_trained_attackers(config, dense(2), rows(5), 0)
+    check_trained_attackers(Config(), dense(2), rows(5), 0)
 
 
 def test_without_pretraining_its_batch_may_be_of_any_size():

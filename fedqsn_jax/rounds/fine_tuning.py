@@ -12,10 +12,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedqsn_jax.audit.rows import PooledRows
 from fedqsn_jax.core.keys import fold_in_name
-from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
+from fedqsn_jax.core.trees import path_of
+from fedqsn_jax.core.types import ApplyFn, Array, Batch, Columns, Key, Params
+from fedqsn_jax.protocol.masks import spread
+from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.rounds.client_optimizer import warmup_and_decay
+from fedqsn_jax.rounds.pooled_rows import PooledRows
+
+RATES = (1e-4, 5e-4, 2e-3, 1e-2)
+"""Adam's rates that a thief tries."""
+
+COPIES = 8
+"""Copies of the parameters that a training has at once: start, best, gradients, moments."""
 
 PLACES = 4
 """How often on its way a training is measured on the held-back rows."""
@@ -139,3 +148,23 @@ def make_fine_tuning(
         return Tuned(params, rate, int(taken), float(score))
 
     return fine_tune
+
+
+def everything(params: Params) -> Params:
+    """A tree that lets all entries change."""
+    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+
+
+def known_entries(params: Params, known: Columns, sites: Sites) -> Params:
+    """A tree that lets change what is known, and whatever belongs to no site.
+
+    Of a model with adapters, merged into their matrices, every entry.
+    """
+    here = set(_paths(params))
+    own = Sites(site for site in sites if site.path in here)
+    seen = spread(known, params, own, True)
+    return jax.tree.map(lambda leaf, on: jnp.broadcast_to(on, leaf.shape), params, seen)
+
+
+def _paths(params: Params) -> list[str]:
+    return [path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
