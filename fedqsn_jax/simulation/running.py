@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +16,7 @@ from fedqsn_jax.data.population import ClientData, HeldOut
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
 from fedqsn_jax.host import distributed
 from fedqsn_jax.host.devices import Tree, replicate
+from fedqsn_jax.protocol.sizes import Traffic
 from fedqsn_jax.reporting.summary import EPSILON
 from fedqsn_jax.rounds.calls import CallResult, draw_cohorts
 from fedqsn_jax.rounds.federation import ServerState
@@ -177,12 +178,6 @@ def entry_of(simulation: Simulation, result: CallResult, index: int, finished: i
     # Of a Poisson cohort that is empty there are no means.
     cohort = max(int(facts.get("clients/drawn", mean_size)), 1)
     drawn = mean_size * number if "payloads" in facts else cohort
-    payloads = _count(facts["payloads"]) / drawn if "payloads" in facts else 1
-
-    def columns(kind: str, clients: int) -> dict[str, float]:
-        of_kind = (name for name in facts if name.startswith(f"{kind}/"))
-        return {name.partition("/")[2]: _count(facts[name]) / clients for name in of_kind}
-
     counts = {
         name: int(facts[f"clients/{name}"])
         for name in ("drawn", "sent", "returned", "rejected")
@@ -195,10 +190,27 @@ def entry_of(simulation: Simulation, result: CallResult, index: int, finished: i
         **_ordered({name: values[index] for name, values in result.metrics.items()}),
         "train/loss": float(facts["train/loss"]),
         **{f"clients/{name}": count for name, count in counts.items()},
-        "bytes/down_per_client": traffic.down.of(columns("visible", drawn), payloads),
-        "bytes/up_per_client": traffic.up.of(columns("returned", cohort), returned),
+        "bytes/down_per_client": mean_download(traffic, facts, drawn),
+        "bytes/up_per_client": traffic.up.of(_columns(facts, "returned", cohort), returned),
         **epsilon,
     }
+
+
+def mean_download(traffic: Traffic, facts: Mapping[str, Array], drawn: int) -> float:
+    """Returns the mean bytes that a client was sent.
+
+    Args:
+      traffic: The lengths of payloads.
+      facts: Of `Federation.round`: of the round, or in one-way rounds of all so far.
+      drawn: How many clients took part, in that round or in all of them.
+    """
+    payloads = _count(facts["payloads"]) / drawn if "payloads" in facts else 1
+    return traffic.down.of(_columns(facts, "visible", drawn), payloads)
+
+
+def _columns(facts: Mapping[str, Array], kind: str, clients: int) -> dict[str, float]:
+    of_kind = (name for name in facts if name.startswith(f"{kind}/"))
+    return {name.partition("/")[2]: _count(facts[name]) / clients for name in of_kind}
 
 
 def _count(value: Array) -> int:

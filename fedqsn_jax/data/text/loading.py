@@ -116,14 +116,7 @@ def load(
         not allowed (the message names file, line and column), or the lengths do not fit the model.
     """
     kind = text_format(settings)
-    options = PackingOptions(
-        kind.length,
-        settings.target_length,
-        settings.truncate,
-        settings.separator,
-        encoder_decoder,
-        settings.client_column,
-    )
+    options = _options(settings, kind, encoder_decoder)
     _check_lengths(kind, options, tokenizer)
     train_source = open_source(settings.train, config.directory)
     test_source = _test_source(settings, config, kind)
@@ -164,6 +157,58 @@ def load(
             f"data.partition = {config.partition!r}, and only 'natural' deals rows by it"
         )
     return TextData(splits, prompts, kind, tuple(notes))
+
+
+def load_rows(
+    settings: TextSettings,
+    source: str,
+    tokenizer: TextTokenizer,
+    *,
+    directory: str = "",
+    encoder_decoder: bool = False,
+    console: Console | None = None,
+) -> tuple[Rows, list[str]]:
+    """Loads the rows of one source as they are.
+
+    Args:
+      settings: How text becomes tokens; its sources play no part.
+      source: The source.
+      tokenizer: Fits the model.
+      directory: Where TFDS data sets lie.
+      encoder_decoder: As for `load`.
+      console: As for `load`.
+
+    Returns:
+      Arrays named as in `packing.pack`; and what the user should know, a line each.
+
+    Raises:
+      ConfigError: As `load`.
+    """
+    kind = text_format(settings)
+    options = _options(settings, kind, encoder_decoder)
+    _check_lengths(kind, options, tokenizer)
+    console = console or EnduringConsole(file=sys.stderr)
+    opened = open_source(source, directory)
+    rows = _arrays(opened, settings, kind, options, tokenizer, console)
+    rows.pop(CLIENT_COLUMN, None)
+    notes = []
+    if kind.generates:
+        whole = len(rows["tokens"])
+        rows = _with_targets(rows, kind.length)
+        dropped = whole - len(rows["tokens"])
+        notes = [f"{dropped} of {whole} rows of {source} are left out"] if dropped else []
+    return rows, notes + _note_on_cuts([rows.pop(_CUT)], options)
+
+
+def _options(settings: TextSettings, kind: TextFormat, encoder_decoder: bool) -> PackingOptions:
+    return PackingOptions(
+        kind.length,
+        settings.target_length,
+        settings.truncate,
+        settings.separator,
+        encoder_decoder,
+        settings.client_column,
+    )
 
 
 def text_format(settings: TextSettings) -> TextFormat:
