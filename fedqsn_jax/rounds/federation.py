@@ -190,7 +190,11 @@ class _Composed:
             transform_state=transform_state,
             attackers={
                 f"attacker_{count}": make_attacker(
-                    attacker_key, self.population, count, params=sent, sites=method.sites
+                    attacker_key,
+                    self.population,
+                    count,
+                    params=select(sent, method.roles.returned),
+                    sites=method.sites,
                 )
                 for count in self.evaluation.attackers
             },

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from fedqsn_jax.core.keys import keyed_permutation
+from fedqsn_jax.core.trees import combine, exclude, leaves_by_path
 from fedqsn_jax.core.types import Array, Columns, Key, Params
 from fedqsn_jax.protocol.masks import hide, spread
 from fedqsn_jax.protocol.proxy import Proxy, effective_params, scale_sites
@@ -27,13 +27,16 @@ class Attacker:
     Attributes:
       members: int32 ``[colluders]``, their client ids.
       copy: The latest copy of every column and tensor that one of them has received, dequantized
-        and not scaled; zero where they have received nothing. None for tensors that are public.
+        and not scaled; zero where they have received nothing. None for tensors that are public, and
+        for frozen ones: these are the same in every round, so `known` and `received` are enough.
       known: bool ``[layers, columns]`` a site: the columns of which they have a copy.
+      received: Whether one of them has taken part, bool scalar.
     """
 
     members: Array
     copy: Params
     known: Columns
+    received: Array
 
 
 def make_attacker(
@@ -42,10 +45,17 @@ def make_attacker(
     """Draws the colluding clients, who know nothing yet.
 
     Smaller groups that are drawn with the same key are parts of larger ones.
+
+    Args:
+      key: The key of the draw.
+      population: Number of clients.
+      colluders: How many of them collude.
+      params: The tensors that are sent and that rounds change; the others with gaps.
+      sites: The mask sites.
     """
     members = keyed_permutation(key, jnp.arange(colluders, dtype=jnp.int32), population)
     known = {site.path: jnp.zeros((site.layers, site.columns), bool) for site in sites.drawing}
-    return Attacker(members, jax.tree.map(jnp.zeros_like, params), known)
+    return Attacker(members, jax.tree.map(jnp.zeros_like, params), known, jnp.bool_(False))
 
 
 def received_columns(attacker: Attacker, ids: Array, visible: Columns) -> Columns:
@@ -87,27 +97,43 @@ def update_attacker(
     columns = {path: received[path] for path in attacker.known}
     now = spread(columns, attacker.copy, sites, received[""])
     copy = jax.tree.map(
-        lambda is_new, new, old: jnp.where(is_new, new, old).astype(old.dtype),
+        lambda old, is_new, new: (
+            None if old is None else jnp.where(is_new, new, old).astype(old.dtype)
+        ),
+        attacker.copy,
         now,
         prepared.params,
-        attacker.copy,
+        is_leaf=lambda leaf: leaf is None,
     )
     known = {path: seen | columns[path] for path, seen in attacker.known.items()}
-    return dataclasses.replace(attacker, copy=copy, known=known)
+    return Attacker(attacker.members, copy, known, attacker.received | received[""])
 
 
 def has_received(attacker: Attacker) -> bool:
     """Whether any of the colluding clients has taken part so far; on the host."""
-    return any(np.asarray(leaf).any() for leaf in jax.tree.leaves(attacker.copy))
+    return bool(attacker.received)
 
 
-def attacker_params(attacker: Attacker, sites: Sites) -> Params:
-    """The attacker's model: its copy, each site divided by the share of it that is known."""
+def attacker_params(attacker: Attacker, sites: Sites, prepared: Params | None = None) -> Params:
+    """The attacker's model: its copy, each site divided by the share of it that is known.
+
+    Args:
+      attacker: The attacker.
+      sites: The mask sites.
+      prepared: The tensors of any round's proxy before client masks, dequantized, of which the
+        frozen ones are taken, that the attacker's copy leaves out; None: it leaves out none.
+    """
     scale = {
         path: jnp.where(known.any(), known.size / jnp.maximum(known.sum(), 1), 1.0)
         for path, known in attacker.known.items()
     }
-    return scale_sites(attacker.copy, sites, scale)
+    held = attacker.copy
+    if prepared is not None:
+        frozen = exclude(prepared, frozenset(leaves_by_path(held)))
+        now = spread(attacker.known, frozen, sites, attacker.received)
+        frozen = jax.tree.map(lambda on, leaf: jnp.where(on, leaf, 0), now, frozen)
+        held = combine(held, frozen)
+    return scale_sites(held, sites, scale)
 
 
 def server_params(params: Params, prepared: Proxy) -> Params:
@@ -168,7 +194,8 @@ def evaluate_views(
     results["proxy"] = {name: values.mean() for name, values in samples.items()}
     results["proxy"][f"{score}_std"] = samples[score].std()
     for name, attacker in views.attackers.items():
-        results[name] = evaluate(attacker_params(attacker, prepared.sites), rows)
+        held = attacker_params(attacker, prepared.sites, prepared.params)
+        results[name] = evaluate(held, rows)
     return {
         f"{view}/{name}": value
         for view, values in results.items()
