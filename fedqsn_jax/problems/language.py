@@ -10,6 +10,7 @@ import numpy as np
 from fedqsn_jax.config.schema import ConfigError, DataConfig
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task
+from fedqsn_jax.core.types import Params
 from fedqsn_jax.data import registry
 from fedqsn_jax.data.text import loading
 from fedqsn_jax.data.text.formats import TextFormat
@@ -84,7 +85,11 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
     if pretrained.fresh:
         notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
     notes += _label_notes(pretrained.config, pretrained.fresh, data.kind)
-    params, files = jax.tree.map(jnp.asarray, pretrained.params), description_files(directory)
+    params, files = _stored(pretrained.params, settings.model.dtype), description_files(directory)
+    if not _is_exact(pretrained.params, settings.model.dtype):
+        notes.append(
+            f"model.dtype = {settings.model.dtype!r} rounds the model: its files hold more digits"
+        )
     if isinstance(pretrained.config, EncoderConfig) and settings.prompted is not None:
         problem = prompted_problem(
             settings,
@@ -108,6 +113,18 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
         notes=tuple(notes),
         files=files,
     )
+
+
+def _stored(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+
+
+def _is_exact(params: Params, dtype: str) -> bool:
+    """Whether a dtype holds all values of float32 NumPy arrays; looked at piece by piece."""
+    if dtype == "float32":
+        return True
+    pieces = (piece for leaf in jax.tree.leaves(params) for piece in np.atleast_1d(leaf))
+    return all(np.array_equal(piece.astype(dtype).astype(np.float32), piece) for piece in pieces)
 
 
 def text_settings(data: DataConfig) -> TextSettings:

@@ -4,7 +4,7 @@
 buys.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +13,18 @@ import jax.numpy as jnp
 from flax import struct
 
 from fedqsn_jax.core.keys import keyed_permutation
-from fedqsn_jax.core.trees import combine, exclude, leaves_by_path
+from fedqsn_jax.core.trees import combine, exclude, leaves_by_path, map_by_path, select
 from fedqsn_jax.core.types import Array, Columns, Key, Params
 from fedqsn_jax.protocol.masks import hide, spread
-from fedqsn_jax.protocol.proxy import Proxy, effective_params, scale_sites
+from fedqsn_jax.protocol.proxy import Proxy, effective_params, scale_sites, whole_proxy
 from fedqsn_jax.protocol.sites import Sites
+from fedqsn_jax.protocol.stored_kernels import (
+    StoredKernel,
+    column_factors,
+    paths_of_stored,
+    split_stored,
+    stored_kernels,
+)
 
 
 @struct.dataclass
@@ -128,12 +135,17 @@ def attacker_params(attacker: Attacker, sites: Sites, prepared: Params | None = 
         for path, known in attacker.known.items()
     }
     held = attacker.copy
-    if prepared is not None:
-        frozen = exclude(prepared, frozenset(leaves_by_path(held)))
-        now = spread(attacker.known, frozen, sites, attacker.received)
-        frozen = jax.tree.map(lambda on, leaf: jnp.where(on, leaf, 0), now, frozen)
-        held = combine(held, frozen)
-    return scale_sites(held, sites, scale)
+    if prepared is None:
+        return scale_sites(held, sites, scale)
+    plain, stored = split_stored(whole_proxy(prepared, sites))
+    frozen = exclude(plain.params, frozenset(leaves_by_path(held)))
+    now = spread(attacker.known, frozen, sites, attacker.received)
+    frozen = jax.tree.map(
+        lambda on, leaf: jnp.where(on, leaf, jnp.zeros((), leaf.dtype)), now, frozen
+    )
+    scaled = scale_sites(combine(held, frozen), sites, scale)
+    factors = column_factors(attacker.known, scale, sites)
+    return combine(scaled, stored_kernels(stored, factors, sites))
 
 
 def server_params(params: Params, prepared: Proxy) -> Params:
@@ -143,8 +155,23 @@ def server_params(params: Params, prepared: Proxy) -> Params:
       params: The hidden model.
       prepared: What the transform prepared: its visible columns and scales are the server mask's.
     """
-    visible = hide(params, prepared.sites, prepared.visible)
-    return scale_sites(visible, prepared.sites, prepared.scale)
+    stored, sites = paths_of_stored(prepared.params), prepared.sites
+    visible = hide(exclude(params, stored), sites, prepared.visible)
+    scaled = scale_sites(visible, sites, prepared.scale)
+    factors = column_factors(prepared.visible, prepared.scale, sites)
+    kernels = map_by_path(
+        lambda path, leaf: StoredKernel(leaf, factors.get(path), sites.by_kernel[path]),
+        select(params, stored),
+    )
+    return combine(scaled, kernels)
+
+
+def proxy_params(prepared: Proxy, apply: Callable[[Proxy], Proxy]) -> Params:
+    """A client's model: what the transform's ``apply`` makes of the prepared proxy, rescaled."""
+    plain, stored = split_stored(prepared)
+    proxy = apply(plain)
+    factors = column_factors(proxy.visible, proxy.scale, proxy.sites)
+    return combine(effective_params(proxy), stored_kernels(stored, factors, proxy.sites))
 
 
 class Views(NamedTuple):
@@ -153,7 +180,7 @@ class Views(NamedTuple):
     Attributes:
       params: The hidden model.
       sendable: The same without the tensors that are withheld as a whole.
-      prepared: The round's proxy before client masks, dequantized.
+      prepared: The round's proxy before client masks, dequantized; frozen kernels may stay codes.
       apply: ``(key, prepared) -> proxy``: makes a client's proxy from it.
       proxy_keys: Keys ``[samples]``: the client masks that the proxy view averages over.
       attackers: The attackers by name.
@@ -189,7 +216,8 @@ def evaluate_views(
         "server": evaluate(server_params(views.sendable, prepared), rows),
     }
     samples = jax.lax.map(
-        lambda key: evaluate(effective_params(views.apply(key, prepared)), rows), views.proxy_keys
+        lambda key: evaluate(proxy_params(prepared, functools.partial(views.apply, key)), rows),
+        views.proxy_keys,
     )
     results["proxy"] = {name: values.mean() for name, values in samples.items()}
     results["proxy"][f"{score}_std"] = samples[score].std()

@@ -15,7 +15,7 @@ import optax
 from fedqsn_jax.config.schema import Config, chooses_scale
 from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.tasks import Task
-from fedqsn_jax.core.trees import TensorRoles, exclude, select, tree_bytes
+from fedqsn_jax.core.trees import TensorRoles, exclude, in_float32, select, tree_bytes
 from fedqsn_jax.core.types import ApplyFn, Array, Key, Params
 from fedqsn_jax.data.population import ClientData
 from fedqsn_jax.host.devices import device_bytes
@@ -53,7 +53,12 @@ from fedqsn_jax.simulation.from_config import (
 )
 from fedqsn_jax.simulation.limits import check_population, report_bytes, sample_bytes
 from fedqsn_jax.simulation.memory import client_bytes, saved_activations
-from fedqsn_jax.simulation.round_memory import fixed_memory, own_frozen_bytes, proxy_and_deltas
+from fedqsn_jax.simulation.round_memory import (
+    StoredBytes,
+    fixed_memory,
+    own_frozen_bytes,
+    proxy_and_deltas,
+)
 from fedqsn_jax.simulation.scheduling import ClientAxisChoice, Workload, choose_client_axis
 
 TRACEABLE = (
@@ -212,6 +217,7 @@ def _compose(
         broadcast=configured_broadcast(config, algorithm),
         mask_per=config.mask_per,  # type: ignore[arg-type]
         privacy=configured_privacy(config, algorithm, account),
+        stored=fitted.stored,
     )
     apply_fn, rows = fitted.model.apply_fn, config.evaluation.batch_size
     evaluation = Evaluation(
@@ -238,8 +244,7 @@ def _compose(
         plain=fitted.reference,
         upload=upload_quantizer(config),
     )
-    if fitted.lora is not None:
-        federation = _with_adapters(federation, fitted.lora)
+    federation = _from_plain_model(federation, fitted.lora, roles)
     return _Parts(
         algorithm=algorithm,
         method=method,
@@ -310,25 +315,32 @@ def _choose_client_axis(
 ) -> tuple[dict[str, int], ClientAxisChoice]:
     """Chooses how clients are run; returns also the memory of a round, bytes by purpose."""
     model, roles = fitted.model, fitted.roles
+    stored = StoredBytes.of(model.params, fitted.stored, fitted.sites, parts.algorithm.quantizer)
     # What a client has not got, it does not compute with either.
     a_client = client_bytes(
         model.client_apply,
         model.task,
         _optimizer(config, parts.algorithm),
-        params=exclude(model.params, roles.withheld),
+        params=exclude(stored.computed_with, roles.withheld),
         batch=fitted.batch,
         trained=roles.trained,
         proximal=config.client.proximal,
     )
     frozen = own_frozen_bytes(
-        model.params, fitted.sites, roles.trained, traffic=parts.traffic, algorithm=parts.algorithm
+        exclude(model.params, fitted.stored),
+        fitted.sites,
+        roles.trained,
+        traffic=parts.traffic,
+        algorithm=parts.algorithm,
     )
     # Twice, as was measured: the compiler does not overwrite them in place. And a merged matrix
     # with its gradient.
-    a_client += 2 * frozen + fitted.merged_bytes
+    a_client += 2 * frozen + fitted.merged_bytes + stored.one_layer
     an_arrival = tree_bytes(select(model.params, roles.trained)) + frozen
-    sent, returned = select(model.params, roles.sent), select(model.params, roles.returned)
+    returned = select(model.params, roles.returned)
+    sent = select(exclude(model.params, fitted.stored), roles.sent)
     fixed = {
+        **({"codes of frozen kernels": stored.codes} if fitted.stored else {}),
         **proxy_and_deltas(sent, returned, fitted.sites, parts.algorithm),
         **fixed_memory(parts.federation, fitted.plain, fitted.sites, config=config, data=data),
         SAMPLES: sample_bytes(config),
@@ -374,12 +386,13 @@ def _refuse(config: Config, fitted: Fitted, fixed: dict[str, int], a_client: int
     check_memory(config, "the rounds, with one client at a time,", shares)
 
 
-def _with_adapters(federation: Federation, lora: Lora) -> Federation:
-    """The same, starting from the plain model's parameters."""
+def _from_plain_model(federation: Federation, lora: Lora | None, roles: TensorRoles) -> Federation:
+    """The same, starting from the plain model's parameters, which may be stored narrow."""
 
     def init(key: Key, params: Params) -> ServerState:
-        adapter_key = fold_in_name(fold_in_name(key, "secret"), "adapters")
-        return federation.init(key, lora.add(adapter_key, params))
+        if lora is not None:
+            params = lora.add(fold_in_name(fold_in_name(key, "secret"), "adapters"), params)
+        return federation.init(key, in_float32(params, roles.trained))
 
     return federation._replace(init=init)
 
