@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from fedqsn_jax.audit.rows import client_rows
 
 from fedqsn_jax.audit.case import Case, case_of_run
 from fedqsn_jax.audit.leak_tracing import trace
 from fedqsn_jax.audit.received import Payloads, hold
 from fedqsn_jax.audit.replay import payload_layout, replay
-from fedqsn_jax.audit.rows import client_rows
 from fedqsn_jax.audit.union import union_model
 from fedqsn_jax.config.command_line import read_config
 from fedqsn_jax.config.schema import resolve, to_dict, with_fields

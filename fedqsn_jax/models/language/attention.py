@@ -1,5 +1,6 @@
 """Multi-head attention, with fewer key heads, rotary positions, learned biases and a cache."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,12 +57,14 @@ class Weighting(NamedTuple):
       dropout_key: With a key, probabilities are dropped. JAX's attention cannot do that, so it is
         then written out here.
       rate: The rate of that.
+      cap: Products stay below it, ``cap * tanh(products / cap)``; None: they may be any.
     """
 
     scale: float
     causal: bool
     dropout_key: Key | None = None
     rate: float = 0.0
+    cap: float | None = None
 
 
 class Attention(nn.Module):
@@ -79,7 +82,8 @@ class Attention(nn.Module):
       stddev: Of the initial kernels.
       query_stddev: Of the initial query kernel; None: ``stddev``.
       scale: What products of queries and keys are multiplied by; None: ``size ** -0.5``.
-      norm_epsilon: Of root-mean-square norms of each head's queries and keys; None: not normed.
+      head_norm: Makes the norms of each head's queries and keys, by ``name``; None: not normed.
+      cap: See `Weighting`.
       causal: Whether tokens attend to none after them. (With a cache, the mask says so.)
     """
 
@@ -94,7 +98,8 @@ class Attention(nn.Module):
     stddev: float = 0.02
     query_stddev: float | None = None
     scale: float | None = None
-    norm_epsilon: float | None = None
+    head_norm: Callable[..., nn.Module] | None = None
+    cap: float | None = None
     causal: bool = False
 
     @nn.compact
@@ -140,7 +145,7 @@ class Attention(nn.Module):
             elif memory is not None:
                 key, value, mask = with_prefix(memory, key, value, mask)
             causal = self.causal and cached is None
-            weighting = Weighting(self._scale, causal, dropout_key, self.rate)
+            weighting = Weighting(self._scale, causal, dropout_key, self.rate, self.cap)
             attention = self.execution.attention if cached is None else "xla"
             attended = attend(query, key, value, mask, bias, weighting, attention)
         out = nn.DenseGeneral(
@@ -165,7 +170,8 @@ class Attention(nn.Module):
             and self.execution.attention == "auto"
             and self.biases
             and self.heads == self.kv_heads
-            and self.norm_epsilon is None
+            and self.head_norm is None
+            and self.cap is None
             and (mask is None or mask.shape[1:3] == (1, 1))
             and attention_gpu.fits(hidden.shape[1], self.size, self.execution.dtype)
         )
@@ -217,10 +223,9 @@ class Attention(nn.Module):
             source = hidden if source is None else source
             key = self._project("key", self.kv_heads, self.stddev)(source)
             value = self._project("value", self.kv_heads, self.stddev)(source)
-        if self.norm_epsilon is not None:
-            dtype = self.execution.dtype
-            query = nn.RMSNorm(self.norm_epsilon, dtype, name="query_norm")(query)
-            key = nn.RMSNorm(self.norm_epsilon, dtype, name="key_norm")(key)
+        if self.head_norm is not None:
+            query = self.head_norm(name="query_norm")(query)
+            key = self.head_norm(name="key_norm")(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         return query, key, value
@@ -291,8 +296,8 @@ def attend(
     Returns:
       ``[rows, queries, heads, size]``.
     """
-    if weighting.dropout_key is not None:
-        return _attend_with_dropout(query, key, value, mask, bias, weighting, weighting.dropout_key)
+    if weighting.dropout_key is not None or weighting.cap is not None:
+        return _attend_written_out(query, key, value, mask, bias, weighting)
     if bias is not None:
         attention = "xla"
     elif attention == "auto":
@@ -326,14 +331,13 @@ def _cudnn_applies(query: Array, key: Array) -> bool:
     )
 
 
-def _attend_with_dropout(
+def _attend_written_out(
     query: Array,
     key: Array,
     value: Array,
     mask: Array | None,
     bias: Array | None,
     weighting: Weighting,
-    dropout_key: Key,
 ) -> Array:
     rows, queries, heads, size = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -342,6 +346,8 @@ def _attend_with_dropout(
         "bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32
     ).reshape(rows, heads, queries, keys)
     products *= weighting.scale
+    if weighting.cap is not None:
+        products = weighting.cap * jnp.tanh(products / weighting.cap)
     if bias is not None:
         products += jnp.broadcast_to(bias, products.shape)
     if weighting.causal:
@@ -350,7 +356,8 @@ def _attend_with_dropout(
     if mask is not None:
         products = jnp.where(mask, products, -0.7 * jnp.finfo(products.dtype).max)
     probabilities = jax.nn.softmax(products).astype(value.dtype)
-    probabilities = drop(dropout_key, probabilities, weighting.rate)
+    if weighting.dropout_key is not None:
+        probabilities = drop(weighting.dropout_key, probabilities, weighting.rate)
     probabilities = probabilities.reshape(rows, kv_heads, heads // kv_heads, queries, keys)
     attended = jnp.einsum("bkgqs,bskd->bqkgd", probabilities, value)
     return attended.reshape(rows, queries, heads, size)

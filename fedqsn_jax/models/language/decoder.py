@@ -50,6 +50,10 @@ class CausalModel(nn.Module):
         """
         raise NotImplementedError
 
+    def finished(self, logits: Array) -> Array:
+        """Returns the logits as the family has them; by default as they are."""
+        return logits
+
     @nn.compact
     def __call__(
         self,
@@ -93,8 +97,9 @@ class CausalModel(nn.Module):
         if last_only:
             hidden = last_real(hidden, mask)
         if config.tied:
-            return embed.attend(hidden), cache
-        return Head(config.vocab_size, dtype, config.stddev, name="lm_head")(hidden), cache
+            return self.finished(embed.attend(hidden)), cache
+        head = Head(config.vocab_size, dtype, config.stddev, name="lm_head")
+        return self.finished(head(hidden)), cache
 
 
 class CausalLayer(nn.Module):
@@ -120,6 +125,20 @@ class CausalLayer(nn.Module):
         """Makes the family's MLP."""
         raise NotImplementedError
 
+    def norm(self, name: str) -> Any:
+        """Makes one of the family's norms."""
+        return self.norm_class(self.config.norm_epsilon, self.execution.dtype, name=name)
+
+    def changed(self, branch: str, change: Array) -> Array:
+        """Returns what a branch, ``attention`` or ``mlp``, adds; by default what it computed."""
+        del branch
+        return change
+
+    def turned(self, layer: Array, rotation: Any) -> Any:
+        """Returns the rotation of this layer; by default that of all."""
+        del layer
+        return rotation
+
     @nn.compact
     def __call__(self, carry: Any, layer: Array, shared: Any) -> tuple[Any, None]:
         """Returns the carry after this layer."""
@@ -127,10 +146,14 @@ class CausalLayer(nn.Module):
         seen = self._within_window(layer, seen, near)
         slots = None if arrays is None else Slots(arrays[0], arrays[1], layer, used)
         attended, arrays = self.attention()(
-            self._norm("attention_norm")(hidden), seen, rotation=rotation, memory=slots
+            self.norm("attention_norm")(hidden),
+            seen,
+            rotation=self.turned(layer, rotation),
+            memory=slots,
         )
-        hidden += self._dropped(attended)
-        hidden += self._dropped(self.mlp()(self._norm("mlp_norm")(hidden)))
+        hidden += self._dropped(self.changed("attention", attended))
+        computed = self.mlp()(self.norm("mlp_norm")(hidden))
+        hidden += self._dropped(self.changed("mlp", computed))
         return (hidden, arrays), None
 
     def _within_window(self, layer: Array, seen: Array | None, near: Array | None) -> Array | None:
@@ -141,9 +164,6 @@ class CausalLayer(nn.Module):
         if all(windowed):
             return near
         return jnp.where(jnp.asarray(windowed)[layer], near, True if seen is None else seen)
-
-    def _norm(self, name: str) -> Any:
-        return self.norm_class(self.config.norm_epsilon, self.execution.dtype, name=name)
 
     def _dropped(self, change: Array) -> Array:
         return Dropout(self.config.residual_dropout, self.train)(change)

@@ -1,4 +1,4 @@
-"""BERT (arXiv 1810.04805; MiniLM is one) and RoBERTa (arXiv 1907.11692), as classifiers."""
+"""BERT (arXiv 1810.04805; MiniLM is one), RoBERTa (arXiv 1907.11692), DistilBERT: classifiers."""
 
 from typing import Any
 
@@ -13,6 +13,7 @@ from fedqsn_jax.models.language.attention import Attention, Prefix
 from fedqsn_jax.models.language.cache import positions_of
 from fedqsn_jax.models.language.encoder_config import EncoderConfig
 from fedqsn_jax.models.language.transformer import (
+    ACTIVATIONS,
     Embed,
     Execution,
     Mlp,
@@ -50,7 +51,8 @@ class Encoder(nn.Module):
         Args:
           tokens: int32 ``[rows, length]``.
           mask: bool or integer, the same shape: which tokens are real; None: all are.
-          token_types: int32, the same shape; None: all are of type 0.
+          token_types: int32, the same shape; None: all are of type 0. Models without are told
+            nothing of them.
           train: Whether dropout acts.
           prefixes: Keys and values of every layer, each tensor with a leading layer axis.
 
@@ -68,11 +70,12 @@ class Encoder(nn.Module):
         hidden = embed(config.vocab_size, "token_embed")(tokens)
         positions = positions_of(mask) + config.first_position
         hidden += embed(config.positions, "position_embed")(positions)
-        type_embed = embed(config.token_types, "type_embed")
-        if token_types is None:
-            hidden += type_embed.repeated(0, tokens.shape)
-        else:
-            hidden += type_embed(token_types)
+        if config.token_types:
+            type_embed = embed(config.token_types, "type_embed")
+            if token_types is None:
+                hidden += type_embed.repeated(0, tokens.shape)
+            else:
+                hidden += type_embed(token_types)
         hidden = nn.LayerNorm(config.norm_epsilon, dtype, name="embed_norm")(hidden)
         hidden = Dropout(config.hidden_dropout, train)(hidden)
         layers = stack(_Layer, config.layers, self.execution)
@@ -193,6 +196,7 @@ class _Classifier(nn.Module):
         if config.pooling == "cls":
             if config.is_roberta:
                 pooled = Dropout(config.classifier_dropout, self.train)(pooled)
-            pooled = jnp.tanh(nn.Dense(config.width, kernel_init=init, name="dense")(pooled))
+            pooled = nn.Dense(config.width, kernel_init=init, name="dense")(pooled)
+            pooled = ACTIVATIONS[config.head_activation](pooled)
         pooled = Dropout(config.classifier_dropout, self.train)(pooled)
         return nn.Dense(config.classes, kernel_init=init, name="out")(pooled)

@@ -17,20 +17,21 @@ from fedqsn_jax.models.language.hugging_face import (
 POOLINGS = ("cls", "mean")
 
 
-def _weights_and_biases(*layers: str) -> tuple[str, ...]:
+def weights_and_biases(*layers: str) -> tuple[str, ...]:
+    """Names of the tensors of linear layers and norms."""
     return tuple(f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))
 
 
 _HEADS = {
     "bert": (
-        *_weights_and_biases("pooler.dense", "classifier", "cls.seq_relationship"),
-        *_weights_and_biases("cls.predictions.decoder", "cls.predictions.transform.dense"),
-        *_weights_and_biases("cls.predictions.transform.LayerNorm"),
+        *weights_and_biases("pooler.dense", "classifier", "cls.seq_relationship"),
+        *weights_and_biases("cls.predictions.decoder", "cls.predictions.transform.dense"),
+        *weights_and_biases("cls.predictions.transform.LayerNorm"),
         "cls.predictions.bias",
     ),
     "roberta": (
-        *_weights_and_biases("pooler.dense", "classifier.dense", "classifier.out_proj"),
-        *_weights_and_biases("lm_head.decoder", "lm_head.dense", "lm_head.layer_norm"),
+        *weights_and_biases("pooler.dense", "classifier.dense", "classifier.out_proj"),
+        *weights_and_biases("lm_head.decoder", "lm_head.dense", "lm_head.layer_norm"),
         "lm_head.bias",
     ),
 }
@@ -40,7 +41,7 @@ _CLASSES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 """How the names of the transformers library's classes begin."""
 
 _OTHER_TASKS = ("ForTokenClassification", "ForMultipleChoice")
-_OTHER_HEADS = _weights_and_biases("classifier")
+OTHER_HEADS = weights_and_biases("classifier")
 """Tensors of heads that classify something else than whole texts."""
 
 
@@ -57,7 +58,7 @@ class EncoderConfig:
       inner: Width between the MLP's matrices.
       activation: A name in `transformer.ACTIVATIONS`.
       positions: Rows of the position table.
-      token_types: Rows of the token-type table.
+      token_types: Rows of the token-type table; 0: there is none.
       norm_epsilon: Of the layer norms.
       hidden_dropout: Rate after embeddings and in the residual branches.
       attention_dropout: Rate of the attention's probabilities.
@@ -98,6 +99,9 @@ class EncoderConfig:
 
     FAMILIES: ClassVar[tuple[str, ...]] = ("bert", "roberta", "xlm-roberta")
 
+    head_activation: ClassVar[str] = "tanh"
+    """Between the two layers of the family's head; a name in `transformer.ACTIVATIONS`."""
+
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling = {self.pooling!r}: allowed are {', '.join(POOLINGS)}")
@@ -107,7 +111,7 @@ class EncoderConfig:
     @property
     def is_roberta(self) -> bool:
         """Whether this is a RoBERTa; XLM-R (arXiv 1911.02116) is one, of many languages."""
-        return self.family != "bert"
+        return self.family in ("roberta", "xlm-roberta")
 
     @property
     def first_position(self) -> int:
@@ -134,7 +138,7 @@ class EncoderConfig:
         positions = Unread("embeddings.position_ids", "0, 1, 2 and so on", counts_up)
         heads = [
             *_HEADS["roberta" if self.is_roberta else "bert"],
-            *(() if self.own_head else _OTHER_HEADS),
+            *(() if self.own_head else OTHER_HEADS),
         ]
         return (positions, *[Unread(name) for name in heads])
 
@@ -165,10 +169,6 @@ class EncoderConfig:
         settings.require("is_decoder", False)
         settings.require("add_cross_attention", False)
         hidden_dropout = settings.rate("hidden_dropout_prob", 0.1)
-        labels = len(settings.section("id2label"))
-        if labels:
-            settings.agree("num_labels", labels)
-        architectures = settings.texts("architectures")
         return cls(
             family=family,
             vocab_size=settings.integer("vocab_size"),
@@ -187,17 +187,12 @@ class EncoderConfig:
             pad_token_id=settings.token("pad_token_id", 0 if family == "bert" else 1),
             bos_token_id=settings.token("bos_token_id"),
             eos_token_ids=settings.tokens("eos_token_id"),
-            classes=labels or settings.integer("num_labels", 2),
-            pooling=settings.choice("pooling", "cls", *POOLINGS),
-            labels=_names_of(settings.section("id2label")),
-            own_head=not any(name.endswith(_OTHER_TASKS) for name in architectures),
+            **read_classes(settings),
         )
 
     def to_settings(self) -> dict[str, Any]:
         """Returns what config.json holds."""
-        named = self.labels if len(self.labels) == self.classes else _numbered(self.classes)
-        names = {str(index): name for index, name in enumerate(named)}
-        return {
+        return names_of_classes(self.labels, self.classes) | {
             "architectures": [self.architecture],
             "model_type": self.family,
             "vocab_size": self.vocab_size,
@@ -217,9 +212,7 @@ class EncoderConfig:
             "bos_token_id": self.bos_token_id,
             "eos_token_id": token_ids(self.eos_token_ids),
             "pooling": self.pooling,
-        } | (
-            {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}} if names else {}
-        )
+        }
 
     def tensors(self) -> list[Tensor]:
         """Returns how every tensor is written down."""
@@ -246,6 +239,34 @@ class EncoderConfig:
             found += linear("classifier/dense", dense, drawn=True)
         out = "classifier.out_proj" if roberta else "classifier"
         return found + linear("classifier/out", out, drawn=True)
+
+
+def names_of_classes(labels: tuple[str, ...], classes: int) -> dict[str, Any]:
+    """Returns what config.json says of the classes' names; empty without classes."""
+    named = labels if len(labels) == classes else _numbered(classes)
+    names = {str(index): name for index, name in enumerate(named)}
+    if not names:
+        return {}
+    return {"id2label": names, "label2id": {name: int(index) for index, name in names.items()}}
+
+
+def read_classes(settings: Settings) -> dict[str, Any]:
+    """Returns the fields of `EncoderConfig` that are about the head.
+
+    Raises:
+      PretrainedError: Settings contradict each other.
+    """
+    labels = len(settings.section("id2label"))
+    if labels:
+        settings.agree("num_labels", labels)
+    return {
+        "classes": labels or settings.integer("num_labels", 2),
+        "pooling": settings.choice("pooling", "cls", *POOLINGS),
+        "labels": _names_of(settings.section("id2label")),
+        "own_head": not any(
+            name.endswith(_OTHER_TASKS) for name in settings.texts("architectures")
+        ),
+    }
 
 
 def _numbered(classes: int) -> tuple[str, ...]:

@@ -9,10 +9,14 @@ from flax import linen as nn
 
 from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
 from fedqsn_jax.models.language.cache import empty_cache
+from fedqsn_jax.models.language.decoder import CausalModel
+from fedqsn_jax.models.language.distilbert import DistilBertConfig
 from fedqsn_jax.models.language.encoder import Encoder
 from fedqsn_jax.models.language.encoder_config import EncoderConfig
+from fedqsn_jax.models.language.gemma import Gemma, GemmaConfig
 from fedqsn_jax.models.language.gpt2 import GPT2, GPT2Config
 from fedqsn_jax.models.language.llama import Llama, LlamaConfig
+from fedqsn_jax.models.language.phi3 import Phi3, Phi3Config
 from fedqsn_jax.models.language.t5 import T5, remember
 from fedqsn_jax.models.language.t5_config import T5Config
 from fedqsn_jax.models.language.transformer import Execution, check_length, real_tokens
@@ -21,10 +25,26 @@ LanguageConfig = EncoderConfig | GPT2Config | LlamaConfig | T5Config
 
 FAMILIES: dict[str, type[LanguageConfig]] = {
     family: config
-    for config in (EncoderConfig, GPT2Config, LlamaConfig, T5Config)
+    for config in (
+        EncoderConfig,
+        DistilBertConfig,
+        GPT2Config,
+        LlamaConfig,
+        Phi3Config,
+        GemmaConfig,
+        T5Config,
+    )
     for family in config.FAMILIES
 }
 """The configuration of each family, by the ``model_type`` of the transformers library."""
+
+
+_CAUSAL: dict[type, type[CausalModel]] = {
+    GPT2Config: GPT2,
+    LlamaConfig: Llama,
+    Phi3Config: Phi3,
+    GemmaConfig: Gemma,
+}
 
 
 class Decoder(NamedTuple):
@@ -103,7 +123,7 @@ def _encoder(config: EncoderConfig, execution: Execution) -> LanguageModel:
 
 
 def _causal(config: GPT2Config | LlamaConfig, execution: Execution) -> LanguageModel:
-    module = (GPT2 if isinstance(config, GPT2Config) else Llama)(config, execution)
+    module = _CAUSAL[type(config)](config, execution)
     heads, size = config.kv_heads, config.head_size
 
     def apply(params: Params, batch: Batch, key: Key | None) -> Array:

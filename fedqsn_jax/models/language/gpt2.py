@@ -174,8 +174,8 @@ class GPT2Config:
         for part, name in enumerate(("query", "key", "value")):
             place, fused = f"{ours}/attention/{name}", f"{layer}attn.c_attn"
             found += [
-                Tensor(f"{place}/kernel", f"{fused}.weight", 1, part=part, parts=3),
-                Tensor(f"{place}/bias", f"{fused}.bias", part=part, parts=3),
+                Tensor(f"{place}/kernel", f"{fused}.weight", 1, part=part, parts=(1, 1, 1)),
+                Tensor(f"{place}/bias", f"{fused}.bias", part=part, parts=(1, 1, 1)),
             ]
         for place, name, inputs in (
             ("attention/out", "attn.c_proj", 2),

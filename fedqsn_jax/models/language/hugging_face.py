@@ -43,6 +43,12 @@ class Settings:
             raise self._error(name, value, "a number of 0 or more")
         return float(value)
 
+    def optional_number(self, name: str, default: float | None) -> float | None:
+        """Returns a number; None where it is null, and the default where it is absent."""
+        if name in self._values and self._values[name] is None:
+            return None
+        return None if default is None and name not in self._values else self.number(name, default)
+
     def rate(self, name: str, default: float) -> float:
         """Returns a dropout rate."""
         value = self.number(name, default)
@@ -96,6 +102,15 @@ class Settings:
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
             raise self._error(name, value, "a list of texts")
         return tuple(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Returns a list of numbers above 0."""
+        value = self._get(name, None)
+        if not isinstance(value, list) or not all(
+            isinstance(one, int | float) and not isinstance(one, bool) and one > 0 for one in value
+        ):
+            raise self._error(name, value, "a list of numbers above 0")
+        return tuple(map(float, value))
 
     def section(self, name: str) -> dict[str, Any]:
         """Returns nested values; empty where they are absent or null."""
@@ -166,8 +181,8 @@ class Tensor:
         0: all of them are flattened to one.
       transposed: Whether the matrix that this gives is transposed there, as torch's linear layers
         are.
-      part: Which part of a tensor there this is, along its last axis.
-      parts: Of how many.
+      part: Which part of a tensor there this is, along its outputs.
+      parts: The parts' sizes, in any unit.
       drawn: Whether it may be missing, and is then drawn at random: a new classification head.
     """
 
@@ -176,7 +191,7 @@ class Tensor:
     input_axes: int = 0
     transposed: bool = False
     part: int = 0
-    parts: int = 1
+    parts: tuple[int, ...] = (1,)
     drawn: bool = False
 
     @property
@@ -184,17 +199,25 @@ class Tensor:
         """Whether our tensor has a leading layer axis."""
         return "{}" in self.name
 
+    @property
+    def output_axis(self) -> int:
+        """The axis of the outputs in the tensor there."""
+        return 0 if self.transposed else -1
+
     def there(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the shape of the tensor there, all parts, given a layer's shape of ours."""
         inputs = math.prod(shape[: self.input_axes])
-        outputs = math.prod(shape[self.input_axes :]) * self.parts
+        own = math.prod(shape[self.input_axes :])
+        outputs = own * sum(self.parts) // self.parts[self.part]
         if not self.input_axes:
             return (outputs,)
         return (outputs, inputs) if self.transposed else (inputs, outputs)
 
     def read(self, there: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """Returns a layer of our tensor, of a shape, from the tensor there."""
-        part = np.split(there, self.parts, axis=-1)[self.part]
+        size = there.shape[self.output_axis] // sum(self.parts)
+        borders = np.cumsum(self.parts)[:-1] * size
+        part = np.split(there, borders, axis=self.output_axis)[self.part]
         return (part.T if self.transposed else part).reshape(shape)
 
     def written(self, ours: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ Qwen2 (arXiv 2407.10671) adds biases, Qwen3 (arXiv 2505.09388) norms of queries 
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -268,27 +270,38 @@ def _read_window(
     return (window, windowed) if any(windowed) else (None, ())
 
 
-class _Layer(CausalLayer):
-    norm_class = nn.RMSNorm
+class LlamaLayer(CausalLayer):
+    """A LLaMA's layer; see `CausalLayer`."""
+
+    norm_class: ClassVar[Any] = nn.RMSNorm
+
+    def attention_settings(self) -> dict[str, Any]:
+        """What the family's attention is made with."""
+        config = self.config
+        return {
+            "heads": config.heads,
+            "kv_heads": config.kv_heads,
+            "size": config.head_size,
+            "execution": self.execution,
+            "biases": config.biases,
+            "out_bias": config.out_bias,
+            "rate": config.attention_dropout,
+            "train": self.train,
+            "stddev": config.stddev,
+            "head_norm": self._head_norm() if config.head_norms else None,
+            "causal": True,
+        }
+
+    def _head_norm(self) -> Callable[..., nn.Module]:
+        # Not `norm`, a method of this module: what it made would be this module's.
+        return functools.partial(self.norm_class, self.config.norm_epsilon, self.execution.dtype)
 
     def attention(self) -> Attention:
-        config = self.config
-        return Attention(
-            config.heads,
-            config.kv_heads,
-            config.head_size,
-            self.execution,
-            biases=config.biases,
-            out_bias=config.out_bias,
-            rate=config.attention_dropout,
-            train=self.train,
-            stddev=config.stddev,
-            norm_epsilon=config.norm_epsilon if config.head_norms else None,
-            causal=True,
-            name="attention",
-        )
+        """Makes the family's attention."""
+        return Attention(**self.attention_settings(), name="attention")
 
     def mlp(self) -> Mlp:
+        """Makes the family's MLP."""
         config = self.config
         return Mlp(
             config.inner,
@@ -304,7 +317,7 @@ class _Layer(CausalLayer):
 class Llama(CausalModel):
     """A LLaMA; see `CausalModel`."""
 
-    layer = _Layer
+    layer = LlamaLayer
 
     def placed(self, hidden: Array, positions: Array, train: bool) -> tuple[Array, Any]:
         """Leaves the embeddings as they are, and turns queries and keys in the layers."""

@@ -261,15 +261,17 @@ def save_pretrained(directory: str | Path, config: LanguageConfig, params: Param
                 f"configuration has {shapes.get(path)} there"
             )
     written: dict[str, list[np.ndarray]] = {}
+    axes: dict[str, int] = {}
     for tensor in config.tensors():
         ours = np.asarray(leaves[tensor.path])
         names = _names(tensor, ours.shape, "")
         for name, layer in zip(names, ours if tensor.stacked else [ours], strict=True):
-            parts = written.setdefault(name, [np.empty(0)] * tensor.parts)
+            parts = written.setdefault(name, [np.empty(0)] * len(tensor.parts))
             parts[tensor.part] = tensor.written(layer)
+            axes[name] = tensor.output_axis
     arrays = {
         # The library writes memory as it lies: transposed views would come out wrong.
-        name: np.ascontiguousarray(np.concatenate(parts, axis=-1))
+        name: np.ascontiguousarray(np.concatenate(parts, axis=axes[name]))
         for name, parts in written.items()
     }
     try:

@@ -65,7 +65,24 @@ class YarnScaling(NamedTuple):
     whole: bool = True
 
 
-Scaling = RopeScaling | LinearScaling | DynamicScaling | YarnScaling
+class LongScaling(NamedTuple):
+    """LongRoPE (arXiv 2402.13753): every pair of entries has a factor of its own.
+
+    Attributes:
+      short: By which periods are stretched in sequences of up to the original length. Longer ones,
+        for which there are other factors, are refused here.
+      long: Those others, which are kept for files that are written.
+      attention_factor: What cosines and sines are multiplied by.
+      original_length: The number of positions of the first training.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    attention_factor: float
+    original_length: int
+
+
+Scaling = RopeScaling | LinearScaling | DynamicScaling | YarnScaling | LongScaling
 
 
 def rope_frequencies(size: int, base: float, scaling: Scaling | None = None) -> list[float]:
@@ -79,6 +96,8 @@ def rope_frequencies(size: int, base: float, scaling: Scaling | None = None) -> 
     frequencies = [base ** (-2 * index / size) for index in range(size // 2)]
     if isinstance(scaling, LinearScaling):
         return [frequency / scaling.factor for frequency in frequencies]
+    if isinstance(scaling, LongScaling):
+        return [one / factor for one, factor in zip(frequencies, scaling.short, strict=True)]
     if isinstance(scaling, YarnScaling):
         shares = _unstretched_shares(size, base, scaling)
         return [
@@ -118,13 +137,18 @@ def rotation_of(
 ) -> tuple[Array, Array]:
     """Returns cosines and sines, float32 ``[rows, length, 1, size / 2]``, of int32 positions."""
     angles = positions[..., None, None] * jnp.asarray(frequencies, jnp.float32).reshape(1, 1, 1, -1)
-    factor = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+    factor = getattr(scaling, "attention_factor", 1.0)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(heads: Array, rotation: tuple[Array, Array]) -> Array:
-    """Turns entry i with entry ``i + size / 2`` of each head, ``[rows, length, heads, size]``."""
+    """Turns entry i with entry ``i + turned / 2`` of each head, ``[rows, length, heads, size]``.
+
+    The first entries of a head are turned, twice as many as there are angles.
+    """
     cosine, sine = rotation
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    turning = 2 * cosine.shape[-1]
+    first, second = jnp.split(heads[..., :turning].astype(jnp.float32), 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+    whole = jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+    return jnp.concatenate([whole, heads[..., turning:]], axis=-1)

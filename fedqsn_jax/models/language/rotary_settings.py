@@ -7,6 +7,7 @@ from fedqsn_jax.models.language.hugging_face import Settings
 from fedqsn_jax.models.language.rotary_positions import (
     DynamicScaling,
     LinearScaling,
+    LongScaling,
     RopeScaling,
     Scaling,
     YarnScaling,
@@ -14,28 +15,70 @@ from fedqsn_jax.models.language.rotary_positions import (
 
 _FAST, _SLOW = 32, 1
 _ORIGINAL = "original_max_position_embeddings"
+_PARTIAL = "partial_rotary_factor"
 
 
-def read_rope(settings: Settings, positions: int) -> tuple[float, Scaling | None]:
+def read_rope(
+    settings: Settings, positions: int, base: float = 10000.0
+) -> tuple[float, Scaling | None]:
     """Returns the base of the frequencies, and how they are scaled.
+
+    Args:
+      settings: The whole file.
+      positions: The model's longest sequence.
+      base: The base where the file does not say it.
+
+    Raises:
+      PretrainedError: The scaling is none of those here, or settings contradict each other.
+    """
+    rope, base = _read_base(settings, base)
+    for either in (settings, rope):
+        either.require(_PARTIAL, 1, None)
+    return base, _read_scaling(settings, rope, positions)
+
+
+def read_long_rope(settings: Settings, positions: int) -> tuple[float, LongScaling | None, float]:
+    """Returns base and scaling of Phi-3's rotary positions, and which share of a head is turned.
 
     Args:
       settings: The whole file.
       positions: The model's longest sequence.
 
     Raises:
-      PretrainedError: The scaling is none of those here, or settings contradict each other.
+      PretrainedError: The scaling is another one, or settings contradict each other.
     """
+    rope, base = _read_base(settings, 10000.0)
+    share = rope.number(_PARTIAL, settings.number(_PARTIAL, 1.0))
+    settings.agree(_PARTIAL, share)
+    # The older names mean the same in files of this family.
+    if rope.choice("rope_type", "default", "default", "longrope", "su", "yarn") == "default":
+        return base, None, share
+    original = rope.integer(_ORIGINAL, settings.integer(_ORIGINAL, 4096))
+    settings.agree(_ORIGINAL, original)
+    factor = rope.number("factor", positions / original)
+    gain = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return (
+        base,
+        LongScaling(
+            rope.numbers("short_factor"),
+            rope.numbers("long_factor"),
+            rope.number("attention_factor", gain),
+            original,
+        ),
+        share,
+    )
+
+
+def _read_base(settings: Settings, base: float) -> tuple[Settings, float]:
+    """The section that counts, and the base of the frequencies."""
     sections = {name: settings.section(name) for name in ("rope_scaling", "rope_parameters")}
     # The transformers library lets the older name win, too.
     name = "rope_scaling" if sections["rope_scaling"] else "rope_parameters"
     rope = settings.within(name, sections[name]).in_current_names({"type": "rope_type"})
-    base = rope.number("rope_theta", settings.number("rope_theta", 10000.0))
+    base = rope.number("rope_theta", settings.number("rope_theta", base))
     settings.agree("rope_theta", base)
     settings.within("rope_parameters", sections["rope_parameters"]).agree("rope_theta", base)
-    for either in (settings, rope):
-        either.require("partial_rotary_factor", 1, None)
-    return base, _read_scaling(settings, rope, positions)
+    return rope, base
 
 
 def _read_scaling(settings: Settings, rope: Settings, positions: int) -> Scaling | None:
@@ -89,6 +132,14 @@ def rope_settings(scaling: Scaling | None) -> dict[str, Any] | None:
             "beta_slow": scaling.slow,
             _ORIGINAL: scaling.original_length,
             "truncate": scaling.whole,
+        }
+    if isinstance(scaling, LongScaling):
+        return {
+            "rope_type": "longrope",
+            "short_factor": list(scaling.short),
+            "long_factor": list(scaling.long),
+            "attention_factor": scaling.attention_factor,
+            _ORIGINAL: scaling.original_length,
         }
     if scaling is None:
         return None

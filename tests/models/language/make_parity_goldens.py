@@ -1,7 +1,7 @@
 """Writes the goldens of pretrained_parity_test.py: tiny models of the transformers library.
 
   pip install torch==2.13.0 transformers
-  python tests/models/language/make_parity_goldens.py [tests/goldens/language]
+  python tests/models/language/make_parity_goldens.py [tests/goldens/language [NAME ...]]
 
 Each directory holds a model as that library saves it (``config.json`` and safetensors) and
 ``golden.npz``: inputs, what the model computes of them, and what it generates greedily. All weights
@@ -130,6 +130,59 @@ def models() -> dict[str, Callable[[], Any]]:
         "t5_v1_1": lambda: t.T5ForConditionalGeneration(
             t.T5Config(**t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
         ),
+        # Half of each head turns, and longer sequences would turn otherwise.
+        "phi3": lambda: t.Phi3ForCausalLM(
+            t.Phi3Config(
+                **SIZES | {"hidden_size": 32},
+                num_key_value_heads=2,
+                sliding_window=5,
+                pad_token_id=0,
+                original_max_position_embeddings=16,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 100.0,
+                    "partial_rotary_factor": 0.5,
+                    "short_factor": [1.0, 1.7],
+                    "long_factor": [2.0, 9.0],
+                    "original_max_position_embeddings": 16,
+                },
+            )
+        ),
+        # Caps that are felt, windows shorter than the rows, and layers of both kinds.
+        "gemma2": lambda: t.Gemma2ForCausalLM(
+            t.Gemma2Config(
+                **SIZES,
+                num_key_value_heads=2,
+                head_dim=6,
+                query_pre_attn_scalar=5,
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=3.0,
+                sliding_window=3,
+                attn_implementation="eager",
+            )
+        ),
+        "gemma3": lambda: t.Gemma3ForCausalLM(
+            t.Gemma3TextConfig(
+                **SIZES,
+                num_key_value_heads=2,
+                head_dim=6,
+                query_pre_attn_scalar=5,
+                sliding_window=3,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                rope_parameters={
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                    "full_attention": {
+                        "rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0
+                    },
+                },
+            )
+        ),
+        "distilbert": lambda: t.DistilBertForSequenceClassification(
+            t.DistilBertConfig(
+                vocab_size=VOCAB, dim=16, n_layers=2, n_heads=4, hidden_dim=24,
+                max_position_embeddings=32, num_labels=3,
+            )
+        ),
     }  # fmt: skip
 
 
@@ -155,13 +208,15 @@ def outputs_of(model: Any) -> dict[str, np.ndarray]:
     target = torch.tensor(rng.integers(2, VOCAB, (3, 6)))
     right, left = torch.tensor(RIGHT), torch.tensor(LEFT)
     kind = model.config.model_type
-    if kind in ("bert", "roberta", "xlm-roberta"):
+    if kind in ("bert", "roberta", "xlm-roberta", "distilbert"):
         pad = model.config.pad_token_id
         tokens = torch.where(right == 1, tokens, pad)
-        types = torch.tensor(rng.integers(0, model.config.type_vocab_size, (3, LENGTH)))
-        inputs = {"input_ids": tokens, "attention_mask": right, "token_type_ids": types}
+        found = {"tokens": tokens, "mask": right}
+        inputs = {"input_ids": tokens, "attention_mask": right}
+        if kind != "distilbert":
+            types = torch.tensor(rng.integers(0, model.config.type_vocab_size, (3, LENGTH)))
+            inputs["token_type_ids"] = found["types"] = types
         result = model(**inputs, output_hidden_states=True)
-        found = {"tokens": tokens, "mask": right, "types": types}
         found |= {"hidden": result.hidden_states[-1]}
         return found | ({"logits": result.logits} if "logits" in result else {})
     found = {"tokens": tokens, "mask": right, "mask_left": left}
@@ -192,7 +247,10 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     default = Path(__file__).parents[2] / "goldens" / "language"
     directory = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    wanted = sys.argv[2:]
     for seed, (name, make) in enumerate(models().items()):
+        if wanted and name not in wanted:
+            continue
         torch.manual_seed(0)
         model = make().eval()
         randomize(model, seed)

@@ -195,7 +195,11 @@ def test_tensors_of_other_widths_become_float32(copy, dtype):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("bert", {"model_type": "albert"}, "model_type = 'albert': allowed are bert, gpt2, llama"),
+        (
+            "bert",
+            {"model_type": "albert"},
+            "model_type = 'albert': allowed are bert, distilbert, gemma2",
+        ),
         ("bert", {"model_type": None}, "model_type = None: allowed are"),
         ("bert", {"hidden_size": None}, "hidden_size is missing"),
         ("bert", {"hidden_size": "16"}, "hidden_size = '16': allowed: a positive integer"),

@@ -19,7 +19,7 @@ from fedqsn_jax.models.language.pretrained import load_pretrained, save_pretrain
 
 GOLDENS = LANGUAGE_GOLDENS
 NAMES = sorted(place.name for place in GOLDENS.iterdir())
-CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+CAUSAL = ("gemma", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 TOLERANCE = 1e-4
 
 
@@ -62,7 +62,7 @@ def test_logits_equal_those_of_transformers(name):
             assert np.abs(found[logits][real]).max() > 0.5
 
 
-@pytest.mark.parametrize("name", ["bert", "bert_base", "roberta", "xlm_roberta"])
+@pytest.mark.parametrize("name", ["bert", "bert_base", "distilbert", "roberta", "xlm_roberta"])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_pooled_states_equal_those_of_transformers(name, pooling):
     found = golden(name)
@@ -73,7 +73,9 @@ def test_pooled_states_equal_those_of_transformers(name, pooling):
     np.testing.assert_allclose(pooled(loaded.params, batch_of(found)), expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen3", "t5"])
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gemma3", "gpt2", "llama", "mistral", "phi3", "qwen3", "t5"]
+)
 def test_greedy_tokens_equal_those_of_transformers(name):
     found = golden(name)
     loaded = load(name)
