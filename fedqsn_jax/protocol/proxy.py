@@ -11,6 +11,7 @@ masks and quantizer is FedAvg bit for bit.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -188,11 +189,15 @@ def quantize_sites(params: Params, quantizer: Quantizer, sites: Sites) -> Params
         matrices = kernels[path].to_matrices(leaf)
         if leaf.dtype.itemsize == 4 or len(matrices) == 1:
             return quantization.quantize(quantizer, matrices)
-        # Layer by layer: no float32 copy is made of all that is stored in a narrow dtype.
-        one = jax.lax.map(lambda each: quantization.quantize(quantizer, each[None]), matrices)
-        return jax.tree.map(lambda part: part[:, 0], one)
+        # Layer by layer, and each one converted where it is: no float32 copy is made of all.
+        return jax.lax.map(functools.partial(_quantize_layer, quantizer), matrices)
 
     return map_by_path(visit, params)
+
+
+def _quantize_layer(quantizer: Quantizer, layer: Array) -> Quantized:
+    one = quantization.quantize(quantizer, jax.lax.optimization_barrier(layer)[None])
+    return dataclasses.replace(one, codes=one.codes[0], scales=one.scales[0])
 
 
 def _other_codes(
@@ -278,7 +283,7 @@ def _other_values(kernel: Array | Quantized, other: Array, site: MaskSite) -> Ar
 def dequantize_params(params: Params, sites: Sites, but: Collection[str] = ()) -> Params:
     """Replaces the quantized kernels of a tree, some left out, by what they stand for, float32."""
 
-    def visit(path: str, leaf: Array | Quantized) -> Array:
+    def visit(path: str, leaf: Array | Quantized) -> Array | Quantized:
         if not isinstance(leaf, Quantized) or path in but:
             return leaf
         return sites.by_kernel[path].from_matrices(quantization.dequantize(leaf))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.config.schema import Config
+from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.trees import exclude, select, tree_bytes
 from fedqsn_jax.core.types import Array
 from fedqsn_jax.data.population import ClientData
@@ -29,6 +29,7 @@ from fedqsn_jax.simulation.round_memory import (
     proxy_and_deltas,
 )
 from fedqsn_jax.simulation.scheduling import ClientAxisChoice, Workload, choose_client_axis
+from fedqsn_jax.simulation.smaller import smaller_settings
 
 SAMPLES, REPORTS = "samples of the proxy view", "reports of a call"
 """Purposes of memory that grow with settings which may be very large."""
@@ -115,7 +116,9 @@ def choose_client_run(
         device_bytes=device_bytes(),
     )
     if workload.largest_chunk < 1:
-        _refuse(config, fitted, fixed, a_client)
+        attackers = jax.eval_shape(parts.federation.init, jax.random.key(0), fitted.plain).attackers
+        computed = fitted._replace(model=model._replace(params=stored.computed_with))
+        _refuse(config, computed, fixed, a_client, attackers=tree_bytes(attackers))
     cohort = dataclasses.replace(config.cohort, size=cohort_places(config, data.clients))
     choice = choose_client_axis(cohort, workload, jax.default_backend())
     at_once, refills = choice.axis.chunk_size, choice.axis.refills
@@ -126,7 +129,9 @@ def choose_client_run(
     return memory, choice
 
 
-def _refuse(config: Config, fitted: Fitted, fixed: dict[str, int], a_client: int) -> None:
+def _refuse(
+    config: Config, fitted: Fitted, fixed: dict[str, int], a_client: int, *, attackers: int
+) -> None:
     """Refuses a round that does not fit with one client at a time, if it is so by far."""
     model = fitted.model
     rows = tree_bytes(fitted.batch) + 2 * saved_activations(
@@ -139,10 +144,16 @@ def _refuse(config: Config, fitted: Fitted, fixed: dict[str, int], a_client: int
         "rounds_per_call": fixed[REPORTS],
     }
     rest = sum(fixed.values()) + a_client - sum(shares.values())
-    plain, adapted = tree_bytes(fitted.plain), tree_bytes(model.params)
+    plain = tree_bytes(fitted.plain)
+    adapted = max(plain, tree_bytes(model.params))
     shares[model.size] = rest * plain // adapted
     shares["lora.rank"] = rest - shares[model.size]
-    check_memory(config, "the rounds, with one client at a time,", shares)
+    try:
+        check_memory(config, "the rounds, with one client at a time,", shares)
+    except ConfigError as error:
+        total, training = sum(shares.values()), a_client - rows + fixed["sum of deltas"]
+        smaller = smaller_settings(config, fitted, total, attackers=attackers, training=training)
+        raise ConfigError(f"{error}{smaller}") from error
 
 
 def _some_clients(population: int) -> Array:

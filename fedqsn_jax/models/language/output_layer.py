@@ -70,8 +70,8 @@ def token_losses(outputs: Unprojected, tokens: Array, smoothing: float = 0.0) ->
       smoothing: Share of the target that is spread evenly over the vocabulary.
     """
     vocabulary = outputs.kernel.shape[1 - outputs.axis]
-    count = -(-vocabulary // _BLOCK)
-    how = _How(outputs.axis, outputs.cap, smoothing, vocabulary, -(-vocabulary // count), count)
+    blocks = -(-vocabulary // _BLOCK)
+    how = _How(outputs.axis, outputs.cap, smoothing, vocabulary, -(-vocabulary // blocks), blocks)
     hidden = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
     return _losses(how, hidden, outputs.kernel, tokens.reshape(-1)).reshape(tokens.shape)
 
@@ -84,7 +84,7 @@ class _How(NamedTuple):
     smoothing: float
     vocabulary: int
     size: int
-    count: int
+    blocks: int
 
     def place(self, index: Array) -> tuple[Array, Array]:
         """Where a block begins, and which of its tokens no block before it has had."""
@@ -116,7 +116,7 @@ def _forward(
 
     zeros = jnp.zeros(hidden.shape[0], jnp.float32)
     first = (jnp.full_like(zeros, -jnp.inf), zeros, zeros, zeros)
-    peak, total, at_target, sums = jax.lax.fori_loop(0, how.count, one, first)
+    peak, total, at_target, sums = jax.lax.fori_loop(0, how.blocks, one, first)
     whole = peak + jnp.log(total)
     if how.smoothing:
         share = how.smoothing
@@ -141,9 +141,9 @@ def _backward(
         (raw,) = uncap(jnp.where(fresh[None], by_logits, 0))
         raw = raw.astype(hidden.dtype)
         by_hidden += project(raw, block, 1 - axis)
-        pair = (raw, hidden) if axis else (hidden, raw)
+        left, right = (raw, hidden) if axis else (hidden, raw)
         by_block = jax.lax.dot_general(
-            *pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
         )
         old = jax.lax.dynamic_slice_in_dim(by_kernel, start, how.size, 1 - axis)
         new = (old + by_block).astype(by_kernel.dtype)
@@ -151,7 +151,7 @@ def _backward(
         return by_hidden, by_kernel
 
     first = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(kernel)
-    by_hidden, by_kernel = jax.lax.fori_loop(0, how.count, one, first)
+    by_hidden, by_kernel = jax.lax.fori_loop(0, how.blocks, one, first)
     return by_hidden.astype(hidden.dtype), by_kernel, None
 
 
