@@ -5,6 +5,7 @@ import dataclasses
 from fedqsn_jax.config.choices import (
     ATTENTIONS,
     CLASSIFICATION,
+    COMPUTE_DTYPES,
     DATA_SETS,
     LANGUAGE,
     MODELS,
@@ -115,6 +116,12 @@ class ModelConfig:
     )
     attention: str = field("auto", one_of(*ATTENTIONS), "kernel of attention", _LANGUAGE)
     unroll: int = field(1, between(1), "layers in a step of the scan over layers", _LANGUAGE)
+    dtype: str = field(
+        "float32",
+        one_of(*COMPUTE_DTYPES),
+        "of the tensors that nobody trains; trained ones are float32",
+        _LANGUAGE,
+    )
     remat: bool = field(
         False, None, "whether activations are computed again going backward", _LANGUAGE
     )

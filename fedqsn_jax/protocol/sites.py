@@ -147,6 +147,11 @@ class MaskSite:
     def _matrix_axes(self) -> tuple[int, ...]:
         return self.layer_axes + self.input_axes + self.column_axes
 
+    def of_one_layer(self) -> "MaskSite":
+        """Returns the same of a stack of one layer only."""
+        ones = (1 if axis in self.layer_axes else n for axis, n in enumerate(self.shape))
+        return dataclasses.replace(self, shape=tuple(ones))
+
     def to_matrices(self, kernel: Array) -> Array:
         """Rearranges a kernel ``[*shape]`` to ``[layers, inputs, columns]``."""
         return kernel.transpose(self._matrix_axes).reshape(self.layers, self.fan_in, self.columns)
