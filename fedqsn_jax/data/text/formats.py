@@ -205,6 +205,7 @@ def _label(value: Any, labels: tuple[str, ...], place: str) -> int:
 
 def _e2e_prompt(meaning: Any) -> str:
     """``key: value | key: value`` of a restaurant's attributes, in any of their three notations."""
+    pairs: list[Any]
     if isinstance(meaning, dict):
         pairs = [(key, value) for key, value, _ in _table(meaning)]
     elif not isinstance(meaning, str):
@@ -236,7 +237,7 @@ def _table(value: dict[str, Any]) -> list[tuple[str, str, Any]]:
     """Header, content and row number of each cell of one of TFDS's tables."""
     table = value.get("table")
     names = ("column_header", "content", "row_number")
-    columns = [table.get(name) if isinstance(table, dict) else None for name in names]
+    columns: list[Any] = [table.get(name) if isinstance(table, dict) else None for name in names]
     if not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) > 1:
         raise TypeError(f"needed is a table: lists {', '.join(names)} of one length")
     headers, contents, numbers = columns
