@@ -97,7 +97,7 @@ def _server(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if any(given):
         if not all(given):
             raise UserError("--certificate, --key and --authority: all three are needed")
-        certificate, key, authority = (user_path(file) for file in given)
+        certificate, key, authority = map(user_path, given)
         certificates.check_server(certificate, key, authority, certificates.LOCAL)
     directory = user_path(options.workdir)
     settings = user_path(options.settings or f"{directory}.server/server.json")

@@ -11,6 +11,7 @@ import numpy as np
 from fedqsn_jax.config.schema import ConfigError, DataConfig, ModelConfig
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task
+from fedqsn_jax.core.types import Params
 from fedqsn_jax.data import registry
 from fedqsn_jax.data.text import loading
 from fedqsn_jax.data.text.formats import TextFormat
@@ -152,8 +153,12 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
     )
     pretrained, clients, server, task, more = read_language(settings, described)
     notes = [*([tokenizer.note] if tokenizer.note else []), *data.notes, *more]
-    params = jax.tree.map(jnp.asarray, pretrained.params)
+    params = _stored(pretrained.params, settings.model.dtype)
     files = description_files(described.directory)
+    if not _is_exact(pretrained.params, settings.model.dtype):
+        notes.append(
+            f"model.dtype = {settings.model.dtype!r} rounds the model: its files hold more digits"
+        )
     if isinstance(pretrained.config, EncoderConfig) and settings.prompted is not None:
         problem = prompted_problem(
             settings,
@@ -170,13 +175,25 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
         splits=data.splits,
         params=params,
         apply_fn=clients.apply_fn,
-        pretraining_apply=server.apply_fn,
-        client_apply=clients.apply_fn,
+        pretraining_apply=server.trained_fn,
+        client_apply=clients.trained_fn,
         task=task,
         texts=_texts(settings, clients, tokenizer, data.prompts),
         notes=tuple(notes),
         files=files,
     )
+
+
+def _stored(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+
+
+def _is_exact(params: Params, dtype: str) -> bool:
+    """Whether a dtype holds all values of float32 NumPy arrays; looked at piece by piece."""
+    if dtype == "float32":
+        return True
+    pieces = (piece for leaf in jax.tree.leaves(params) for piece in np.atleast_1d(leaf))
+    return all(np.array_equal(piece.astype(dtype).astype(np.float32), piece) for piece in pieces)
 
 
 def text_settings(data: DataConfig) -> TextSettings:
@@ -196,7 +213,9 @@ def _overrides(settings: ProblemSettings, kind: TextFormat) -> dict[str, Any]:
 def _families(classify: bool) -> str:
     """The families of models that classify, or of those that write."""
     return ", ".join(
-        sorted(name for name, kind in FAMILIES.items() if (kind is EncoderConfig) == classify)
+        sorted(
+            name for name, kind in FAMILIES.items() if issubclass(kind, EncoderConfig) == classify
+        )
     )
 
 

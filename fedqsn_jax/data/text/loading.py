@@ -53,6 +53,7 @@ class TextSettings:
       target_length: Tokens of an encoder-decoder's completion; 0: as ``length``.
       truncate: Whether longer rows are cut; otherwise they are refused.
       separator: Whether a decoder's prompt ends with the end-of-text token.
+      client_column: The column that says whose a row is, if rows have it.
       cache: Directory of the cache; empty: the user's cache directory.
     """
 
@@ -67,6 +68,7 @@ class TextSettings:
     target_length: int = 0
     truncate: bool = True
     separator: bool = True
+    client_column: str = CLIENT_COLUMN
     cache: str = ""
 
 
@@ -151,8 +153,8 @@ def load(
     splits = make_splits(train, test, len(kind.labels), config, generator)
     if CLIENT_COLUMN in train and config.partition != "natural":
         notes.append(
-            f"the column {CLIENT_COLUMN} of {train_source.name} is not used: data.partition = "
-            f"{config.partition!r}, and only 'natural' deals rows by it"
+            f"the column {settings.client_column} of {train_source.name} is not used: "
+            f"data.partition = {config.partition!r}, and only 'natural' deals rows by it"
         )
     return TextData(splits, prompts, kind, tuple(notes))
 
@@ -205,6 +207,7 @@ def _options(settings: TextSettings, kind: TextFormat, encoder_decoder: bool) ->
         settings.truncate,
         settings.separator,
         encoder_decoder,
+        settings.client_column,
     )
 
 
@@ -301,8 +304,11 @@ def _hold_out(
 
 def _test_source(settings: TextSettings, config: DataConfig, kind: TextFormat) -> TextSource | None:
     spec = settings.test
-    if not spec and settings.train.startswith("tfds:"):
-        spec = "tfds:" + settings.train.split(":")[1]
+    kind_of_source, _, rest = settings.train.partition(":")
+    if not spec and kind_of_source in ("tfds", "hf"):
+        spec = f"{kind_of_source}:{rest.partition(':')[0]}"
+    elif not spec and kind_of_source == "shakespeare":
+        spec = "shakespeare:test"
     return open_source(spec, config.directory, kind.test_split) if spec else None
 
 
