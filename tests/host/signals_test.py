@@ -144,8 +144,8 @@ def test_a_main_thread_deep_in_a_compilation_does_not_keep_the_process(monkeypat
     monkeypatch.setattr(signals, "_PATIENCE", 0.1)
 
     # One call of C, which holds up the main thread as a compilation does.
-    stuck = functools.partial(hashlib.pbkdf2_hmac, "sha256", b"", b"", 3_000_000)
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    stuck = functools.partial(hashlib.pbkdf2_hmac, "sha256", b"", b"", 8_000_000)
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     def compiling():
         remaining_after_interruption(lambda: "something remains")

@@ -205,7 +205,7 @@ def _label(value: Any, labels: tuple[str, ...], place: str) -> int:
 
 def _e2e_prompt(meaning: Any) -> str:
     """``key: value | key: value`` of a restaurant's attributes, in any of their three notations."""
-    pairs: list[Any]
+    pairs: list[tuple[str, ...]]
     if isinstance(meaning, dict):
         pairs = [(key, value) for key, value, _ in _table(meaning)]
     elif not isinstance(meaning, str):
@@ -237,10 +237,11 @@ def _table(value: dict[str, Any]) -> list[tuple[str, str, Any]]:
     """Header, content and row number of each cell of one of TFDS's tables."""
     table = value.get("table")
     names = ("column_header", "content", "row_number")
-    columns: list[Any] = [table.get(name) if isinstance(table, dict) else None for name in names]
-    if not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) > 1:
+    columns = [table.get(name) if isinstance(table, dict) else None for name in names]
+    lists = [column for column in columns if isinstance(column, list)]
+    if len(lists) < len(names) or len(set(map(len, lists))) > 1:
         raise TypeError(f"needed is a table: lists {', '.join(names)} of one length")
-    headers, contents, numbers = columns
+    headers, contents, numbers = lists
     headers, contents = list(map(_cell, headers)), list(map(_cell, contents))
     return list(zip(headers, contents, numbers, strict=True))
 
