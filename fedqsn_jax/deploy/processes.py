@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedqsn_jax.config.schema import ConfigError
+from fedqsn_jax.host import signals
 
 LOOPBACK = "127.0.0.1"
 SETTINGS_VARIABLE = "FEDQSN_SERVER"
@@ -131,10 +132,21 @@ def process(
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    try:
-        yield started
-    finally:
-        end(started)
+    # A signal that ends this process leaves no time to wait for others.
+    with signals.cleaning_up(lambda: kill(started)):
+        try:
+            yield started
+        finally:
+            end(started)
+
+
+def kill(process: "subprocess.Popen[Any]") -> None:
+    """Kills a program and all that it has started, and waits for nothing."""
+    if process.poll() is not None:
+        return
+    for number in [*descendants(process.pid), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
 
 
 def end(process: "subprocess.Popen[Any]") -> None:
