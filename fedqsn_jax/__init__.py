@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     # For type checkers and editors; at run time each name is imported when it is first used. One
     # test holds the two lists together.
+    from fedqsn_jax.api.head_from_moments import (
+        NewHead as NewHead,
+        head_from_moments as head_from_moments,
+    )
     from fedqsn_jax.api.own_model import (
         Federated as Federated,
         federate as federate,
@@ -183,6 +187,7 @@ if TYPE_CHECKING:
     )
 
 _PUBLIC = """
+api.head_from_moments: NewHead head_from_moments
 api.own_model: Federated federate
 audit.case: OwnModel
 audit.running: audit_run

@@ -63,6 +63,13 @@ DEFAULT_RULES: tuple[str, ...] = (
 )
 """The rules that follow the user's own. A rule whose number of axes differs does not match."""
 
+NEVER_HIDDEN: tuple[str, ...] = tuple(
+    rule.removesuffix(": none")
+    for rule in DEFAULT_RULES
+    if rule.endswith(": none") and "embed" not in rule
+)
+"""What task heads and norms are usually called."""
+
 RESIDUAL_PATTERNS: tuple[str, ...] = (
     "*/*attention*/*/out/kernel",
     "*/*attention*/*/output/kernel",

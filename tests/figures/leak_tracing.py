@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from fedqsn_jax.audit.rows import client_rows
 
 from fedqsn_jax.audit.case import Case, case_of_run
 from fedqsn_jax.audit.leak_tracing import trace
@@ -25,6 +24,7 @@ from fedqsn_jax.audit.union import union_model
 from fedqsn_jax.config.command_line import read_config
 from fedqsn_jax.config.schema import resolve, to_dict, with_fields
 from fedqsn_jax.reporting.display import silent_display
+from fedqsn_jax.rounds.pooled_rows import client_rows
 from fedqsn_jax.runs import experiment
 
 SEEDS = (0, 1, 2)

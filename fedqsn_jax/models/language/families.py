@@ -203,7 +203,7 @@ def _initializer(module: nn.Module, *inputs: Any) -> Callable[[Key], Params]:
 
 
 def _apply(
-    module: nn.Module, params: Params, key: Key | None, *inputs: Array | None, **options: bool
+    module: nn.Module, params: Params, key: Key | None, *inputs: Array | None, **options: Any
 ) -> Any:
     rngs = None if key is None else {"dropout": key}
     return module.apply({"params": params}, *inputs, train=key is not None, rngs=rngs, **options)
