@@ -187,16 +187,19 @@ def quantize_sites(params: Params, quantizer: Quantizer, sites: Sites) -> Params
         if path not in kernels:
             return leaf
         matrices = kernels[path].to_matrices(leaf)
-        if leaf.dtype.itemsize == 4 or len(matrices) == 1:
+        if leaf.dtype.itemsize != 2 or len(matrices) == 1:
             return quantization.quantize(quantizer, matrices)
-        # Layer by layer, and each one converted where it is: no float32 copy is made of all.
-        return jax.lax.map(functools.partial(_quantize_layer, quantizer), matrices)
+        # Layer by layer: no float32 copy is made of all. As integers, or a backend that lacks the
+        # dtype converts all of it before the loop.
+        words = jax.lax.bitcast_convert_type(matrices, jnp.uint16)
+        return jax.lax.map(functools.partial(_quantize_layer, quantizer, leaf.dtype), words)
 
     return map_by_path(visit, params)
 
 
-def _quantize_layer(quantizer: Quantizer, layer: Array) -> Quantized:
-    one = quantization.quantize(quantizer, jax.lax.optimization_barrier(layer)[None])
+def _quantize_layer(quantizer: Quantizer, dtype: Any, words: Array) -> Quantized:
+    layer = jax.lax.bitcast_convert_type(words, dtype)[None]
+    one = quantization.quantize(quantizer, layer)
     return dataclasses.replace(one, codes=one.codes[0], scales=one.scales[0])
 
 

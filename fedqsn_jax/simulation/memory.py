@@ -3,10 +3,11 @@
 A round keeps, on every device:
 
 - the server's state (its dtypes, donated from call to call, so there is one copy of it): hidden
-  model, server optimizer, server mask, the attackers' copies; in one-way rounds also the first
-  model and the sum of all deltas (float32), with rarer broadcasts what was sent last, of what
-  clients return;
-- one dequantized ``Q(W)`` (float32) for all clients, and the client masks (bool, a byte a column
+  model, server optimizer, server mask, the attackers' copies of what is trained; in one-way rounds
+  also the first model and the sum of all deltas (float32), with rarer broadcasts what was sent
+  last, of what clients return;
+- one ``Q(W)`` for all clients: codes, a byte each, of frozen kernels that `stored_kernels` computes
+  with layer by layer, the rest dequantized (float32); and the client masks (bool, a byte a column
   and client of the cohort);
 - one sum of weighted deltas (float32): deltas are never stacked for a cohort;
 - for each client of the chunk its effective weights, a gradient, its optimizer's state (the
