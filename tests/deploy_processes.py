@@ -18,7 +18,7 @@ from fedqsn_jax.config.schema import Config
 from fedqsn_jax.deploy import processes
 from fedqsn_jax.deploy.bundle import write_bundle
 from fedqsn_jax.deploy.client_files import write_client
-from fedqsn_jax.deploy.server_files import ServerRows, write_server
+from fedqsn_jax.deploy.server_files import RowSources, write_server
 
 # Rows that do what the file "fault" beside them says, once.
 _MISBEHAVING = """
@@ -46,15 +46,48 @@ def rows():
     whole = client.Client.answer
 
     def answer(self, *arguments):
-        result = whole(self, *arguments)
+        client.Client.answer = whole
+        result = self.answer(*arguments)
         if fault == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "hangs":
             time.sleep(100_000)
-        return client.Answer(b"garbage", result.examples, result.loss)
+        payload = b"garbage"
+        if fault == "another model":
+            # The bytes that tell a model's structure; see `protocol.wire`.
+            payload = result.payload[:8] + bytes(16) + result.payload[24:]
+        return client.Answer(payload, result.examples, result.loss)
 
     client.Client.answer = answer
     return found
+"""
+
+
+# A client's program that keeps its answers, and sends the last one again when it is asked to.
+_REPLAYING = """
+import pickle
+from pathlib import Path
+
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+from fedqsn_jax.deploy import client_app, messages
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    place = Path(context.node_config["fedqsn-client"])
+    kept, asked = place.with_name("answer"), place.with_name("replay")
+    if asked.exists():
+        asked.unlink()
+        return Message(messages.answer(*pickle.loads(kept.read_bytes())), reply_to=message)
+    reply = client_app.app(message, context)
+    read = messages.read_answer(reply)
+    if not isinstance(read, str):
+        kept.write_bytes(pickle.dumps(read))
+    return reply
 """
 
 
@@ -77,7 +110,7 @@ class Deployment:
         self.port = processes.free_port()
         for name in ("private", "test"):
             np.savez(place / f"{name}.npz", **rows[name])
-        sources = ServerRows(*(f"npz:{place / f'{name}.npz'}" for name in ("private", "test")))
+        sources = RowSources(*(f"npz:{place / f'{name}.npz'}" for name in ("private", "test")))
         self.settings = place / "server" / "server.json"
         names = [name for name in rows if name not in ("private", "test")]
         write_server(
@@ -187,6 +220,14 @@ class Deployment:
 
     def ask_for(self, name: str, fault: str) -> None:
         (self.place / name / "fault").write_text(fault)
+
+    def keep_answers(self) -> None:
+        """Lets clients keep their answers, so that `replay` can be asked for."""
+        (self.bundle / "fedqsn_app" / "client.py").write_text(_REPLAYING)
+
+    def replay(self, name: str) -> None:
+        """Lets a client send its last answer once more, in place of the next."""
+        (self.place / name / "replay").write_text("")
 
     def told(self) -> str:
         """What the server's display has shown, its lines joined."""

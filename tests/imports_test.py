@@ -43,6 +43,11 @@ CLIENT_SIDE = (
     "deploy.client",
     "deploy.client_app",
     "deploy.client_files",
+    "deploy.client_model",
+    "deploy.kept",
+    "deploy.texts",
+    "deploy.work",
+    "deploy.worker",
 )
 SERVER_SIDE = (
     "host.checkpoints",
@@ -53,9 +58,13 @@ SERVER_SIDE = (
     "generation.text_views",
     "simulation",
     "runs",
+    "deploy.asking",
+    "deploy.flower_network",
+    "deploy.registry",
     "deploy.server",
     "deploy.server_app",
     "deploy.server_files",
+    "deploy.server_model",
     "deploy.session",
 )
 

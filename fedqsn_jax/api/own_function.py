@@ -63,6 +63,11 @@ def outputs_of(
         raise ValueError(
             f"model: it returns a value of type {type(outputs).__name__}; allowed is one array"
         )
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise ValueError(
+            f"model: its outputs are {outputs.dtype}, through which nothing can be trained; "
+            f"allowed are floating-point numbers"
+        )
     return outputs
 
 

@@ -11,8 +11,8 @@ from fedqsn_jax.api.heads import Head
 from fedqsn_jax.config.schema import Config, ConfigError, check_sections, resolve
 from fedqsn_jax.core.tasks import Task
 from fedqsn_jax.core.trees import exact_pattern, leaves_by_path, matches_any
-from fedqsn_jax.core.types import Params
-from fedqsn_jax.protocol.sites import parse_rule
+from fedqsn_jax.core.types import Array, Params
+from fedqsn_jax.protocol.sites import NEVER_HIDDEN, find_sites, parse_rule
 
 _DATA_FIELDS = {"resident", "held_out_share", "held_out_clients"}
 
@@ -128,9 +128,47 @@ def with_heads(config: Config, heads: Sequence[Head], params: Params) -> Config:
                 f"is never hidden",
                 stacklevel=4,
             )
+    if heads and config.algorithm != "fedavg" and config.sites == "all":
+        own += _named_like_others(leaves, kernels, [pattern for _, pattern, _ in rules])
+        _warn_of_whole(params, kernels, [*own, *config.site_rules])
     tensors = [path for head in heads for path in head if path is not None]
     patterns = [exact_pattern(path) for path in tensors] or ["head"]
     named = [patterns if name == "head" else [name] for name in config.client.trained]
     trained = tuple(itertools.chain(*named))
     client = dataclasses.replace(config.client, trained=trained)
     return dataclasses.replace(config, site_rules=(*own, *config.site_rules), client=client)
+
+
+def _named_like_others(
+    leaves: Mapping[str, Array], heads: Sequence[str], patterns: Sequence[str]
+) -> list[str]:
+    """Rules for layers that are called as heads and norms often are, and are none."""
+    return [
+        f"{exact_pattern(path)}: input column"
+        for path, leaf in leaves.items()
+        if path.rpartition("/")[2] in ("kernel", "w") and leaf.ndim == 2
+        if path not in heads and not matches_any(path, patterns)
+        if matches_any(path, NEVER_HIDDEN)
+    ]
+
+
+def _warn_of_whole(params: Params, heads: Sequence[str], rules: Sequence[str]) -> None:
+    """Tells what is neither hidden nor quantized though nobody said so, embeddings apart."""
+    try:
+        sites = find_sites(params, rules, needed=False).by_kernel
+    except ValueError:
+        return  # It is told where the sites are needed.
+    decided = [pattern for pattern, _ in map(parse_rule, rules)]
+    whole = [
+        path
+        for path, leaf in leaves_by_path(params).items()
+        if leaf.ndim > 1 and path not in sites and path not in heads
+        if not path.endswith("embedding") and not matches_any(path, decided)
+    ]
+    if sites and whole:
+        warnings.warn(
+            f"site_rules: nothing of {', '.join(whole)} is hidden or quantized, since no rule "
+            f"takes it for a layer; such a rule is '{exact_pattern(whole[0])}: "
+            f"{'input ' * (leaves_by_path(params)[whole[0]].ndim - 1)}column'",
+            stacklevel=5,
+        )

@@ -72,11 +72,30 @@ def _check_language(config: Config) -> None:
         ):
             if not value:
                 raise ConfigError(f"{name} = '': a language model on text needs it")
+    _check_narrow(config)
     if config.model.attention == "cudnn" and config.client.compute_dtype != "bfloat16":
         raise ConfigError(
             f"model.attention = 'cudnn' with client.compute_dtype = "
             f"{config.client.compute_dtype!r}: allowed is bfloat16"
         )
+
+
+def _check_narrow(config: Config) -> None:
+    """What would train tensors that are stored narrow."""
+    if config.model.dtype == "float32":
+        return
+    client, told = config.client, f"model.dtype = {config.model.dtype!r}"
+    trains_all = not config.lora.rank and client.trained in ((), ("all",))
+    for what, is_set in {
+        f"pretraining.steps = {config.pretraining.steps}": config.pretraining.steps > 0,
+        f"algorithm = {config.algorithm!r}": config.algorithm == FEDSP,
+        f"evaluation.fine_tuned_attackers = {config.evaluation.fine_tuned_attackers}": (
+            config.evaluation.fine_tuned_attackers > 0
+        ),
+        f"lora.rank = 0 and client.trained = {client.trained}": trains_all,
+    }.items():
+        if is_set:
+            raise ConfigError(f"{told} with {what}: all tensors are trained; allowed is float32")
 
 
 def _check_fedsp(config: Config) -> None:

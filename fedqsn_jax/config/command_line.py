@@ -132,7 +132,7 @@ def load_function(path: Path, name: str, option: str) -> Callable[..., Any]:
     sys.modules[_MODULE] = module
     try:
         specification.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[_MODULE]
         raise ConfigError(f"{option}: {one_line(error)}") from error
     function = getattr(module, name, None)
@@ -149,7 +149,7 @@ def _call(get_config: Callable[..., Any], path: str, argument: str) -> dict[str,
     except ConfigError as error:
         given = f"{path}:{argument}" if argument else path
         raise ConfigError(f"--config={given}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"--config={path}: {one_line(error)}") from error
     if not isinstance(values, ml_collections.ConfigDict):
         raise ConfigError(f"--config={path}: get_config returned no ConfigDict")
@@ -176,13 +176,19 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def literal(text: str) -> Any:
-    """Returns the value of a Python literal, and any other text as it is."""
+    """Returns the value of a Python literal, and any other text as it is.
+
+    So is a number that is too small for Python, which would take it for zero.
+    """
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+    digits = text.lower().partition("e")[0]
+    became_zero = isinstance(value, float) and value == 0 and any(d in digits for d in "123456789")
+    return text if became_zero else value
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Returns an error's kind and message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -17,7 +17,9 @@ class EvaluationConfig:
     every: int = field(1, between(1), "rounds between evaluations; the last is always evaluated")
     batch_size: int = field(512, between(1), "rows at a time")
     proxy_samples: int = field(8, between(2), "client masks that the proxy view averages over")
-    attackers: tuple[int, ...] = field((1, 10), LAYERS, "numbers of colluding clients")
+    attackers: tuple[int, ...] = field(
+        (1, 10), LAYERS, "numbers of colluding clients; (): no attackers are kept"
+    )
     fine_tuned_attackers: int = field(
         0,
         STEPS,

@@ -22,6 +22,8 @@ LARGEST_INTEGER = 2**31 - 1
 """Counts are signed 32-bit integers on the device."""
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 """Rates and probabilities are 32-bit floats there."""
+SMALLEST_FLOAT = float(np.finfo(np.float32).tiny)
+"""Processors take what is smaller for zero."""
 _SHOWN = 60
 """Characters of a value that a refusal shows."""
 
@@ -301,6 +303,11 @@ def _check_number(name: str, value: Any, allowed: Allowed) -> None:
     low = -largest if allowed.low is None else allowed.low
     # Where a field says what it has to be below, that is its bound.
     high = allowed.high if allowed.high is not None else allowed.below or largest
+    if 0 < abs(value) < SMALLEST_FLOAT:
+        raise ConfigError(
+            f"{name} = {shown(value)}: that is 0 on the device; allowed is 0, or "
+            f"{SMALLEST_FLOAT:g} and more"
+        )
     # Written so that NaN is refused.
     if low <= value <= high and (allowed.below is None or value < allowed.below):
         return

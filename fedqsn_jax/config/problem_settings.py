@@ -5,6 +5,7 @@ import dataclasses
 from fedqsn_jax.config.choices import (
     ATTENTIONS,
     CLASSIFICATION,
+    COMPUTE_DTYPES,
     DATA_SETS,
     LANGUAGE,
     MODELS,
@@ -70,10 +71,19 @@ class DataConfig:
         "", None, "a task of the package, or own: the columns are named by the fields below", _TEXTS
     )
     train: str = field(
-        "", None, "source of rows: tsv:FILE, jsonl:FILE, e2e:FILE or tfds:NAME", _TEXTS
+        "",
+        None,
+        "source of rows: tsv:FILE, jsonl:FILE, e2e:FILE, tfds:NAME, hf:NAME or shakespeare:train",
+        _TEXTS,
     )
     test: str = field(
-        "", None, "source of test rows; empty: of TFDS its split, else test_rows", _TEXTS
+        "",
+        None,
+        "source of test rows; empty: the train source's test split, else test_rows",
+        _TEXTS,
+    )
+    client_column: str = field(
+        "client_id", None, "column that says whose a row is, for partition=natural", _TEXTS
     )
     columns: tuple[str, ...] = field((), None, "input columns, where not the task's", _TEXTS)
     target: str = field("", None, "column of label or completion, where not the task's", _TEXTS)
@@ -106,6 +116,12 @@ class ModelConfig:
     )
     attention: str = field("auto", one_of(*ATTENTIONS), "kernel of attention", _LANGUAGE)
     unroll: int = field(1, between(1), "layers in a step of the scan over layers", _LANGUAGE)
+    dtype: str = field(
+        "float32",
+        one_of(*COMPUTE_DTYPES),
+        "of the tensors that nobody trains; trained ones are float32",
+        _LANGUAGE,
+    )
     remat: bool = field(
         False, None, "whether activations are computed again going backward", _LANGUAGE
     )

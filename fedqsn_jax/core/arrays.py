@@ -129,8 +129,9 @@ def read_labels(value: Any, where: str) -> np.ndarray:
 def plain_id(value: Any) -> int | str | None:
     """Returns one id as Python's integer or text; None where there is none.
 
-    No id are None, NaN and the empty text. A floating-point number that is whole is the integer:
-    tables write integers so once a value is missing in their column.
+    No id are None, NaN and text without a character that is seen. A floating-point number that is
+    whole is the integer: tables write integers so once a value is missing in their column. From
+    2**53 on one such number stands for several integers, and is refused.
 
     Raises:
       ValueError: It is something else; the message says what, and what is allowed.
@@ -139,14 +140,19 @@ def plain_id(value: Any) -> int | str | None:
         value = value.item()
     if isinstance(value, bytes):
         value = value.decode("utf-8", "backslashreplace")
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+    if isinstance(value, float) and value.is_integer():
+        if abs(value) >= 2**53:
+            raise ValueError(
+                f"{value!r} is no id, since it stands for several integers; allowed are whole "
+                f"numbers and text"
+            )
         return int(value)
     if isinstance(value, str):
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{value!r} is no id; allowed is text without NUL or lone surrogates")
-        return value
+        return value if value.strip() else None
     if isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if isinstance(value, int):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fedqsn_jax.core.types import Params
 
@@ -178,6 +179,23 @@ def add_delta(params: Params, delta: Params) -> Params:
         is_leaf=lambda leaf: leaf is None,
     )
     return combine(moved, params)
+
+
+def in_float32(params: Params, trained: Selection) -> Params:
+    """Returns the parameters with those that are trained, of floating-point numbers, as float32.
+
+    Args:
+      params: The parameters, of which frozen ones may be stored in a narrower dtype.
+      trained: The tensors that are trained; None: all of them.
+    """
+
+    def widen(path: str, leaf: Any) -> Any:
+        is_narrow = leaf.dtype in (jnp.bfloat16, jnp.float16)
+        return (
+            leaf.astype(jnp.float32) if is_narrow and (trained is None or path in trained) else leaf
+        )
+
+    return map_by_path(widen, params)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -5,24 +5,19 @@ Nothing here knows the server's state, and nothing depends on how messages trave
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedqsn_jax.core.errors import UserError
-from fedqsn_jax.core.tasks import classification
 from fedqsn_jax.core.trees import combine
-from fedqsn_jax.core.types import ApplyFn, Array, Batch, Key, Params
+from fedqsn_jax.core.types import Array, Batch, Key, Params
 from fedqsn_jax.data.population import FederatedData, single_client
+from fedqsn_jax.deploy.client_model import Tensors, client_model, public_tensors
 from fedqsn_jax.deploy.plan import Plan, layout_of
-from fedqsn_jax.models.functional import in_compute_dtype, linen_apply, linen_init
-from fedqsn_jax.models.registry import make_model
 from fedqsn_jax.problems.training import local_optimizer
 from fedqsn_jax.protocol.layout import Layout
-from fedqsn_jax.protocol.lora import find_adapters
-from fedqsn_jax.protocol.low_rank import adapt
 from fedqsn_jax.protocol.proxy import Proxy, dequantize_proxy
 from fedqsn_jax.protocol.upload import quantize_delta, quantized_upload, whole_upload
 from fedqsn_jax.protocol.wire import decode_proxy, encode_update
@@ -80,14 +75,15 @@ class Client:
         return Answer(update, examples, float(loss))
 
 
-def make_client(plan: Plan, base: Params | None = None) -> Client:
+def make_client(plan: Plan, base: Tensors | None = None) -> Client:
     """Makes a client of a plan: the model's structure and its compiled training.
 
     Args:
       plan: What the server says of the federation.
-      base: Tensors of a public model that do not travel, in the structure of the parameters.
+      base: What the client has of a public model, of which only a part travels.
 
     Raises:
+      UserError: Of a public model something is needed that ``base`` has not.
       ValueError: The plan's model is not one that this version can make.
     """
     config = plan.config()
@@ -95,16 +91,15 @@ def make_client(plan: Plan, base: Params | None = None) -> Client:
         name: jax.ShapeDtypeStruct((config.client.batch_size, *shape), dtype)
         for name, (shape, dtype) in plan.rows.items()
     }
-    module = make_model(config.model, plan.classes, config.client.dropout)
-    plain = jax.eval_shape(lambda key, rows: linen_init(module, key, rows), _KEY, batch)
-    apply_fn, params = _adapted(plan, linen_apply(module), plain, batch)
-    layout = layout_of(plan, params)
+    model = client_model(plan, batch)
+    layout = layout_of(plan, model.params)
+    public = public_tensors(model.params, {tensor.path for tensor in layout.tensors}, base)
     upload = whole_upload()
     if layout.upload is not None:
         upload = quantized_upload(layout.upload, layout.sites, trained=layout.trained)
     update = make_client_update(
-        in_compute_dtype(apply_fn, config.client.compute_dtype),
-        classification(),
+        model.apply_fn,
+        model.task,
         local_optimizer(config.client),
         batch_size=config.client.batch_size,
         steps=config.client.steps,
@@ -119,7 +114,7 @@ def make_client(plan: Plan, base: Params | None = None) -> Client:
         delta, _ = upload.send(result.delta, {}, proxy.visible)
         return delta, result.loss
 
-    return Client(layout, train, base)
+    return Client(layout, train, public)
 
 
 def check_rows(plan: Plan, rows: Mapping[str, np.ndarray], where: str) -> Batch:
@@ -154,26 +149,6 @@ def check_rows(plan: Plan, rows: Mapping[str, np.ndarray], where: str) -> Batch:
             f"the task has 0 to {plan.classes - 1}"
         )
     return fitting
-
-
-_KEY = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-
-
-def _adapted(plan: Plan, apply_fn: ApplyFn, plain: Params, batch: Any) -> tuple[ApplyFn, Params]:
-    """The model with adapters, if the plan has any, and the shapes of its parameters."""
-    config = plan.config()
-    settings = config.lora
-    if settings.rank == 0:
-        return apply_fn, plain
-    lora = find_adapters(
-        plain,
-        config.site_rules,
-        settings.matrices,
-        settings.rank,
-        settings.alpha or float(settings.rank),
-    )
-    params = jax.eval_shape(lora.add, _KEY, plain)
-    return adapt(lora, apply_fn, params, batch)[0], params
 
 
 def _masks(proxy: Proxy, layout: Layout) -> dict[str, Array]:

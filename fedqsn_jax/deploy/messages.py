@@ -6,14 +6,14 @@ bytes take twice the time.
 
 from typing import Any
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-_TASK, _ANSWER, _REFUSAL, _PAYLOAD, _STYPE = "task", "answer", "refusal", "payload", "fedqsn.wire"
+_TASK, _ANSWER, _REFUSAL, _LOST, _PAYLOAD = "task", "answer", "refusal", "lost", "payload"
+_STYPE = "fedqsn.wire"
 
 
 def task(payload: bytes, settings: dict[str, Any]) -> RecordDict:
-    """Returns what a client is sent: its payload, ``plan``, ``token`` and ``key``."""
+    """Returns what a client is sent: its payload and settings; see `network.Outgoing`."""
     return RecordDict({_TASK: ConfigRecord(settings), _PAYLOAD: _array(payload)})
 
 
@@ -30,6 +30,16 @@ def answer(payload: bytes, settings: dict[str, Any]) -> RecordDict:
 def refusal(reason: str) -> RecordDict:
     """Returns what a client sends that cannot take part; the reason names none of its rows."""
     return RecordDict({_REFUSAL: ConfigRecord({"reason": reason})})
+
+
+def lost() -> RecordDict:
+    """Returns what a client sends that has not got its payload any more."""
+    return RecordDict({_LOST: ConfigRecord({})})
+
+
+def is_lost(message: Message) -> bool:
+    """Whether a message is what `lost` returns."""
+    return _LOST in message.content
 
 
 def read_answer(message: Message) -> tuple[bytes, dict[str, Any]] | str:
@@ -52,5 +62,7 @@ def _array(payload: bytes) -> ArrayRecord:
 
 
 def _bytes(content: RecordDict) -> bytes:
-    array = content.array_records[_PAYLOAD]["bytes"]
-    return bytes(np.frombuffer(array.data, np.uint8))
+    data = content.array_records[_PAYLOAD]["bytes"].data
+    if not isinstance(data, bytes):
+        raise TypeError(f"bytes are expected, not {type(data).__name__}")
+    return data

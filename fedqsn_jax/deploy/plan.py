@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from fedqsn_jax.config.choices import TEXT
 from fedqsn_jax.config.schema import Config, flatten, resolve
 from fedqsn_jax.core.json_text import parse_json
 from fedqsn_jax.core.types import Params
@@ -22,6 +23,9 @@ from fedqsn_jax.protocol.wire import VERSION
 
 PUBLIC_SETTINGS = ("model.", "client.", "lora.", "upload.", "sites", "site_rules", "algorithm")
 """Fields, or beginnings of fields, that a client needs; all others stay with the server."""
+
+_PRIVATE_SETTINGS = ("model.pretrained",)
+"""Of those what stays with the server all the same: where the hidden model lies."""
 
 _QUANTIZERS: dict[str, type[Quantizer]] = {
     kind.__name__: kind for kind in (NormalFloat, SymmetricNormalFloat, Uniform)
@@ -38,6 +42,8 @@ class Plan:
       rows: Shape of a row and dtype of each array that a client's rows have.
       layout: The structure of payloads, without the tree (see `layout_of`).
       version: Of the wire format.
+      language: Of a language model its family, sizes, format of texts and tokenizer's digest (see
+        `texts`); None: another model.
     """
 
     settings: dict[str, Any]
@@ -45,6 +51,7 @@ class Plan:
     rows: dict[str, tuple[tuple[int, ...], str]]
     layout: dict[str, Any]
     version: int = VERSION
+    language: dict[str, Any] | None = None
 
     def config(self) -> Config:
         """Returns a configuration with the public settings, and defaults for all others."""
@@ -55,6 +62,10 @@ class Plan:
             for section in sections:
                 branch = branch.setdefault(section, {})
             branch[field] = tuple(value) if isinstance(value, list) else value
+        if self.language is not None:
+            # What goes with such a model; whose texts they are is no part of a plan.
+            nested["model"]["pretrained"] = "own"
+            nested["data"] = {"name": TEXT, "task": self.language["text"]["task"], "train": "own"}
         return resolve(nested)
 
     def encode(self) -> str:
@@ -82,13 +93,23 @@ class Plan:
             rows = {
                 name: (tuple(shape), str(dtype)) for name, (shape, dtype) in values["rows"].items()
             }
-            return cls(values["settings"], int(values["classes"]), rows, values["layout"])
+            return cls(
+                values["settings"],
+                int(values["classes"]),
+                rows,
+                values["layout"],
+                language=values.get("language"),
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"what the server sent is no plan: {error!r}") from error
 
 
 def make_plan(
-    config: Config, layout: Layout, classes: int, rows: Mapping[str, jax.ShapeDtypeStruct]
+    config: Config,
+    layout: Layout,
+    classes: int,
+    rows: Mapping[str, jax.ShapeDtypeStruct],
+    language: dict[str, Any] | None = None,
 ) -> Plan:
     """Makes the plan of a federation.
 
@@ -97,12 +118,15 @@ def make_plan(
       layout: The structure of its payloads.
       classes: Number of the model's outputs.
       rows: Shapes and dtypes of one row.
+      language: See `Plan.language`.
     """
     settings = {
-        name: value for name, value in flatten(config).items() if name.startswith(PUBLIC_SETTINGS)
+        name: value
+        for name, value in flatten(config).items()
+        if name.startswith(PUBLIC_SETTINGS) and name not in _PRIVATE_SETTINGS
     }
     shapes = {name: (tuple(row.shape), str(row.dtype)) for name, row in rows.items()}
-    return Plan(settings, classes, shapes, _describe(layout))
+    return Plan(settings, classes, shapes, _describe(layout), language=language)
 
 
 def _describe(layout: Layout) -> dict[str, Any]:

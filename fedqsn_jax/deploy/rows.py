@@ -13,6 +13,9 @@ import numpy as np
 from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.core.errors import UserError
 
+TEXT_KINDS = ("tsv", "jsonl", "e2e", "tfds")
+"""Sources of texts: those of a simulation, see `data.text.sources`."""
+
 
 def read_rows(source: str, option: str = "rows") -> dict[str, np.ndarray]:
     """Returns named arrays ``[rows, ...]``.
@@ -30,12 +33,22 @@ def read_rows(source: str, option: str = "rows") -> dict[str, np.ndarray]:
     if kind == "python" and ":" in rest:
         file, _, function = rest.rpartition(":")
         return _from_function(f"{option}={source}", user_path(file), function)
-    raise UserError(f"{option}={source}: allowed are npz:FILE and python:FILE.py:FUNCTION")
+    raise UserError(
+        f"{option}={source}: allowed are npz:FILE and python:FILE.py:FUNCTION, and "
+        f"for texts {', '.join(f'{name}:...' for name in TEXT_KINDS)}"
+    )
+
+
+def is_text(source: str) -> bool:
+    """Whether a source gives texts, which a tokenizer is needed for; see `texts`."""
+    return source.partition(":")[0] in TEXT_KINDS
 
 
 def absolute(source: str) -> str:
     """Returns a source of `read_rows` that means the same in every working directory."""
     kind, _, rest = source.partition(":")
+    if kind == "tfds":
+        return source
     file, colon, function = rest.rpartition(":") if kind == "python" else (rest, "", "")
     return f"{kind}:{user_path(file).absolute()}{colon}{function}"
 

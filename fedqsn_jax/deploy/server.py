@@ -6,6 +6,7 @@ number of clients in a round.
 """
 
 import dataclasses
+import hashlib
 import secrets
 from typing import Any
 
@@ -13,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.trees import select
 from fedqsn_jax.core.types import Columns, Key, Params
+from fedqsn_jax.deploy.kept import NAME_SIZE
 from fedqsn_jax.protocol.layout import Layout
 from fedqsn_jax.protocol.proxy import Proxy, dequantize_params, dequantize_proxy, whole_proxy
 from fedqsn_jax.protocol.wire import decode_update, encode_proxy
@@ -47,7 +50,9 @@ class Round:
       total: The sum of the contributions so far, or None.
       losses: Sums of training losses, weighted by rows, and of rows.
       answered: Clients whose update was counted.
-      rejected: By client why its answer was not.
+      rejected: By client why its answer was not, or why there was none.
+      reached: Clients whose answers show that they have what they were sent.
+      lost: Clients that had lost what they were sent in an earlier round.
     """
 
     number: int
@@ -60,12 +65,20 @@ class Round:
     losses: list[tuple[float, int]] = dataclasses.field(default_factory=list)
     answered: list[int] = dataclasses.field(default_factory=list)
     rejected: dict[int, Rejection] = dataclasses.field(default_factory=dict)
+    reached: set[int] = dataclasses.field(default_factory=set)
+    lost: set[int] = dataclasses.field(default_factory=set)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a client's payload is the same in all rounds, so that it is sent once."""
+        broadcast = self.method.broadcast
+        return broadcast.is_one_way and not broadcast.renewed
 
     def payload(self, client: int) -> tuple[bytes, bytes]:
         """Returns what a client is sent in this round, and the token that its answer must carry.
 
-        The token is of the system's entropy: an answer to another round, or another client's, does
-        not have it.
+        The payload is empty where the client has it from an earlier round. The token is of the
+        system's entropy: an answer to another round, or another client's, does not have it.
         """
         proxy = self.method.proxy_of(
             client,
@@ -76,7 +89,32 @@ class Round:
         )
         token = secrets.token_bytes(16)
         self.sent[client] = (token, jax.device_get(proxy.visible))
-        return encode_proxy(proxy), token
+        return b"" if self._holds(client) else encode_proxy(proxy), token
+
+    def payload_name(self, client: int) -> bytes:
+        """Returns the name under which a client keeps its payload: the same in all rounds."""
+        key = jax.random.key_data(fold_in_name(self.state.public_key, "payloads"))
+        text = np.asarray(key).tobytes() + client.to_bytes(8, "little")
+        return hashlib.blake2b(text, digest_size=NAME_SIZE).digest()
+
+    def lose(self, client: int) -> Rejection | None:
+        """Notes that a client has not got its payload any more: `payload` gives it again.
+
+        Returns:
+          Why that cannot be, or None.
+        """
+        if not self._holds(client):
+            reason = "it says that it has lost what it was sent in this round"
+            self.rejected[client] = reason
+            return reason
+        self.lost.add(client)
+        return None
+
+    def _holds(self, client: int) -> bool:
+        received = self.state.broadcast.received
+        if not self.keeps or received is None or client in self.lost:
+            return False
+        return bool(received[client])
 
     def training_key(self, client: int) -> list[int]:
         """Returns the words of the key of a client's batches and dropout in this round."""
@@ -110,6 +148,7 @@ class Round:
             return "a second answer to the same round"
         if client not in self.sent or not secrets.compare_digest(self.sent[client][0], token):
             return "an answer to another round, or to another client's payload"
+        self.reached.add(client)
         if not 0 < examples < 2**31:
             return "a number of rows that cannot be"
         try:
@@ -128,10 +167,11 @@ class Round:
             self.losses.append((float(loss) * examples, examples))
         return None
 
-    def close(self) -> tuple[ServerState, dict[str, float]]:
+    def close(self) -> tuple[ServerState, dict[str, Any]]:
         """Ends the round: the state after it, and what it tells.
 
-        Without a single update that counted the model stays as it is.
+        Without a single update that counted the model stays as it is. In one-way rounds there are
+        the counts of all rounds' payloads too, see `Broadcast.send`.
         """
         ids = sorted(self.sent)
         visible = {
@@ -141,15 +181,29 @@ class Round:
         total = self.total
         if total is None:
             total = _nothing(self.method, self.state.params, self.prepared)
-        state = _close(self.method, self.state, total, self.prepared, jnp.asarray(ids), visible)
+        ended, payloads = self._count_payloads(jnp.asarray(ids, jnp.int32), visible)
+        state = _close(self.method, ended, total, self.prepared, jnp.asarray(ids), visible)
         rows = sum(count for _, count in self.losses)
-        facts: dict[str, float] = {
+        facts: dict[str, Any] = {
             "clients/returned": len(self.answered),
             "clients/rejected": len(self.rejected),
+            **payloads,
         }
         if rows:
             facts["train/loss"] = sum(loss for loss, _ in self.losses) / rows
         return state, facts
+
+    def _count_payloads(self, ids: Any, visible: Columns) -> tuple[ServerState, dict[str, Any]]:
+        """The state that knows who has been sent what, and the counts."""
+        broadcast = self.state.broadcast
+        lost = jnp.asarray([int(client) in self.lost for client in ids], bool)
+        counted, facts = self.method.broadcast.send(broadcast, ids, visible, lost=lost)
+        if broadcast.received is not None:
+            # Who has not answered may have nothing, and is sent it again.
+            reached = jnp.asarray([int(client) in self.reached for client in ids], bool)
+            received = broadcast.received.at[ids].max(reached)
+            counted = dataclasses.replace(counted, received=received)
+        return dataclasses.replace(self.state, broadcast=counted), facts
 
 
 def open_round(method: Method, layout: Layout, state: ServerState) -> Round:

@@ -3,10 +3,10 @@
 Everything that can be found wrong before the programs start is found here, and told in a line.
 """
 
+import io
 import json
 import os
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,17 +16,18 @@ import numpy as np
 from fedqsn_jax.config.schema import Config, ConfigError, to_dict, with_fields
 from fedqsn_jax.deploy.client import check_rows
 from fedqsn_jax.deploy.processes import SETTINGS_VARIABLE
-from fedqsn_jax.deploy.rows import absolute, read_rows
-from fedqsn_jax.deploy.session import make_server
+from fedqsn_jax.deploy.rows import absolute
+from fedqsn_jax.deploy.server_model import server_rows, tokenizer_file
+from fedqsn_jax.deploy.session import make_server, public_base
 from fedqsn_jax.host.atomic_files import replacing, told_as_file_error
 from fedqsn_jax.runs.working_directory import WorkDirectory
 
-PLAN = "plan.json"
+PLAN, TOKENIZER, BASE = "plan.json", "tokenizer.json", "base.npz"
 _PATIENCE = 600.0
 
 
-class ServerRows(NamedTuple):
-    """Where the server's own rows are, as `rows.read_rows` takes it.
+class RowSources(NamedTuple):
+    """Where the server's own rows are, as `server_model.server_rows` takes it.
 
     Attributes:
       private: To train on before the first round.
@@ -38,12 +39,15 @@ class ServerRows(NamedTuple):
 
 
 def write_server(
-    config: Config, rows: ServerRows, *, clients: int, directory: Path, settings: Path
+    config: Config, rows: RowSources, *, clients: int, directory: Path, settings: Path
 ) -> None:
-    """Writes a server's settings file, mode 0600, and beside it the plan, which is public.
+    """Writes a server's settings file, mode 0600, and beside it what is public.
+
+    That is the plan, for texts the tokenizer, and where a model is public and only a part of it
+    travels the rest of it.
 
     Args:
-      config: What to run; images only.
+      config: What to run.
       rows: The server's own rows.
       clients: The most clients that may ever take part.
       directory: The server's working directory.
@@ -58,16 +62,19 @@ def write_server(
     # As many as may come; of the rest of ``data`` nothing plays a part.
     config = with_fields(config, {"data.clients": clients})
     WorkDirectory(directory).check(config)
-    private, test = _read("--private", rows.private), _read("--test", rows.test)
-    classes = 1 + int(max(private["label"].max(), test["label"].max()))
+    private, test = (
+        server_rows(config, source, option)
+        for source, option in ((rows.private, "--private"), (rows.test, "--test"))
+    )
+    classes = max(private.classes, test.classes)
     server = make_server(
         config,
-        {name: jnp.asarray(array) for name, array in private.items()},
-        {name: jnp.asarray(array) for name, array in test.items()},
+        {name: jnp.asarray(array) for name, array in private.rows.items()},
+        {name: jnp.asarray(array) for name, array in test.rows.items()},
         clients=clients,
         classes=classes,
     )
-    check_rows(server.plan, private, f"--private={rows.private}")
+    check_rows(server.plan, private.rows, f"--private={rows.private}")
     values = {
         "config": to_dict(config),
         "workdir": str(directory.absolute()),
@@ -80,9 +87,16 @@ def write_server(
         "cache": str(settings.absolute().with_name("programs")),
         "log": str(settings.absolute().with_name("server.log")),
     }
+    tokenizer, base = tokenizer_file(config), public_base(server)
     _make_private(settings.parent)
-    _write(settings, json.dumps(values, indent=2), 0o600)
-    _write(settings.with_name(PLAN), server.plan.encode(), 0o644)
+    _write(settings, f"{json.dumps(values, indent=2)}\n".encode(), 0o600)
+    _write(settings.with_name(PLAN), f"{server.plan.encode()}\n".encode(), 0o644)
+    if base:
+        content = io.BytesIO()
+        np.savez(content, **base)  # type: ignore[arg-type]
+        _write(settings.with_name(BASE), content.getvalue(), 0o644)
+    if tokenizer is not None:
+        _write(settings.with_name(TOKENIZER), tokenizer.read_bytes(), 0o644)
 
 
 def check_port(port: int) -> None:
@@ -128,20 +142,6 @@ On a client's machine:
 --auth-supernode-private-key=CLIENT --node-config='fedqsn-client="client.toml"'"""
 
 
-def _read(option: str, source: str) -> Mapping[str, np.ndarray]:
-    rows = read_rows(source, option)
-    label = rows.get("label")
-    if label is None or label.ndim != 1 or label.dtype.kind not in "iu" or not label.size:
-        raise ConfigError(
-            f"{option}={source}: 'label' has to be there, one whole number a row; it has "
-            f"{', '.join(sorted(rows)) or 'no arrays'}"
-        )
-    lengths = {array.shape[:1] for array in rows.values()}
-    if len(lengths) > 1:
-        raise ConfigError(f"{option}={source}: its arrays have different numbers of rows")
-    return rows
-
-
 def _make_private(directory: Path) -> None:
     with told_as_file_error(directory):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -151,9 +151,9 @@ def _make_private(directory: Path) -> None:
             )
 
 
-def _write(file: Path, text: str, mode: int) -> None:
+def _write(file: Path, content: bytes, mode: int) -> None:
     with told_as_file_error(file), replacing(file) as temporary:
         # The mode is there before the first byte is.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with open(descriptor, "w") as output:
-            output.write(text + "\n")
+        with open(descriptor, "wb") as output:
+            output.write(content)

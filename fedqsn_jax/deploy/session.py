@@ -1,33 +1,26 @@
-"""A server's run: rounds over a network of clients, checkpoints, evaluation, and what is told.
+"""A server's run: rounds over a network of clients, checkpoints, evaluation, and what is told."""
 
-The network is a `Network`: who is there, and messages to and fro. Flower's is in `server_app`;
-tests have one in memory.
-"""
-
-import contextlib
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedqsn_jax.config.schema import Config, ConfigError, chooses_scale
-from fedqsn_jax.core.keys import fold_in_name, keyed_permutation, root_key
-from fedqsn_jax.core.tasks import classification
-from fedqsn_jax.core.trees import select
+from fedqsn_jax.core.trees import leaves_by_path, select
 from fedqsn_jax.core.types import Batch
 from fedqsn_jax.data.population import HeldOut, from_clients
+from fedqsn_jax.deploy.asking import Asking
+from fedqsn_jax.deploy.network import Network
 from fedqsn_jax.deploy.plan import Plan, make_plan
-from fedqsn_jax.deploy.server import Round, open_round, system_key
-from fedqsn_jax.host.atomic_files import replacing
+from fedqsn_jax.deploy.registry import REGISTRY, Registry, choose_cohort
+from fedqsn_jax.deploy.server import open_round, system_key
+from fedqsn_jax.deploy.server_model import server_model
 from fedqsn_jax.host.checkpoints import Checkpoints
-from fedqsn_jax.models.functional import linen_apply, linen_init
-from fedqsn_jax.models.registry import make_model
 from fedqsn_jax.problems.training import pretrain
 from fedqsn_jax.protocol.layout import Layout
 from fedqsn_jax.protocol.proxy import whole_proxy
@@ -39,40 +32,7 @@ from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.simulation.compose import Simulation, make_simulation
 from fedqsn_jax.simulation.costs import expected_costs
 from fedqsn_jax.simulation.from_config import upload_quantizer
-
-REGISTRY = "clients.json"
-"""In the working directory: which client has which number, in the order in which they came."""
-
-
-class Reply(NamedTuple):
-    """What came back from a node.
-
-    Attributes:
-      node: Its name in the network.
-      payload: An update's bytes.
-      settings: What came with it: ``token``, ``examples``, ``loss``.
-      failure: Why there is no payload, or empty.
-    """
-
-    node: str
-    payload: bytes = b""
-    settings: Mapping[str, Any] = {}
-    failure: str = ""
-
-
-class Network(Protocol):
-    """The nodes that a server can reach."""
-
-    def nodes(self) -> list[str]:
-        """Names of the nodes that are there now: of registered keys, where nodes have any."""
-
-    def exchange(
-        self, messages: Iterable[tuple[str, bytes, dict[str, Any]]], timeout: float
-    ) -> Iterator[Reply]:
-        """Sends messages, each when it is asked for, and gives replies as they come.
-
-        It ends when all have answered, or ``timeout`` seconds after the last was sent.
-        """
+from fedqsn_jax.simulation.running import mean_download
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +46,7 @@ class Server:
       plan: What clients are told.
       start: ``() -> parameters``: the model before the first round, trained on the server's rows.
       test: Rows to evaluate on.
+      notes: What the user should know, a line each.
     """
 
     config: Config
@@ -94,6 +55,7 @@ class Server:
     plan: Plan
     start: Callable[[], Any]
     test: Batch
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +74,7 @@ class Patience:
 def make_server(
     config: Config, private: Batch, test: Batch, *, clients: int, classes: int
 ) -> Server:
-    """Makes a server of an image model.
+    """Makes a server.
 
     Args:
       config: The settings; of ``data`` nothing but the seed of the division plays a part.
@@ -125,15 +87,14 @@ def make_server(
       ConfigError: The settings do not fit, or need what a deployment has not.
     """
     _check(config)
-    example = {name: rows[:1] for name, rows in test.items()}
-    module = make_model(config.model, classes, config.client.dropout)
-    params = linen_init(module, fold_in_name(root_key(config.seed), "model"), example)
-    apply_fn = linen_apply(module)
-    pretraining_apply = linen_apply(make_model(config.model, classes, config.pretraining.dropout))
-    task = classification()
+    model = server_model(config, classes, test)
+    params, task = model.params, model.task
     # Of clients' rows a method needs their shapes only; how many they are, the clients will say.
     one = {name: np.zeros_like(np.asarray(rows)[:1]) for name, rows in test.items()}
-    simulation = make_simulation(config, apply_fn, task, params, from_clients([one] * clients))
+    population = from_clients([one] * clients)
+    simulation = make_simulation(
+        config, model.apply_fn, task, params, population, model.client_apply
+    )
     layout = _layout(simulation, params)
     rows = {
         name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in test.items()
@@ -142,8 +103,9 @@ def make_server(
         config=config,
         simulation=simulation,
         layout=layout,
-        plan=make_plan(config, layout, classes, rows),
-        start=lambda: pretrain(config, pretraining_apply, task, params, private),
+        plan=make_plan(config, layout, classes, rows, model.language),
+        start=lambda: pretrain(config, model.pretraining_apply, task, params, private),
+        notes=model.notes,
         test=test,
     )
 
@@ -175,6 +137,20 @@ def _check(config: Config) -> None:
             f"cohort.sampling = {config.cohort.sampling!r}: a deployment asks as many clients in "
             f"each round; allowed is 'without_replacement'"
         )
+
+
+def public_base(server: Server) -> dict[str, np.ndarray]:
+    """Returns the tensors, by their paths, that clients need and that never travel.
+
+    Where a model is public and only a part of it is trained, clients have the rest themselves:
+    the model as the server has trained it on its own rows. It is empty where all travels.
+    """
+    sent = {tensor.path for tensor in server.layout.tensors}
+    roles = server.simulation.roles
+    if roles.sent is None or roles.withheld:
+        return {}
+    started = leaves_by_path(server.start())
+    return {path: np.asarray(leaf) for path, leaf in started.items() if path not in sent}
 
 
 def _layout(simulation: Simulation, params: Any) -> Layout:
@@ -242,14 +218,18 @@ def run_server(
         state, history = _begin(server, work, checkpoints, display, key)
         metrics = MetricsFile(work.metrics)
         metrics.rewrite(history)
-        registry = _Registry(directory / REGISTRY, server.plan)
+        registry = Registry(
+            directory / REGISTRY, server.simulation.population, begun=int(state.round) > 0
+        )
         began, before = time.perf_counter(), history[-1]["seconds"]
         score = f"global/{server.simulation.task.score}"
         evaluate = jax.jit(server.simulation.federation.evaluate)
         with display.progress(config.rounds, int(state.round), "accuracy") as progress:
             while int(state.round) < config.rounds:
-                nodes = _wait_for(network, config.cohort.size, patience.clients, display)
-                cohort = _cohort(state, registry, nodes, config.cohort.size)
+                clients = _wait_for(
+                    network, registry, config.cohort.size, patience.clients, display
+                )
+                cohort = choose_cohort(state, clients, config.cohort.size)
                 state, facts = _round(server, network, state, cohort, patience, display)
                 number = int(state.round)
                 if number % config.evaluation.every == 0 or number == config.rounds:
@@ -283,6 +263,8 @@ def _begin(
         state, history = checkpoints.restore(like)
         display.message(f"resumed after round {int(state.round)}")
         return state, history
+    for note in server.notes:
+        display.message(note)
     display.message(f"{work.path}: only you may read it; it holds the hidden model and the keys")
     state = initial_state(server, key)
     values = jax.device_get(jax.jit(federation.evaluate)(state, HeldOut(server.test, {})))
@@ -299,48 +281,30 @@ def _shapes_of_start(server: Server) -> Any:
     )
 
 
-def _wait_for(network: Network, wanted: int, seconds: float, display: Display) -> list[str]:
-    """The nodes that are there, once they are enough."""
-    deadline, told = time.monotonic() + seconds, 0.0
-    while len(nodes := network.nodes()) < wanted:
+def _wait_for(
+    network: Network, registry: Registry, wanted: int, seconds: float, display: Display
+) -> dict[int, str]:
+    """The clients that are there, once they are enough, by their numbers."""
+    deadline, told, left_out = time.monotonic() + seconds, 0.0, set[str]()
+    while True:
+        clients, beyond = registry.numbers(network.nodes())
+        for node in sorted(set(beyond) - left_out):
+            display.warning(
+                f"{node} is left out: as many clients as may ever take part "
+                f"(--clients) have come before it"
+            )
+        left_out |= set(beyond)
+        if len(clients) >= wanted:
+            return clients
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"cohort.size = {wanted}: {len(nodes)} clients are there after {seconds:.0f} "
+                f"cohort.size = {wanted}: {len(clients)} clients are there after {seconds:.0f} "
                 f"seconds; start more of them, or set a smaller cohort"
             )
         if time.monotonic() - told > 5:
-            display.message(f"waiting for clients: {len(nodes)} of {wanted} are there")
+            display.message(f"waiting for clients: {len(clients)} of {wanted} are there")
             told = time.monotonic()
         time.sleep(0.2)
-    return nodes
-
-
-class _Registry:
-    """Numbers of clients, kept in a file: a client that comes back has the number that it had."""
-
-    def __init__(self, file: Path, plan: Plan) -> None:
-        self._file = file
-        self._numbers: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
-
-    def numbers(self, nodes: Iterable[str]) -> dict[int, str]:
-        """Returns nodes by their numbers; who is new gets the next one."""
-        new = [node for node in sorted(nodes) if node not in self._numbers]
-        if new:
-            for node in new:
-                self._numbers[node] = len(self._numbers)
-            with replacing(self._file) as temporary:
-                temporary.write_text(json.dumps(self._numbers, indent=2) + "\n")
-        return {self._numbers[node]: node for node in nodes}
-
-
-def _cohort(state: ServerState, registry: _Registry, nodes: list[str], size: int) -> dict[int, str]:
-    """Who takes part: the first that are there, in the order in which a round asks for them."""
-    numbers = registry.numbers(nodes)
-    population = max(numbers) + 1
-    key = fold_in_name(jax.random.fold_in(state.public_key, state.round), "cohort")
-    order = keyed_permutation(key, jnp.arange(population, dtype=jnp.int32), population)
-    present = [int(number) for number in np.asarray(order) if int(number) in numbers]
-    return {number: numbers[number] for number in present[:size]}
 
 
 def _round(
@@ -351,49 +315,23 @@ def _round(
     patience: Patience,
     display: Display,
 ) -> tuple[ServerState, dict[str, float]]:
-    """One round: payloads out, updates in, each as it comes."""
+    """One round; returns the state after it and what it tells."""
     current = open_round(server.simulation.method, server.layout, state)
-    numbers = {node: number for number, node in cohort.items()}
-    traffic = {"down": 0, "up": 0}
-    plan = server.plan.encode()
-
-    def messages() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-        for number, node in cohort.items():
-            payload, token = current.payload(number)
-            traffic["down"] += len(payload)
-            key = current.training_key(number)
-            yield node, payload, {"plan": plan, "token": token, "key": key}
-
-    for reply in network.exchange(messages(), patience.answers):
-        traffic["up"] += len(reply.payload)
-        _take(current, numbers, reply, display)
-    state, facts = current.close()
-    facts["bytes/down_per_client"] = traffic["down"] / len(cohort)
-    facts["bytes/up_per_client"] = traffic["up"] / len(cohort)
-    for number in sorted(set(cohort) - set(current.answered) - set(current.rejected)):
-        display.warning(f"round {current.number + 1}: client {number} did not answer in time")
+    asking = Asking(current, cohort, server.plan.encode(), display)
+    asking.run(network, patience.answers)
+    state, told = current.close()
+    down = asking.down / len(cohort)
+    if "payloads" in told:
+        # As a simulation has it: over all rounds so far, since who has its payload gets none.
+        drawn = server.config.cohort.size * (current.number + 1)
+        down = mean_download(server.simulation.traffic, told, drawn)
+    facts = {name: float(told[name]) for name in _FACTS if name in told}
+    facts["bytes/down_per_client"] = down
+    facts["bytes/up_per_client"] = asking.up / len(cohort)
     return state, facts
 
 
-def _take(current: Round, numbers: Mapping[str, int], reply: Reply, display: Display) -> None:
-    number = numbers.get(reply.node)
-    if number is None:
-        display.warning(f"round {current.number + 1}: an answer of someone who was not asked")
-        return
-    if reply.failure:
-        current.rejected[number] = reply.failure
-        reason: str | None = reply.failure
-    else:
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            token, examples = bytes(reply.settings["token"]), int(reply.settings["examples"])
-            loss = float(reply.settings["loss"])
-            reason = current.accept(number, token, reply.payload, examples, loss)
-            if reason is None:
-                return
-            display.warning(f"round {current.number + 1}: client {number} is not counted: {reason}")
-            return
-        reason = current.rejected[number] = "an answer without token, examples or loss"
-    display.warning(f"round {current.number + 1}: client {number} is not counted: {reason}")
+_FACTS = ("train/loss", "clients/sent", "clients/returned", "clients/rejected")
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, float]:

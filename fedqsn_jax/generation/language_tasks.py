@@ -3,11 +3,14 @@
 Batches are named as `data.text.packing` packs them.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from fedqsn_jax.core.tasks import Task, classification, mean
 from fedqsn_jax.core.types import Array, Batch
+from fedqsn_jax.models.language.output_layer import Unprojected, token_losses
 
 
 def sequence_classification(f1: bool = False, label: str = "label") -> Task:
@@ -46,9 +49,10 @@ def sequence_classification(f1: bool = False, label: str = "label") -> Task:
 def conditional_generation(label_smoothing: float = 0.0, encoder_decoder: bool = False) -> Task:
     """Generation of completions: cross-entropy of their tokens, each token weighing the same.
 
-    Outputs are logits ``[rows, length, vocabulary]``. Of a decoder, those at a position predict the
-    next token, and ``loss_mask`` says which tokens are to be predicted; of an encoder-decoder, they
-    predict ``target_tokens`` at the same position where ``target_mask`` is true.
+    Outputs are logits ``[rows, length, vocabulary]``, or for the loss `Unprojected`. Of a decoder,
+    those at a position predict the next token, and ``loss_mask`` says which tokens are to be
+    predicted; of an encoder-decoder, they predict ``target_tokens`` at the same position where
+    ``target_mask`` is true.
 
     Metrics are ``loss`` (nats a token, never smoothed), ``perplexity`` (its exponential) and
     ``token_accuracy`` (share of tokens that are the likeliest after the true ones before them).
@@ -74,15 +78,17 @@ def conditional_generation(label_smoothing: float = 0.0, encoder_decoder: bool =
             mask = jnp.roll(batch["loss_mask"], -1, axis=1).at[:, -1].set(False)
         return tokens, (mask != 0) & valid[:, None]
 
-    def losses(outputs: Array, tokens: Array, smoothing: float) -> Array:
+    def losses(outputs: Any, tokens: Array, smoothing: float) -> Array:
         """Nats ``[rows, length]``: of the one-hot target mixed with the uniform distribution."""
+        if isinstance(outputs, Unprojected):
+            return token_losses(outputs, tokens, smoothing)
         logits = outputs.astype(jnp.float32)
         at_target = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         if smoothing:
             at_target = (1 - smoothing) * at_target + smoothing * logits.mean(axis=-1)
         return jax.nn.logsumexp(logits, axis=-1) - at_target
 
-    def loss(outputs: Array, batch: Batch, valid: Array) -> Array:
+    def loss(outputs: Any, batch: Batch, valid: Array) -> Array:
         tokens, counts = targets(batch, valid)
         each = jnp.where(counts, losses(outputs, tokens, label_smoothing), 0)
         return each.sum() / jnp.maximum(counts.sum(), 1)

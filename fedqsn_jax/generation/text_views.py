@@ -50,9 +50,11 @@ def view_params(
     one_proxy = jax.jit(lambda key, prepared: effective_params(apply(key, prepared)))
     for key in proxy_keys:
         yield "proxy", one_proxy(key, prepared)
-    as_model = jax.jit(lambda attacker: attacker_params(attacker, prepared.sites))
+    as_model = jax.jit(
+        lambda attacker, prepared: attacker_params(attacker, prepared.sites, prepared.params)
+    )
     for name, attacker in attackers.items():
-        yield name, as_model(attacker)
+        yield name, as_model(attacker, prepared)
 
 
 def evaluate_text_views(evaluate: TextEvaluator, views: Iterator[tuple[str, Params]]) -> TextViews:

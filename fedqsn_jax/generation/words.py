@@ -32,7 +32,8 @@ def words_of(text: str, latin_words: Callable[[str], list[str]]) -> list[str]:
     Returns:
       Words; of scripts without spaces single characters, with the marks that belong to them. Where
       ``latin_words`` finds none in Latin letters (all of them have accents), words are what spaces
-      and punctuation divide.
+      and punctuation divide. Of a text without words all characters
+      beyond ASCII count, such as emoji.
     """
     found: list[str] = []
     for part, is_latin in _by_script(text.lower()):
@@ -40,7 +41,7 @@ def words_of(text: str, latin_words: Callable[[str], list[str]]) -> list[str]:
             found += latin_words(part)
         else:
             found += _characters_apart(unicodedata.normalize("NFC", part)).split()
-    return found or re.findall(r"[^\W_]+", text.lower())
+    return found or re.findall(r"[^\W_]+", text.lower()) or re.findall(r"[^\s\x00-\x7f]", text)
 
 
 def with_spaces(text: str) -> str:

@@ -22,7 +22,6 @@ writes, and Orbax lets none go on before the others are ready. Each reads by its
 import contextlib
 import json
 import math
-import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -56,7 +55,6 @@ _TENSORS = "tensors"
 _HISTORY = "history"
 _SCORE = "score"
 _METRICS = "metrics"
-_CLOSING_SECONDS = 3.0
 
 
 class Checkpoints:
@@ -338,6 +336,8 @@ class Checkpoints:
         if self._writer is None:
             context = ocp.Context()
             context.memory.deepcopy_host_arrays = True
+            # Where one cannot be made, threads that wait for it would outlive the error by minutes.
+            context.asynchronous.create_directories_asynchronously = False
             # By itself Orbax would take lists and dictionaries for pytrees of scalars.
             registry = ocp.handlers.local_registry()
             for name in (_TENSORS, _HISTORY):
@@ -366,18 +366,11 @@ class Checkpoints:
         writer, self._writer = self._writer, None
         if writer is None:
             return
-
-        def close() -> None:
-            # What failed has been reported; Orbax would raise it again when it closes.
-            with contextlib.suppress(Exception):
-                writer.wait()
-            with contextlib.suppress(Exception):
-                writer.close()
-
-        # Where a directory could not be made, Orbax's threads wait five minutes for it.
-        closing = threading.Thread(target=close, daemon=True)
-        closing.start()
-        closing.join(_CLOSING_SECONDS)
+        # What failed has been reported; Orbax would raise it again when it closes.
+        with contextlib.suppress(Exception):
+            writer.wait()
+        with contextlib.suppress(Exception):
+            writer.close()
 
     def _unwritten(self, round: int, error: Exception) -> CheckpointError:
         return CheckpointError(

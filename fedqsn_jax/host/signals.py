@@ -20,6 +20,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -36,18 +38,21 @@ _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_
 _SHOW_CURSOR = "\x1b[?25h"
 
 
-class _Remains(threading.local):
-    """What the commands of a thread say of an interruption, the innermost command's last.
-
-    Signals are handled in the main thread, where the command of the process runs.
-    """
-
-    def __init__(self) -> None:
-        self.texts: list[Callable[[], str]] = []
-
-
 _cleanups: list[Callable[[], object]] = []
-_remains = _Remains()
+_remains: dict[int, list[Callable[[], str]]] = {}
+"""What the commands of a thread say of an interruption, the innermost command's last."""
+
+_PATIENCE = 1.0
+"""Seconds in which the main thread answers a signal, unless it is deep in a compilation."""
+
+_requests: dict[object, Callable[[], bool]] = {}
+"""Handlers that ask to stop, and whether they would end this process instead."""
+
+_answered: Counter[int] = Counter()
+"""How often the main thread has answered a signal of each kind."""
+
+_ending = threading.Lock()
+"""Is held by the thread that ends this process."""
 
 
 def refuse(error: Exception) -> int:
@@ -68,14 +73,17 @@ def answered(command: Callable[[], int]) -> int:
     Args:
       command: Returns its exit code.
     """
-    outer = _remains.texts[:]
+    here = threading.get_ident()
+    outer = _remains.get(here, [])
     try:
         return command()
     except KeyboardInterrupt:
         tell(_interruption())
         return INTERRUPTED
     finally:
-        _remains.texts = outer
+        _remains[here] = outer
+        if not outer:
+            del _remains[here]
 
 
 def remaining_after_interruption(text: Callable[[], str]) -> None:
@@ -85,7 +93,8 @@ def remaining_after_interruption(text: Callable[[], str]) -> None:
       text: Gives it when it is needed, in the words that follow ``interrupted;``. Where it fails,
         nothing more is said than that.
     """
-    _remains.texts.append(text)
+    here = threading.get_ident()
+    _remains[here] = [*_remains.get(here, []), text]
 
 
 @contextlib.contextmanager
@@ -111,6 +120,7 @@ def stopping_at(
     kind: signal.Signals,
     stopped: threading.Event,
     waits_for: Callable[[], str] = lambda: "after what is running",
+    at_once: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
     """Turns the first signal of a kind into a request to stop at the next boundary.
 
@@ -122,9 +132,15 @@ def stopping_at(
       stopped: Is set by it.
       waits_for: Gives what is then said of the boundary, in the words that follow ``stopping``. It
         waits for nothing, and works wherever the main thread is.
+      at_once: Whether there is nothing to wait for: the signal then acts as it would have without
+        us.
     """
 
     def request(number: int, frame: FrameType | None) -> None:
+        if at_once() and callable(previous):
+            previous(number, frame)
+            return
+        _answered[number] += 1
         stopped.set()
         # A second one acts as it would have without us.
         signal.signal(kind, previous)
@@ -138,11 +154,13 @@ def stopping_at(
     if not in_main_thread or previous in (signal.SIG_IGN, None):
         yield
         return
+    _requests[request] = at_once if previous is _end else lambda: False
     signal.signal(kind, request)
     try:
         yield
     finally:
         signal.signal(kind, previous)
+        del _requests[request]
 
 
 def end_at_signals() -> None:
@@ -153,6 +171,38 @@ def end_at_signals() -> None:
     for kind, usual in _USUAL.items():
         if signal.getsignal(kind) == usual:
             signal.signal(kind, _end)
+    _end_in_compilations_too()
+
+
+def _end_in_compilations_too() -> None:
+    """Starts a thread that ends this process where the main thread does not get to it.
+
+    Python runs handlers between two steps of the main thread. A compilation is one step, and may
+    take half a minute; what supervises a process may not give it that.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    others = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    if others != -1:
+        # Somebody else's, or ours of an earlier call.
+        signal.set_wakeup_fd(others)
+        os.close(read)
+        os.close(write)
+        return
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+    def watch() -> None:
+        came: Counter[int] = Counter()
+        while number := os.read(read, 1):
+            kind = number[0]
+            came[kind] += 1
+            time.sleep(_PATIENCE)
+            handler = signal.getsignal(kind)
+            ends = handler is _end or _requests.get(handler, lambda: False)()
+            if ends and _answered[kind] < came[kind]:
+                _end(kind, None)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 def run_as_process(main: Callable[[], int]) -> NoReturn:
@@ -235,21 +285,25 @@ class EnduringStream(io.TextIOBase):
 
 def _end(number: int, frame: FrameType | None) -> None:
     """Handles a signal: ends the process at once, but for what has to be cleaned up."""
-    for kind in _USUAL:
-        signal.signal(kind, signal.SIG_IGN)
-    try:
-        # A copy: actions, and other threads, may clean up after something of their own.
-        for action in _cleanups[::-1]:
-            with contextlib.suppress(Exception):
-                action()
-        line = f"{_interruption()}\n"
-        # A progress bar hides the cursor, and leaves it behind its last line.
-        line = f"{_SHOW_CURSOR}\n{line}" if os.isatty(2) else line
-        # Not through sys.stderr, in the middle of whose work this may be.
-        os.write(2, line.encode())
-    finally:
-        # Whatever goes wrong: an exception from here might be forgotten like any other.
-        leave(128 + number)
+    if threading.current_thread() is threading.main_thread():
+        _answered[number] += 1
+        for kind in _USUAL:
+            signal.signal(kind, signal.SIG_IGN)
+    # Where another thread is at it, this one waits for the end.
+    with _ending:
+        try:
+            # A copy: actions, and other threads, may clean up after something of their own.
+            for action in _cleanups[::-1]:
+                with contextlib.suppress(Exception):
+                    action()
+            line = f"{_interruption()}\n"
+            # A progress bar hides the cursor, and leaves it behind its last line.
+            line = f"{_SHOW_CURSOR}\n{line}" if os.isatty(2) else line
+            # Not through sys.stderr, in the middle of whose work this may be.
+            os.write(2, line.encode())
+        finally:
+            # Whatever goes wrong: an exception from here might be forgotten like any other.
+            leave(128 + number)
 
 
 def leave(code: int) -> NoReturn:
@@ -263,8 +317,10 @@ def leave(code: int) -> NoReturn:
 
 def _interruption() -> str:
     text = ""
-    if _remains.texts:
+    # Signals are handled for the main thread, where the command of the process runs.
+    texts = _remains.get(threading.get_ident()) or _remains.get(threading.main_thread().ident or 0)
+    if texts:
         # It looks at files, which may be damaged in any way.
         with contextlib.suppress(Exception):
-            text = f"; {_remains.texts[-1]()}"
+            text = f"; {texts[-1]()}"
     return f"fedqsn_jax: interrupted{text}"

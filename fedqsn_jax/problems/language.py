@@ -1,15 +1,17 @@
 """Texts, a pre-trained language model and its task, as a configuration names them."""
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedqsn_jax.config.schema import ConfigError, DataConfig
+from fedqsn_jax.config.schema import ConfigError, DataConfig, ModelConfig
 from fedqsn_jax.core.keys import fold_in_name, root_key
 from fedqsn_jax.core.tasks import Task
+from fedqsn_jax.core.types import Params
 from fedqsn_jax.data import registry
 from fedqsn_jax.data.text import loading
 from fedqsn_jax.data.text.formats import TextFormat
@@ -28,6 +30,7 @@ from fedqsn_jax.models.language.families import (
     make_language_model,
 )
 from fedqsn_jax.models.language.pretrained import (
+    Pretrained,
     description_files,
     directory_of,
     load_pretrained,
@@ -39,6 +42,96 @@ from fedqsn_jax.problems.problem import Problem, ProblemSettings, Texts
 from fedqsn_jax.problems.prompted import prompted_problem
 
 
+class Described(NamedTuple):
+    """A model whose description and tokenizer were read, but not its weights.
+
+    Attributes:
+      directory: Where it lies.
+      config: Its architecture, with what the run chooses otherwise.
+      overrides: What the run chooses otherwise.
+      kind: How rows become texts and labels.
+      tokenizer: Its tokenizer.
+    """
+
+    directory: Path
+    config: LanguageConfig
+    overrides: dict[str, Any]
+    kind: TextFormat
+    tokenizer: TextTokenizer
+
+
+class Loaded(NamedTuple):
+    """A model that was read.
+
+    Attributes:
+      pretrained: Its architecture and parameters.
+      clients: As clients train it, and as it is evaluated.
+      server: As the server trains it.
+      task: What it is for.
+      notes: What the user should know, a line each.
+    """
+
+    pretrained: Pretrained
+    clients: LanguageModel
+    server: LanguageModel
+    task: Task
+    notes: list[str]
+
+
+def describe_language(settings: ProblemSettings) -> Described:
+    """Reads a model's description and its tokenizer.
+
+    Raises:
+      ConfigError: One of them is absent or damaged, or they do not fit the task.
+    """
+    kind = text_format(text_settings(settings.data))
+    directory = directory_of(settings.model.pretrained)
+    _check_fit(settings, read_config(directory), kind)
+    overrides = _overrides(settings, kind)
+    config = read_config(directory, **overrides)
+    return Described(directory, config, overrides, kind, tokenizer_of(config, directory))
+
+
+def tokenizer_of(config: LanguageConfig, place: Path) -> TextTokenizer:
+    """Reads the tokenizer of a model of a configuration.
+
+    Args:
+      config: The model's.
+      place: Where ``tokenizer.json`` lies, or that file.
+    """
+    return load_tokenizer(
+        place,
+        config.vocab_size,
+        config.max_length,
+        config.pad_token_id,
+        () if isinstance(config, EncoderConfig) else config.eos_token_ids,
+    )
+
+
+def execution_of(model: ModelConfig, compute_dtype: str) -> Execution:
+    """Returns how a run computes language models."""
+    return Execution(compute_dtype, model.attention, model.unroll, model.remat)
+
+
+def read_language(settings: ProblemSettings, described: Described) -> Loaded:
+    """Reads a model's weights; what they lack is drawn."""
+    directory = described.directory
+    key = fold_in_name(root_key(settings.seed), "model")
+    pretrained = load_pretrained(directory, key, **described.overrides)
+    execution = execution_of(settings.model, settings.compute_dtype)
+    notes = [*gpu_blocks.missing_note()]
+    if pretrained.fresh:
+        notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
+    notes += _label_notes(pretrained.config, pretrained.fresh, described.kind)
+    return Loaded(
+        pretrained,
+        make_language_model(pretrained.config, execution, settings.client_dropout),
+        make_language_model(pretrained.config, execution, settings.server_dropout),
+        language_task(described.kind, pretrained.config, settings.label_smoothing),
+        notes,
+    )
+
+
 def load_language_problem(settings: ProblemSettings) -> Problem:
     """Reads texts, tokenizer and model.
 
@@ -48,43 +141,24 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
     Raises:
       ConfigError: One of them is absent or damaged, or they do not fit each other.
     """
-    texts = text_settings(settings.data)
-    kind = text_format(texts)
-    directory = directory_of(settings.model.pretrained)
-    _check_fit(settings, read_config(directory), kind)
-    overrides = _overrides(settings, kind)
-    model_config = read_config(directory, **overrides)
-    execution = Execution(
-        settings.compute_dtype,
-        settings.model.attention,
-        settings.model.unroll,
-        settings.model.remat,
-    )
-    tokenizer = load_tokenizer(
-        directory,
-        model_config.vocab_size,
-        model_config.max_length,
-        model_config.pad_token_id,
-        () if isinstance(model_config, EncoderConfig) else model_config.eos_token_ids,
-    )
+    described = describe_language(settings)
+    tokenizer = described.tokenizer
     data = loading.load(
-        texts,
+        text_settings(settings.data),
         settings.data,
         tokenizer,
         registry.generator(settings.seed),
-        encoder_decoder=isinstance(model_config, T5Config),
+        encoder_decoder=isinstance(described.config, T5Config),
         new_tokens=settings.generation.new_tokens,
     )
-    key = fold_in_name(root_key(settings.seed), "model")
-    pretrained = load_pretrained(directory, key, **overrides)
-    clients = make_language_model(pretrained.config, execution, settings.client_dropout)
-    server = make_language_model(pretrained.config, execution, settings.server_dropout)
-    task = _task(settings, data.kind, pretrained.config)
-    notes = [*([tokenizer.note] if tokenizer.note else []), *data.notes, *gpu_blocks.missing_note()]
-    if pretrained.fresh:
-        notes.append(f"drawn at random, {directory} has none: {', '.join(pretrained.fresh)}")
-    notes += _label_notes(pretrained.config, pretrained.fresh, data.kind)
-    params, files = jax.tree.map(jnp.asarray, pretrained.params), description_files(directory)
+    pretrained, clients, server, task, more = read_language(settings, described)
+    notes = [*([tokenizer.note] if tokenizer.note else []), *data.notes, *more]
+    params = _stored(pretrained.params, settings.model.dtype)
+    files = description_files(described.directory)
+    if not _is_exact(pretrained.params, settings.model.dtype):
+        notes.append(
+            f"model.dtype = {settings.model.dtype!r} rounds the model: its files hold more digits"
+        )
     if isinstance(pretrained.config, EncoderConfig) and settings.prompted is not None:
         problem = prompted_problem(
             settings,
@@ -92,7 +166,7 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
             data.splits,
             pretrained.config,
             params,
-            execution,
+            execution_of(settings.model, settings.compute_dtype),
             task,
             tuple(notes),
         )
@@ -101,13 +175,25 @@ def load_language_problem(settings: ProblemSettings) -> Problem:
         splits=data.splits,
         params=params,
         apply_fn=clients.apply_fn,
-        pretraining_apply=server.apply_fn,
-        client_apply=clients.apply_fn,
+        pretraining_apply=server.trained_fn,
+        client_apply=clients.trained_fn,
         task=task,
         texts=_texts(settings, clients, tokenizer, data.prompts),
         notes=tuple(notes),
         files=files,
     )
+
+
+def _stored(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+
+
+def _is_exact(params: Params, dtype: str) -> bool:
+    """Whether a dtype holds all values of float32 NumPy arrays; looked at piece by piece."""
+    if dtype == "float32":
+        return True
+    pieces = (piece for leaf in jax.tree.leaves(params) for piece in np.atleast_1d(leaf))
+    return all(np.array_equal(piece.astype(dtype).astype(np.float32), piece) for piece in pieces)
 
 
 def text_settings(data: DataConfig) -> TextSettings:
@@ -127,7 +213,9 @@ def _overrides(settings: ProblemSettings, kind: TextFormat) -> dict[str, Any]:
 def _families(classify: bool) -> str:
     """The families of models that classify, or of those that write."""
     return ", ".join(
-        sorted(name for name, kind in FAMILIES.items() if (kind is EncoderConfig) == classify)
+        sorted(
+            name for name, kind in FAMILIES.items() if issubclass(kind, EncoderConfig) == classify
+        )
     )
 
 
@@ -171,10 +259,11 @@ def _label_notes(model: LanguageConfig, fresh: tuple[str, ...], kind: TextFormat
     ]
 
 
-def _task(settings: ProblemSettings, kind: TextFormat, model: LanguageConfig) -> Task:
+def language_task(kind: TextFormat, model: LanguageConfig, label_smoothing: float) -> Task:
+    """Returns what a model of texts of a format is for."""
     if not kind.generates:
         return sequence_classification(kind.f1)
-    return conditional_generation(settings.label_smoothing, isinstance(model, T5Config))
+    return conditional_generation(label_smoothing, isinstance(model, T5Config))
 
 
 def _texts(

@@ -11,7 +11,8 @@ masks and quantizer is FedAvg bit for bit.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -185,9 +186,18 @@ def quantize_sites(params: Params, quantizer: Quantizer, sites: Sites) -> Params
     def visit(path: str, leaf: Array) -> Array | Quantized:
         if path not in kernels:
             return leaf
-        return quantization.quantize(quantizer, kernels[path].to_matrices(leaf))
+        matrices = kernels[path].to_matrices(leaf)
+        if leaf.dtype.itemsize == 4 or len(matrices) == 1:
+            return quantization.quantize(quantizer, matrices)
+        # Layer by layer, and each one converted where it is: no float32 copy is made of all.
+        return jax.lax.map(functools.partial(_quantize_layer, quantizer), matrices)
 
     return map_by_path(visit, params)
+
+
+def _quantize_layer(quantizer: Quantizer, layer: Array) -> Quantized:
+    one = quantization.quantize(quantizer, jax.lax.optimization_barrier(layer)[None])
+    return dataclasses.replace(one, codes=one.codes[0], scales=one.scales[0])
 
 
 def _other_codes(
@@ -240,13 +250,17 @@ def rounding_bits(key: Key, site: MaskSite) -> Array:
     return bits.reshape(-1)[:count].astype(bool).reshape(site.layers, site.fan_in, site.columns)
 
 
-def dequantize_proxy(proxy: Proxy) -> Proxy:
+def dequantize_proxy(proxy: Proxy, but: Collection[str] = ()) -> Proxy:
     """Replaces the quantized kernels by the values that they stand for (float32, not scaled).
 
     Masking a dequantized proxy gives exactly the values of masking first and dequantizing then, so
     a simulation dequantizes once a round and not once a client.
+
+    Args:
+      proxy: The proxy.
+      but: The paths of kernels that stay as they are; see `stored_kernels`.
     """
-    params = dequantize_params(proxy.params, proxy.sites)
+    params = dequantize_params(proxy.params, proxy.sites, but)
     leaves = jax.tree.leaves(proxy.params, is_leaf=is_quantized)
     kernels = leaves_by_path(proxy.params, is_leaf=is_quantized) if proxy.other_rounding else {}
     other = {
@@ -266,11 +280,11 @@ def _other_values(kernel: Array | Quantized, other: Array, site: MaskSite) -> Ar
     return site.from_matrices(quantization.dequantize(dataclasses.replace(kernel, codes=other)))
 
 
-def dequantize_params(params: Params, sites: Sites) -> Params:
-    """Replaces the quantized kernels of a tree by the values that they stand for, float32."""
+def dequantize_params(params: Params, sites: Sites, but: Collection[str] = ()) -> Params:
+    """Replaces the quantized kernels of a tree, some left out, by what they stand for, float32."""
 
-    def visit(path: str, leaf: Array | Quantized) -> Array:
-        if not isinstance(leaf, Quantized):
+    def visit(path: str, leaf: Array | Quantized) -> Array | Quantized:
+        if not isinstance(leaf, Quantized) or path in but:
             return leaf
         return sites.by_kernel[path].from_matrices(quantization.dequantize(leaf))
 

@@ -12,6 +12,7 @@ hidden columns.
 import dataclasses
 import functools
 import statistics
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -228,14 +229,13 @@ def _codes_above(relative: Array, thresholds: np.ndarray) -> Array:
     return codes
 
 
-def dequantize(quantized: Quantized) -> Array:
-    """Returns the float32 values ``[layers, inputs, columns]`` that codes and scales stand for."""
+def dequantize(quantized: Quantized, then: Callable[[Array], Array] = lambda it: it) -> Array:
+    """Returns the float32 values ``[layers, inputs, columns]``, or what ``then`` makes of them."""
     quantizer, codes = quantized.quantizer, quantized.codes
     if quantizer.mixes_columns and codes.shape[2] != 1:
-        flat = dataclasses.replace(quantized, codes=_as_one_column(codes))
-        return dequantize(flat).reshape(codes.shape)
-    levels = jnp.asarray(quantizer.levels, jnp.float32)
-    inputs = codes.shape[1]
+        one = dataclasses.replace(quantized, codes=_as_one_column(codes))
+        return then(dequantize(one).reshape(codes.shape))
+    levels, inputs = jnp.asarray(quantizer.levels, jnp.float32), codes.shape[1]
     block_size = min(quantizer.block_size, inputs)
 
     def values(scales: Array) -> Array:
@@ -247,8 +247,8 @@ def dequantize(quantized: Quantized) -> Array:
         shift = jnp.repeat(_shift_of(scales), block_size, axis=1)[:, :inputs]
         return _out_of_range(values(_in_range(scales, scales)), shift)
 
-    scales = quantized.scales
-    return jax.lax.cond(_any_extreme(scales), exact, lambda: values(scales.astype(jnp.float32)))
+    plain = (scales := quantized.scales).astype(jnp.float32)
+    return jax.lax.cond(_any_extreme(scales), lambda: then(exact()), lambda: then(values(plain)))
 
 
 def _as_one_column(matrices: Array) -> Array:

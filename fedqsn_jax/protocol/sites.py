@@ -63,6 +63,13 @@ DEFAULT_RULES: tuple[str, ...] = (
 )
 """The rules that follow the user's own. A rule whose number of axes differs does not match."""
 
+NEVER_HIDDEN: tuple[str, ...] = tuple(
+    rule.removesuffix(": none")
+    for rule in DEFAULT_RULES
+    if rule.endswith(": none") and "embed" not in rule
+)
+"""What task heads and norms are usually called."""
+
 RESIDUAL_PATTERNS: tuple[str, ...] = (
     "*/*attention*/*/out/kernel",
     "*/*attention*/*/output/kernel",
@@ -139,6 +146,11 @@ class MaskSite:
     @property
     def _matrix_axes(self) -> tuple[int, ...]:
         return self.layer_axes + self.input_axes + self.column_axes
+
+    def of_one_layer(self) -> "MaskSite":
+        """Returns the same of a stack of one layer only."""
+        ones = (1 if axis in self.layer_axes else n for axis, n in enumerate(self.shape))
+        return dataclasses.replace(self, shape=tuple(ones))
 
     def to_matrices(self, kernel: Array) -> Array:
         """Rearranges a kernel ``[*shape]`` to ``[layers, inputs, columns]``."""

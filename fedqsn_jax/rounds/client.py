@@ -25,6 +25,7 @@ from fedqsn_jax.data.population import ClientData
 from fedqsn_jax.protocol.masks import spread
 from fedqsn_jax.protocol.proxy import Proxy, effective_params
 from fedqsn_jax.protocol.sites import Sites
+from fedqsn_jax.protocol.stored_kernels import column_factors, stored_kernels
 from fedqsn_jax.rounds.client_optimizer import ClientOptimizer
 
 
@@ -91,7 +92,8 @@ class ClientUpdate(NamedTuple):
         the names matter.
       start: ``(proxy, rows) -> Training`` of a client with so many rows.
       step: ``(key, data, client_id, index, training, shared) -> training``: the step that is
-        numbered ``index``, from 0 on.
+        numbered ``index``, from 0 on. Of what is shared, quantized kernels are computed with as
+        they are stored, with the client's factors.
       finish: ``(proxy, rows, training) -> ClientResult`` of a client with so many rows.
     """
 
@@ -156,7 +158,10 @@ def make_client_update(
         return jnp.where(rows > 0, count, 0).astype(jnp.int32)
 
     def start(proxy: Proxy, rows: Array) -> Training:
-        effective, factors = effective_params(proxy), _factors(proxy)
+        effective, factors = (
+            effective_params(proxy),
+            column_factors(proxy.visible, proxy.scale, proxy.sites),
+        )
         params = select(effective, trained)
         theta = _pull_back(params, spread(factors, params, proxy.sites, 1.0))
         return Training(
@@ -185,6 +190,7 @@ def make_client_update(
 
         def loss_of(params: Params) -> Array:
             whole = combine(params, training.frozen, shared)
+            whole = stored_kernels(whole, training.factors, training.sites)
             return task.loss(apply_fn(whole, batch, dropout_key), batch, valid)
 
         loss, gradient = jax.value_and_grad(loss_of)(training.params)
@@ -218,15 +224,6 @@ def _minibatch(key: Key, step: Array, rows: Array, batch_size: int) -> tuple[Arr
 def _masked_tensors(proxy: Proxy) -> frozenset[str]:
     """The kernels and biases of which each client has its own: masks, or roundings."""
     return proxy.sites.masked_by(proxy.visible).tensors | proxy.traced
-
-
-def _factors(proxy: Proxy) -> Columns:
-    factors = {}
-    for site in proxy.sites:
-        if site.path in proxy.visible or site.path in proxy.scale:
-            visible = proxy.visible.get(site.path, jnp.ones((site.layers, site.columns), bool))
-            factors[site.path] = jnp.where(visible, proxy.scale.get(site.path, 1.0), 0.0)
-    return factors
 
 
 def _pull_back(tree: Params, factors: Params) -> Params:

@@ -17,6 +17,7 @@ from fedqsn_jax.core.types import Array, Batch, Columns, Key, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
 from fedqsn_jax.protocol.broadcast import BroadcastState
 from fedqsn_jax.protocol.proxy import Proxy, dequantize_proxy, round_by_key, whole_proxy
+from fedqsn_jax.protocol.stored_kernels import split_stored
 from fedqsn_jax.protocol.upload import Residuals
 from fedqsn_jax.rounds.client_axis import ONE_BY_ONE, ClientAxis, sample_cohort
 from fedqsn_jax.rounds.cohort import Cohort, train_cohort
@@ -190,7 +191,11 @@ class _Composed:
             transform_state=transform_state,
             attackers={
                 f"attacker_{count}": make_attacker(
-                    attacker_key, self.population, count, params=sent, sites=method.sites
+                    attacker_key,
+                    self.population,
+                    count,
+                    params=select(sent, method.roles.returned),
+                    sites=method.sites,
                 )
                 for count in self.evaluation.attackers
             },
@@ -202,9 +207,14 @@ class _Composed:
         )
 
     def prepare(self, state: ServerState) -> Proxy:
+        return dequantize_proxy(self._prepare(state))
+
+    def _prepare(self, state: ServerState) -> Proxy:
+        """The same, but that frozen kernels stay codes."""
         sent = self.method.broadcast.sent(state.broadcast, state.params)
         whole = whole_proxy(self._sent(sent), self.method.sites)
-        return dequantize_proxy(self.method.transform.prepare(state.transform_state, whole))
+        prepared = self.method.transform.prepare(state.transform_state, whole)
+        return dequantize_proxy(prepared, but=self.method.stored)
 
     def cohort(self, state: ServerState) -> Array:
         if self.sampling == "poisson":
@@ -217,7 +227,8 @@ class _Composed:
     def round(
         self, state: ServerState, data: ClientData, client_axis: ClientAxis = ONE_BY_ONE
     ) -> tuple[ServerState, dict[str, Array]]:
-        method, prepared, drawn = self.method, self.prepare(state), self.cohort(state)
+        method, drawn = self.method, self.cohort(state)
+        prepared, stored = split_stored(self._prepare(state))
         is_there, ids = None, drawn
         if self.sampling == "poisson":
             # An empty place has no rows and sees nothing; for its id any will do.
@@ -232,11 +243,12 @@ class _Composed:
         attendance = draw_attendance(
             training_key, ids, method.update.step_count(rows), method.participation
         )
+        shared = method.update.shared(
+            dataclasses.replace(prepared, params=computed_with, visible=visible)
+        )
         cohort = Cohort(
             prepared=prepared,
-            shared=method.update.shared(
-                dataclasses.replace(prepared, params=computed_with, visible=visible)
-            ),
+            shared=combine(shared, stored),
             data=data,
             ids=ids,
             visible=visible,
@@ -287,7 +299,7 @@ class _Composed:
         validation = rows.validation
         evaluation, aggregator = self.evaluation, self.method.aggregator
         start = self.method.broadcast.start_of_step(state.broadcast, state.params)
-        server_visible = self.prepare(state).visible
+        server_visible = self._prepare(state).visible
         scales = jnp.asarray(evaluation.scales, jnp.float32)
 
         def rescaled(scale: Array) -> tuple[Params, optax.OptState]:
@@ -330,7 +342,7 @@ class _Composed:
         views = Views(
             params=state.params,
             sendable=exclude(state.params, method.roles.withheld),
-            prepared=self.prepare(state),
+            prepared=self._prepare(state),
             apply=lambda key, prepared: round_by_key(
                 method.transform.apply(key, state.transform_state, prepared),
                 fold_in_name(key, "rounding of the proxy view"),
@@ -341,7 +353,7 @@ class _Composed:
 
         def views_on(evaluator: Callable[[Params, Any], dict[str, Array]], rows: Any) -> Any:
             def evaluate_whole(params: Params, rows: Any) -> dict[str, Array]:
-                return evaluator(combine(params, self._public(state.params)), rows)
+                return evaluator(combine(self._public(state.params), params), rows)
 
             return evaluate_views(evaluate_whole, rows, views, evaluation.score)
 

@@ -34,6 +34,7 @@ class Method(NamedTuple):
         for good.
       privacy: How clients are protected from what is made of their updates; None: they are not.
         The aggregator clips by the same norm, and has uniform weights.
+      stored: The paths of frozen kernels that all compute with as codes; see `stored_kernels`.
     """
 
     transform: ProxyTransform
@@ -46,6 +47,7 @@ class Method(NamedTuple):
     broadcast: Broadcast = EVERY_ROUND
     mask_per: MaskPer = "round"
     privacy: Privacy | None = None
+    stored: frozenset[str] = frozenset()
 
     def mask_key(self, secret_key: Key, round_index: Array | int, client_id: Array | int) -> Key:
         """Returns the key of a client's mask in a round."""

@@ -4,20 +4,27 @@
 buys.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from fedqsn_jax.core.keys import keyed_permutation
+from fedqsn_jax.core.trees import combine, exclude, leaves_by_path, map_by_path, select
 from fedqsn_jax.core.types import Array, Columns, Key, Params
 from fedqsn_jax.protocol.masks import hide, spread
-from fedqsn_jax.protocol.proxy import Proxy, effective_params, scale_sites
+from fedqsn_jax.protocol.proxy import Proxy, effective_params, scale_sites, whole_proxy
 from fedqsn_jax.protocol.sites import Sites
+from fedqsn_jax.protocol.stored_kernels import (
+    StoredKernel,
+    column_factors,
+    paths_of_stored,
+    split_stored,
+    stored_kernels,
+)
 
 
 @struct.dataclass
@@ -27,13 +34,16 @@ class Attacker:
     Attributes:
       members: int32 ``[colluders]``, their client ids.
       copy: The latest copy of every column and tensor that one of them has received, dequantized
-        and not scaled; zero where they have received nothing. None for tensors that are public.
+        and not scaled; zero where they have received nothing. None for tensors that are public, and
+        for frozen ones: these are the same in every round, so `known` and `received` are enough.
       known: bool ``[layers, columns]`` a site: the columns of which they have a copy.
+      received: Whether one of them has taken part, bool scalar.
     """
 
     members: Array
     copy: Params
     known: Columns
+    received: Array
 
 
 def make_attacker(
@@ -42,10 +52,17 @@ def make_attacker(
     """Draws the colluding clients, who know nothing yet.
 
     Smaller groups that are drawn with the same key are parts of larger ones.
+
+    Args:
+      key: The key of the draw.
+      population: Number of clients.
+      colluders: How many of them collude.
+      params: The tensors that are sent and that rounds change; the others with gaps.
+      sites: The mask sites.
     """
     members = keyed_permutation(key, jnp.arange(colluders, dtype=jnp.int32), population)
     known = {site.path: jnp.zeros((site.layers, site.columns), bool) for site in sites.drawing}
-    return Attacker(members, jax.tree.map(jnp.zeros_like, params), known)
+    return Attacker(members, jax.tree.map(jnp.zeros_like, params), known, jnp.bool_(False))
 
 
 def received_columns(attacker: Attacker, ids: Array, visible: Columns) -> Columns:
@@ -87,27 +104,48 @@ def update_attacker(
     columns = {path: received[path] for path in attacker.known}
     now = spread(columns, attacker.copy, sites, received[""])
     copy = jax.tree.map(
-        lambda is_new, new, old: jnp.where(is_new, new, old).astype(old.dtype),
+        lambda old, is_new, new: (
+            None if old is None else jnp.where(is_new, new, old).astype(old.dtype)
+        ),
+        attacker.copy,
         now,
         prepared.params,
-        attacker.copy,
+        is_leaf=lambda leaf: leaf is None,
     )
     known = {path: seen | columns[path] for path, seen in attacker.known.items()}
-    return dataclasses.replace(attacker, copy=copy, known=known)
+    return Attacker(attacker.members, copy, known, attacker.received | received[""])
 
 
 def has_received(attacker: Attacker) -> bool:
     """Whether any of the colluding clients has taken part so far; on the host."""
-    return any(np.asarray(leaf).any() for leaf in jax.tree.leaves(attacker.copy))
+    return bool(attacker.received)
 
 
-def attacker_params(attacker: Attacker, sites: Sites) -> Params:
-    """The attacker's model: its copy, each site divided by the share of it that is known."""
+def attacker_params(attacker: Attacker, sites: Sites, prepared: Params | None = None) -> Params:
+    """The attacker's model: its copy, each site divided by the share of it that is known.
+
+    Args:
+      attacker: The attacker.
+      sites: The mask sites.
+      prepared: The tensors of any round's proxy before client masks, dequantized, of which the
+        frozen ones are taken, that the attacker's copy leaves out; None: it leaves out none.
+    """
     scale = {
         path: jnp.where(known.any(), known.size / jnp.maximum(known.sum(), 1), 1.0)
         for path, known in attacker.known.items()
     }
-    return scale_sites(attacker.copy, sites, scale)
+    held = attacker.copy
+    if prepared is None:
+        return scale_sites(held, sites, scale)
+    plain, stored = split_stored(whole_proxy(prepared, sites))
+    frozen = exclude(plain.params, frozenset(leaves_by_path(held)))
+    now = spread(attacker.known, frozen, sites, attacker.received)
+    frozen = jax.tree.map(
+        lambda on, leaf: jnp.where(on, leaf, jnp.zeros((), leaf.dtype)), now, frozen
+    )
+    scaled = scale_sites(combine(held, frozen), sites, scale)
+    factors = column_factors(attacker.known, scale, sites)
+    return combine(scaled, stored_kernels(stored, factors, sites))
 
 
 def server_params(params: Params, prepared: Proxy) -> Params:
@@ -117,8 +155,23 @@ def server_params(params: Params, prepared: Proxy) -> Params:
       params: The hidden model.
       prepared: What the transform prepared: its visible columns and scales are the server mask's.
     """
-    visible = hide(params, prepared.sites, prepared.visible)
-    return scale_sites(visible, prepared.sites, prepared.scale)
+    stored, sites = paths_of_stored(prepared.params), prepared.sites
+    visible = hide(exclude(params, stored), sites, prepared.visible)
+    scaled = scale_sites(visible, sites, prepared.scale)
+    factors = column_factors(prepared.visible, prepared.scale, sites)
+    kernels = map_by_path(
+        lambda path, leaf: StoredKernel(leaf, factors.get(path), sites.by_kernel[path]),
+        select(params, stored),
+    )
+    return combine(scaled, kernels)
+
+
+def proxy_params(prepared: Proxy, apply: Callable[[Proxy], Proxy]) -> Params:
+    """A client's model: what the transform's ``apply`` makes of the prepared proxy, rescaled."""
+    plain, stored = split_stored(prepared)
+    proxy = apply(plain)
+    factors = column_factors(proxy.visible, proxy.scale, proxy.sites)
+    return combine(effective_params(proxy), stored_kernels(stored, factors, proxy.sites))
 
 
 class Views(NamedTuple):
@@ -127,7 +180,7 @@ class Views(NamedTuple):
     Attributes:
       params: The hidden model.
       sendable: The same without the tensors that are withheld as a whole.
-      prepared: The round's proxy before client masks, dequantized.
+      prepared: The round's proxy before client masks, dequantized; frozen kernels may stay codes.
       apply: ``(key, prepared) -> proxy``: makes a client's proxy from it.
       proxy_keys: Keys ``[samples]``: the client masks that the proxy view averages over.
       attackers: The attackers by name.
@@ -163,12 +216,14 @@ def evaluate_views(
         "server": evaluate(server_params(views.sendable, prepared), rows),
     }
     samples = jax.lax.map(
-        lambda key: evaluate(effective_params(views.apply(key, prepared)), rows), views.proxy_keys
+        lambda key: evaluate(proxy_params(prepared, functools.partial(views.apply, key)), rows),
+        views.proxy_keys,
     )
     results["proxy"] = {name: values.mean() for name, values in samples.items()}
     results["proxy"][f"{score}_std"] = samples[score].std()
     for name, attacker in views.attackers.items():
-        results[name] = evaluate(attacker_params(attacker, prepared.sites), rows)
+        held = attacker_params(attacker, prepared.sites, prepared.params)
+        results[name] = evaluate(held, rows)
     return {
         f"{view}/{name}": value
         for view, values in results.items()

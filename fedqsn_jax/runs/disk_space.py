@@ -72,6 +72,11 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"--workdir={path}: it exists and is not a directory")
     nearest = path
     while not nearest.exists():
+        if nearest.is_symlink():
+            raise ConfigError(
+                f"--workdir={path}: {nearest} is a link to {nearest.readlink()}, which does not "
+                f"exist"
+            )
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"--workdir={path}: {nearest} cannot be written")

@@ -23,7 +23,7 @@ from fedqsn_jax.runs.disk_space import check_room
 from fedqsn_jax.runs.preparation import Experiment, load_problem, prepare
 from fedqsn_jax.runs.reference import check_reference, reference_score
 from fedqsn_jax.runs.results import mend_metrics, open_board, show_overview, write_results
-from fedqsn_jax.runs.stopping import RunningCall
+from fedqsn_jax.runs.stopping import RunningRounds
 from fedqsn_jax.runs.working_directory import WorkDirectory
 from fedqsn_jax.simulation.memory import answer_out_of_memory
 from fedqsn_jax.simulation.running import (
@@ -171,7 +171,7 @@ def _run(
 ) -> tuple[ServerState, list[Entry]]:
     """The run in a directory that is ours alone."""
     config, settings = experiment.config, experiment.config.checkpoint
-    running = RunningCall(config, work.what_remains)
+    running = RunningRounds(work.what_remains)
     with Checkpoints(work.checkpoints, settings.keep_latest, settings.keep_best) as checkpoints:
         restored = _restore(experiment, checkpoints)
         if restored is not None:
@@ -281,7 +281,7 @@ def _train(
     work: WorkDirectory,
     checkpoints: Checkpoints,
     display: Display,
-    running: RunningCall,
+    running: RunningRounds,
     on_entries: OnEntries,
 ) -> ServerState:
     """Runs the rounds that are left, adding to ``history``; returns the state after the last."""
@@ -317,20 +317,19 @@ def _train(
         splits.clients,
         experiment.held_out,
         seconds=history[-1]["seconds"],
+        stopping=running,
     )
     with (
         board,
         display.progress(config.rounds, finished, simulation.task.score) as progress,
     ):
         progress.update(finished, history[-1:])
-        running.begins_after(finished)
         for after, state, entries in calls:
-            running.begins_after(after)
             history += entries
             progress.update(after, entries)
             on_entries(after, entries)
-            # All stop at the same boundary, whichever of them was asked to.
-            stop = distributed.any_of(running.stopped.is_set())
+            # All stop after the same round, whichever of them was asked to.
+            stop = running.is_asked()
             every = config.checkpoint.every
             due = stop or after // every > finished // every or after == config.rounds
             distributed.by_leader(functools.partial(record, entries))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 
+from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import Config
 from fedqsn_jax.core.types import Params
 from fedqsn_jax.host.checkpoints import Checkpoints, History
@@ -52,7 +53,7 @@ def load(workdir: Path | str, round: int | None = None) -> Trained:
       ConfigError: There is no run in the directory.
       CheckpointError: There is no such checkpoint, or it cannot be read.
     """
-    work = WorkDirectory(Path(workdir))
+    work = WorkDirectory(user_path(workdir))
     config = work.config()
     with Checkpoints(work.checkpoints, keep_latest=1, keep_best=0) as checkpoints:
         tensors, history, finished = checkpoints.read("params", round)

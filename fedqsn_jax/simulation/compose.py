@@ -9,18 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from fedqsn_jax.config.schema import Config, chooses_scale
 from fedqsn_jax.core.keys import fold_in_name
 from fedqsn_jax.core.tasks import Task
-from fedqsn_jax.core.trees import TensorRoles, exclude, select, tree_bytes
-from fedqsn_jax.core.types import ApplyFn, Array, Key, Params
+from fedqsn_jax.core.trees import TensorRoles, in_float32
+from fedqsn_jax.core.types import ApplyFn, Key, Params
 from fedqsn_jax.data.population import ClientData
-from fedqsn_jax.host.devices import device_bytes
 from fedqsn_jax.models.functional import in_compute_dtype
-from fedqsn_jax.problems.limits import MODEL, check_memory
+from fedqsn_jax.problems.limits import MODEL
 from fedqsn_jax.problems.training import local_optimizer
 from fedqsn_jax.prompting.prompted_model import alternating, returning
 from fedqsn_jax.protocol.algorithms import Algorithm
@@ -40,6 +38,7 @@ from fedqsn_jax.rounds.federation import (
 from fedqsn_jax.rounds.method import Method
 from fedqsn_jax.rounds.participation import Participation
 from fedqsn_jax.simulation.accounting import Account, account_of
+from fedqsn_jax.simulation.client_run import choose_client_run
 from fedqsn_jax.simulation.fitting import Fitted, Model, fit
 from fedqsn_jax.simulation.from_config import (
     SCALES,
@@ -51,10 +50,8 @@ from fedqsn_jax.simulation.from_config import (
     make_upload,
     upload_quantizer,
 )
-from fedqsn_jax.simulation.limits import check_population, report_bytes, sample_bytes
-from fedqsn_jax.simulation.memory import client_bytes, saved_activations
-from fedqsn_jax.simulation.round_memory import fixed_memory, own_frozen_bytes, proxy_and_deltas
-from fedqsn_jax.simulation.scheduling import ClientAxisChoice, Workload, choose_client_axis
+from fedqsn_jax.simulation.limits import check_population
+from fedqsn_jax.simulation.scheduling import ClientAxisChoice
 
 TRACEABLE = (
     "p1",
@@ -65,10 +62,6 @@ TRACEABLE = (
 )
 """Fields whose values a compiled round may take as arguments. A probability that is a number zero
 is left out of the program; a traced one that is zero gives the same values."""
-
-
-SAMPLES, REPORTS = "samples of the proxy view", "reports of a call"
-"""Purposes of memory that grow with settings which may be very large."""
 
 
 class Simulation(NamedTuple):
@@ -169,7 +162,7 @@ def make_simulation(
     )
     fitted = fit(config, algorithm, model, _batch_shapes(data, config.client.batch_size))
     parts = _compose(config, algorithm, fitted, data.clients, account)
-    memory, choice = _choose_client_axis(config, fitted, parts, data)
+    memory, choice = choose_client_run(config, fitted, parts, data, _optimizer(config, algorithm))
     return _simulation(config, fitted, parts, choice=choice, memory=memory)
 
 
@@ -212,6 +205,7 @@ def _compose(
         broadcast=configured_broadcast(config, algorithm),
         mask_per=config.mask_per,  # type: ignore[arg-type]
         privacy=configured_privacy(config, algorithm, account),
+        stored=fitted.stored,
     )
     apply_fn, rows = fitted.model.apply_fn, config.evaluation.batch_size
     evaluation = Evaluation(
@@ -238,8 +232,7 @@ def _compose(
         plain=fitted.reference,
         upload=upload_quantizer(config),
     )
-    if fitted.lora is not None:
-        federation = _with_adapters(federation, fitted.lora)
+    federation = _from_plain_model(federation, fitted.lora, roles)
     return _Parts(
         algorithm=algorithm,
         method=method,
@@ -305,89 +298,15 @@ def _client_update(config: Config, algorithm: Algorithm, fitted: Fitted) -> Clie
     return returning(update, fitted.roles.returned) if algorithm.prompts_only else update
 
 
-def _choose_client_axis(
-    config: Config, fitted: Fitted, parts: _Parts, data: ClientData
-) -> tuple[dict[str, int], ClientAxisChoice]:
-    """Chooses how clients are run; returns also the memory of a round, bytes by purpose."""
-    model, roles = fitted.model, fitted.roles
-    # What a client has not got, it does not compute with either.
-    a_client = client_bytes(
-        model.client_apply,
-        model.task,
-        _optimizer(config, parts.algorithm),
-        params=exclude(model.params, roles.withheld),
-        batch=fitted.batch,
-        trained=roles.trained,
-        proximal=config.client.proximal,
-    )
-    frozen = own_frozen_bytes(
-        model.params, fitted.sites, roles.trained, traffic=parts.traffic, algorithm=parts.algorithm
-    )
-    # Twice, as was measured: the compiler does not overwrite them in place. And a merged matrix
-    # with its gradient.
-    a_client += 2 * frozen + fitted.merged_bytes
-    an_arrival = tree_bytes(select(model.params, roles.trained)) + frozen
-    sent, returned = select(model.params, roles.sent), select(model.params, roles.returned)
-    fixed = {
-        **proxy_and_deltas(sent, returned, fitted.sites, parts.algorithm),
-        **fixed_memory(parts.federation, fitted.plain, fitted.sites, config=config, data=data),
-        SAMPLES: sample_bytes(config),
-        REPORTS: report_bytes(config, len(fitted.sites.drawing)),
-    }
-    steps = parts.method.update.step_count(data.rows(_some_clients(data.clients)))
-    workload = Workload(
-        steps=np.asarray(steps),
-        equal_steps=0 if config.participation.stragglers else config.client.steps,
-        client_bytes=a_client,
-        arrival_bytes=an_arrival,
-        fixed_bytes=sum(fixed.values()),
-        device_bytes=device_bytes(),
-    )
-    if workload.largest_chunk < 1:
-        _refuse(config, fitted, fixed, a_client)
-    cohort = dataclasses.replace(config.cohort, size=cohort_places(config, data.clients))
-    choice = choose_client_axis(cohort, workload, jax.default_backend())
-    at_once, refills = choice.axis.chunk_size, choice.axis.refills
-    clients = f"{at_once} client{'s' if at_once > 1 else ''}"
-    memory = {**fixed, f"training of {clients} at once": at_once * a_client}
-    if at_once > 1:
-        memory["clients that take others' places"] = refills * an_arrival
-    return memory, choice
-
-
-def _refuse(config: Config, fitted: Fitted, fixed: dict[str, int], a_client: int) -> None:
-    """Refuses a round that does not fit with one client at a time, if it is so by far."""
-    model = fitted.model
-    rows = tree_bytes(fitted.batch) + 2 * saved_activations(
-        model.client_apply, model.task, model.params, fitted.batch, fitted.roles.trained
-    )
-    shares = {
-        "client.batch_size": rows,
-        "cohort.size": fixed["client masks"] + fixed.get("residuals of the cohort", 0),
-        "evaluation.proxy_samples": fixed[SAMPLES],
-        "rounds_per_call": fixed[REPORTS],
-    }
-    rest = sum(fixed.values()) + a_client - sum(shares.values())
-    plain, adapted = tree_bytes(fitted.plain), tree_bytes(model.params)
-    shares[model.size] = rest * plain // adapted
-    shares["lora.rank"] = rest - shares[model.size]
-    check_memory(config, "the rounds, with one client at a time,", shares)
-
-
-def _with_adapters(federation: Federation, lora: Lora) -> Federation:
-    """The same, starting from the plain model's parameters."""
+def _from_plain_model(federation: Federation, lora: Lora | None, roles: TensorRoles) -> Federation:
+    """The same, starting from the plain model's parameters, which may be stored narrow."""
 
     def init(key: Key, params: Params) -> ServerState:
-        adapter_key = fold_in_name(fold_in_name(key, "secret"), "adapters")
-        return federation.init(key, lora.add(adapter_key, params))
+        if lora is not None:
+            params = lora.add(fold_in_name(fold_in_name(key, "secret"), "adapters"), params)
+        return federation.init(key, in_float32(params, roles.trained))
 
     return federation._replace(init=init)
-
-
-def _some_clients(population: int) -> Array:
-    """Ids of all clients, or of some thousand evenly spread ones."""
-    count = min(population, 4096)
-    return jnp.asarray(np.arange(count, dtype=np.int64) * population // count, jnp.int32)
 
 
 def _batch_shapes(data: ClientData, batch_size: int) -> Any:

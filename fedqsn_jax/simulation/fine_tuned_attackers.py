@@ -128,11 +128,12 @@ def _start(simulation: Simulation, state: ServerState, attacker: Attacker) -> tu
     public = exclude(exclude(state.params, roles.sent), roles.withheld)
 
     @jax.jit
-    def make(attacker: Attacker, public: Params) -> Params:
-        scaled = attacker_params(attacker, simulation.sites)
+    def make(attacker: Attacker, state: ServerState, public: Params) -> Params:
+        prepared = simulation.federation.prepare(state).params
+        scaled = attacker_params(attacker, simulation.sites, prepared)
         return simulation.merged(combine(scaled, public))
 
-    start = jax.tree.map(jnp.asarray, make(attacker, public))
+    start = jax.tree.map(jnp.asarray, make(attacker, state, public))
     if simulation.lora is not None:
         return start, everything(start)
     return start, known_entries(start, attacker.known, simulation.sites)

@@ -3,6 +3,7 @@
 None of it depends on the values that a sweep may change within one compiled program.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 
 from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.tasks import Task
-from fedqsn_jax.core.trees import TensorRoles, select_trained
+from fedqsn_jax.core.trees import TensorRoles, in_float32, select_trained
 from fedqsn_jax.core.types import ApplyFn, Batch, Params
 from fedqsn_jax.problems.limits import MODEL
 from fedqsn_jax.prompting.prompted_model import full_encoder, parts_of
@@ -18,6 +19,7 @@ from fedqsn_jax.protocol.algorithms import Algorithm
 from fedqsn_jax.protocol.lora import Lora
 from fedqsn_jax.protocol.low_rank import adapt
 from fedqsn_jax.protocol.sites import Sites, embedding_rules, find_sites
+from fedqsn_jax.protocol.stored_kernels import storable_kernels, with_stored_kernels
 from fedqsn_jax.simulation.from_config import configured_adapters
 
 
@@ -51,6 +53,7 @@ class Fitted(NamedTuple):
       sites: The mask sites.
       roles: Which tensors go where.
       batch: The shapes of a client's minibatch.
+      stored: The paths of frozen kernels that stay codes; see `stored_kernels`.
     """
 
     model: Model
@@ -61,6 +64,7 @@ class Fitted(NamedTuple):
     sites: Sites
     roles: TensorRoles
     batch: Batch
+    stored: frozenset[str] = frozenset()
 
 
 def fit(config: Config, algorithm: Algorithm, plain: Model, batch: Batch) -> Fitted:
@@ -76,9 +80,14 @@ def fit(config: Config, algorithm: Algorithm, plain: Model, batch: Batch) -> Fit
       ConfigError: The settings do not fit the model.
     """
     sites = _sites(config, algorithm, plain.params)
-    lora, merged, model = configured_adapters(config, plain.params), None, plain
+    lora, merged = configured_adapters(config, plain.params), None
     adapters_only = algorithm.adapters_only
     public = adapters_only or config.lora.public_base
+    plain = plain._replace(
+        apply_fn=with_stored_kernels(plain.apply_fn),
+        client_apply=with_stored_kernels(plain.client_apply),
+    )
+    model = plain
     if lora is not None:
         params = jax.eval_shape(lora.add, jax.random.key(0), plain.params)
         apply_fn, _ = adapt(lora, plain.apply_fn, params, batch)
@@ -91,6 +100,9 @@ def fit(config: Config, algorithm: Algorithm, plain: Model, batch: Batch) -> Fit
         trained = select_trained(model.params, wanted)
     except ValueError as error:
         raise ConfigError(f"client.trained: {error}") from error
+    model = model._replace(
+        params=jax.eval_shape(functools.partial(in_float32, trained=trained), model.params)
+    )
     roles = TensorRoles(sent=trained if public else None, trained=trained, returned=trained)
     reference = plain.params
     if algorithm.prompts_only:
@@ -98,6 +110,10 @@ def fit(config: Config, algorithm: Algorithm, plain: Model, batch: Batch) -> Fit
         roles = parts_of(model.params, config.fedsp.tuned, auxiliary=auxiliary)
         sites, reference = Sites(), full_encoder(model.params)
     matrices = merged.adapters if merged else ()
+    stored = frozenset[str]()
+    if algorithm.quantizer and not algorithm.quantizer.mixes_columns and not public:
+        own = {one.matrix.path for one in matrices} | algorithm.traced(sites)
+        stored = storable_kernels(plain.client_apply, plain.params, batch, sites, trained) - own
     return Fitted(
         model=model,
         plain=plain.params,
@@ -107,6 +123,7 @@ def fit(config: Config, algorithm: Algorithm, plain: Model, batch: Batch) -> Fit
         sites=sites,
         roles=roles,
         batch=batch,
+        stored=stored,
     )
 
 

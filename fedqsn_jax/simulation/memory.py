@@ -39,7 +39,14 @@ from fedqsn_jax.rounds.client_optimizer import ClientOptimizer
 def saved_activations(
     apply_fn: ApplyFn, task: Task, params: Params, batch: Batch, trained: Selection = None
 ) -> int:
-    """Bytes that a backward pass saves of the forward pass, parameters left out.
+    """Bytes of `saved_leaves`: what a backward pass saves of the forward pass."""
+    return tree_bytes(saved_leaves(apply_fn, task, params, batch, trained))
+
+
+def saved_leaves(
+    apply_fn: ApplyFn, task: Task, params: Params, batch: Batch, trained: Selection = None
+) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of what a backward pass saves of the forward pass, parameters left out.
 
     Args:
       apply_fn: The model.
@@ -59,7 +66,7 @@ def saved_activations(
 
     saved = jax.eval_shape(residuals, params, batch)
     weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
-    return tree_bytes([x for x in jax.tree.leaves(saved) if (x.shape, x.dtype) not in weights])
+    return [x for x in jax.tree.leaves(saved) if (x.shape, x.dtype) not in weights]
 
 
 def client_bytes(

@@ -5,20 +5,24 @@ What one more client at once takes is in `memory`.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fedqsn_jax.config.schema import Config, ConfigError
 from fedqsn_jax.core.keys import federation_key
-from fedqsn_jax.core.trees import Selection, exclude, select, tree_bytes
+from fedqsn_jax.core.trees import Selection, exclude, leaves_by_path, select, tree_bytes
 from fedqsn_jax.core.types import Array, Params
 from fedqsn_jax.data.population import ClientData
 from fedqsn_jax.data.streamed import HostData, capacity_for
 from fedqsn_jax.host.devices import device_bytes
 from fedqsn_jax.protocol.algorithms import Algorithm
+from fedqsn_jax.protocol.proxy import quantize_sites
+from fedqsn_jax.protocol.quantization import Quantizer
 from fedqsn_jax.protocol.sites import Sites
 from fedqsn_jax.protocol.sizes import Traffic
+from fedqsn_jax.protocol.stored_kernels import select_stored, stored_kernels
 from fedqsn_jax.rounds.calls import draw_cohorts
 from fedqsn_jax.rounds.federation import Federation
 from fedqsn_jax.simulation.from_config import cohort_places
@@ -31,11 +35,15 @@ def proxy_and_deltas(
     """Returns the bytes of the round's proxy and of the sum of deltas, both float32, by purpose.
 
     Args:
-      sent: The tensors that are sent, or their shapes.
+      sent: The tensors that are sent, or their shapes, without those that stay codes.
       trained: Those that are trained, likewise.
       sites: The mask sites.
       algorithm: Tells whether each client is given a rounding of its own.
     """
+
+    changed = frozenset(leaves_by_path(trained))
+    # What is frozen and of no site is the server's own tensor.
+    sent = exclude(sent, frozenset(leaves_by_path(exclude(sent, sites.tensors | changed))))
 
     def size(params: Params) -> int:
         return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
@@ -126,3 +134,43 @@ def own_frozen_bytes(
     """
     own = sites.masked_by(traffic.down.per_column).tensors | algorithm.traced(sites)
     return tree_bytes(select(exclude(params, trained), own))
+
+
+class StoredBytes(NamedTuple):
+    """What kernels take that stay codes.
+
+    Attributes:
+      computed_with: The shapes of what the model computes with.
+      codes: Bytes of the codes and scales of all of them.
+      one_layer: Bytes of the values of the largest one's layer, float32 and in the dtype of a
+        product, while it is computed with.
+    """
+
+    computed_with: Params
+    codes: int
+    one_layer: int
+
+    @classmethod
+    def of(
+        cls, params: Params, stored: frozenset[str], sites: Sites, quantizer: Quantizer | None
+    ) -> "StoredBytes":
+        """Counts them.
+
+        Args:
+          params: The parameters, or their shapes.
+          stored: The paths of the kernels.
+          sites: The mask sites.
+          quantizer: What makes codes of them; None: there are none.
+        """
+        some = Sites(site for site in sites if site.path in stored)
+        if not some or quantizer is None:
+            return cls(params, 0, 0)
+        factors = {one.path: jnp.ones((one.layers, one.columns), jnp.float32) for one in some}
+
+        def store(params: Params) -> tuple[Params, Params]:
+            quantized = quantize_sites(params, quantizer, some)
+            return stored_kernels(quantized, factors, some), select_stored(quantized)
+
+        computed_with, codes = jax.eval_shape(store, params)
+        largest = max(site.fan_in * site.columns for site in some)
+        return cls(computed_with, tree_bytes(codes), 8 * largest)

@@ -2,8 +2,9 @@
 
 import itertools
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from fedqsn_jax.core.keys import federation_key
 from fedqsn_jax.core.types import Array, Batch, Params
 from fedqsn_jax.data.population import ClientData, HeldOut
 from fedqsn_jax.data.streamed import HostData, capacity_for, stream
+from fedqsn_jax.host import distributed
 from fedqsn_jax.host.devices import Tree, replicate
+from fedqsn_jax.protocol.sizes import Traffic
 from fedqsn_jax.reporting.summary import EPSILON
 from fedqsn_jax.rounds.calls import CallResult, draw_cohorts
 from fedqsn_jax.rounds.federation import ServerState
@@ -22,6 +25,55 @@ from fedqsn_jax.simulation.scheduling import calls_of
 
 Entry = dict[str, Any]
 """One evaluated round: what becomes a line of metrics.jsonl."""
+
+_PIECE_SECONDS = 1.0
+"""How long the host lets a call's rounds run before it looks whether it shall stop."""
+
+_REMEMBERED = 20
+"""Pieces by which the next one's number of rounds is set."""
+
+
+class Stopping(Protocol):
+    """Whoever may ask rounds to stop within a call, and is told of those that run."""
+
+    def begins(self, finished: int, end: int) -> None:
+        """Is told that rounds begin after so many, and will run up to ``end``."""
+
+    def is_asked(self) -> bool:
+        """Whether the rounds shall stop here; of several processes all have to say the same."""
+
+
+class _NeverStopping:
+    def begins(self, finished: int, end: int) -> None:
+        pass
+
+    def is_asked(self) -> bool:
+        return False
+
+
+class _Pace:
+    """How many rounds run before the host looks again: at first one, then about a second's."""
+
+    def __init__(self) -> None:
+        self._compiled = False
+        # Rounds that are evaluated may take much longer than others: the slowest of late counts.
+        self._late: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def rounds(self, busy: float) -> int:
+        """The number; of several processes the leader's, since all run the same program.
+
+        Args:
+          busy: Seconds that the host has work of its own meanwhile.
+        """
+        seconds = max(busy, _PIECE_SECONDS)
+        count = min(seconds / max(*self._late, 1e-9), 2**30) if self._late else 1
+        return int(distributed.from_leader(np.int32(max(count, 1))))
+
+    def took(self, seconds: float, rounds: int) -> None:
+        """Notes how long rounds took; the first ones compile, and say nothing."""
+        if self._compiled:
+            self._late.append(seconds / rounds)
+        self._compiled = True
 
 
 def place(simulation: Simulation, tree: Tree) -> Tree:
@@ -50,12 +102,14 @@ def run_rounds(
     test: Batch | HeldOut,
     *,
     seconds: float = 0.0,
+    stopping: Stopping | None = None,
 ) -> Iterator[tuple[int, ServerState, list[Entry]]]:
     """Runs rounds up to the configured number, call by call.
 
     Calls end at multiples of ``rounds_per_call`` of the absolute round, so that an interrupted run
-    and an uninterrupted one make the same calls. A yielded state is donated to the next call: use
-    it before asking for the next.
+    and an uninterrupted one make the same calls. Within a call the compiled program is given about
+    a second's rounds at a time, so that a run can stop soon; what it computes does not depend on
+    that. A yielded state is donated to the next call: use it before asking for the next.
 
     Args:
       simulation: What to run.
@@ -64,30 +118,43 @@ def run_rounds(
         the rows of the next are gathered and sent.
       test: Held-out rows, also of clients.
       seconds: What earlier parts of the run took; entries count on from there.
+      stopping: May stop the rounds within a call; nothing follows then.
 
     Yields:
       ``(round, state, entries)`` after each call, with the rounds evaluated in it.
     """
-    config = simulation.config
+    config, stopping = simulation.config, stopping or _NeverStopping()
     calls = calls_of(int(state.round), config)
     test, last = place(simulation, (test, jnp.int32(config.rounds)))
     feed = _feed(simulation, state, data, calls)
+    pace = _Pace()
     began = time.perf_counter()
-    rows = next(feed, None)
+    following, feeding = next(feed, None), 0.0
     for finished, stop in calls:
-        until = place(simulation, jnp.int32(stop))
-        state, result = simulation.run(state, rows, test, until, last)
-        # The call runs on while the host prepares the next one's rows.
-        rows = next(feed, None)
-        result = jax.device_get(result)
-        took = time.perf_counter() - began
-        entries = []
-        for index in np.flatnonzero(result.evaluated[: stop - finished]):
-            share = (index + 1) / (stop - finished)
-            entry = entry_of(simulation, result, int(index), finished)
-            entries.append({**entry, "seconds": round(float(seconds + share * took), 6)})
-        seconds += took
-        yield stop, state, entries
+        rows, entries, after = following, [], finished
+        while after < stop and not (after > finished and stopping.is_asked()):
+            busy = feeding if after == finished else 0.0
+            before, after = after, min(stop, after + pace.rounds(busy))
+            stopping.begins(before, after)
+            until = place(simulation, jnp.int32(after))
+            state, result = simulation.run(state, rows, test, until, last)
+            if before == finished:
+                # The call runs on while the host prepares the next one's rows.
+                feeding = time.perf_counter()
+                following = next(feed, None)
+                feeding = time.perf_counter() - feeding
+            result = jax.device_get(result)
+            took = time.perf_counter() - began
+            pace.took(took, after - before)
+            for index in np.flatnonzero(result.evaluated[: after - before]):
+                share = (index + 1) / (after - before)
+                entry = entry_of(simulation, result, int(index), before)
+                entries.append({**entry, "seconds": round(float(seconds + share * took), 6)})
+            seconds += took
+            began = time.perf_counter()
+        yield after, state, entries
+        if after < stop:
+            return
         began = time.perf_counter()
 
 
@@ -111,12 +178,6 @@ def entry_of(simulation: Simulation, result: CallResult, index: int, finished: i
     # Of a Poisson cohort that is empty there are no means.
     cohort = max(int(facts.get("clients/drawn", mean_size)), 1)
     drawn = mean_size * number if "payloads" in facts else cohort
-    payloads = _count(facts["payloads"]) / drawn if "payloads" in facts else 1
-
-    def columns(kind: str, clients: int) -> dict[str, float]:
-        of_kind = (name for name in facts if name.startswith(f"{kind}/"))
-        return {name.partition("/")[2]: _count(facts[name]) / clients for name in of_kind}
-
     counts = {
         name: int(facts[f"clients/{name}"])
         for name in ("drawn", "sent", "returned", "rejected")
@@ -129,10 +190,27 @@ def entry_of(simulation: Simulation, result: CallResult, index: int, finished: i
         **_ordered({name: values[index] for name, values in result.metrics.items()}),
         "train/loss": float(facts["train/loss"]),
         **{f"clients/{name}": count for name, count in counts.items()},
-        "bytes/down_per_client": traffic.down.of(columns("visible", drawn), payloads),
-        "bytes/up_per_client": traffic.up.of(columns("returned", cohort), returned),
+        "bytes/down_per_client": mean_download(traffic, facts, drawn),
+        "bytes/up_per_client": traffic.up.of(_columns(facts, "returned", cohort), returned),
         **epsilon,
     }
+
+
+def mean_download(traffic: Traffic, facts: Mapping[str, Array], drawn: int) -> float:
+    """Returns the mean bytes that a client was sent.
+
+    Args:
+      traffic: The lengths of payloads.
+      facts: Of `Federation.round`: of the round, or in one-way rounds of all so far.
+      drawn: How many clients took part, in that round or in all of them.
+    """
+    payloads = _count(facts["payloads"]) / drawn if "payloads" in facts else 1
+    return traffic.down.of(_columns(facts, "visible", drawn), payloads)
+
+
+def _columns(facts: Mapping[str, Array], kind: str, clients: int) -> dict[str, float]:
+    of_kind = (name for name in facts if name.startswith(f"{kind}/"))
+    return {name.partition("/")[2]: _count(facts[name]) / clients for name in of_kind}
 
 
 def _count(value: Array) -> int:

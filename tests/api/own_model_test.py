@@ -100,6 +100,33 @@ def test_the_head_and_no_layer_that_is_called_nearly_so_is_never_hidden(names):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+def test_layers_that_are_called_as_heads_and_norms_are_hidden_all_the_same():
+    names = ("head", "normal", "x_logits", "whatever")
+    assert hidden(Named(names)) == of(*names[:-1])
+    whole = ("=head/kernel: none",)
+    assert hidden(Named(names), site_rules=whole) == of(*names[1:-1])
+
+
+class Unknown(nn.Module):
+    """A layer whose matrix is called as no rule knows."""
+
+    @nn.compact
+    def __call__(self, x):
+        matrix = self.param("matrix", nn.initializers.normal(), (x.shape[-1], 8))
+        return nn.Dense(3, name="last")(nn.relu(nn.Dense(8, name="first")(x @ matrix)))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_what_no_rule_takes_for_a_layer_is_told():
+    with pytest.warns(
+        UserWarning, match=r"^site_rules: nothing of matrix is hidden .*input column"
+    ):
+        assert hidden(Unknown()) == of("first")
+    rules = ("matrix: input column",)
+    assert hidden(Unknown(), site_rules=rules) == [*of("first"), "matrix"]
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_rule_cannot_hide_the_head():
     assert hidden(Named(("a", "b")), site_rules=("*/kernel: input column",)) == of("a")
     with pytest.warns(UserWarning, match=r"^site_rules: 'b/kernel: input column' has no effect"):

@@ -120,6 +120,8 @@ def test_names_that_are_read_must_be_there():
         ("mlp", "model: of type str; allowed are"),
         (({}, lambda p, batch, key: p), "model: of type tuple; allowed are"),
         ((lambda p, b, k: (b["image"], 1), {}), "model: it returns a value of type tuple"),
+        ((lambda p, b, k: b["image"].astype(int), {}), "model: its outputs are int32, through"),
+        ((lambda p, b, k: b["image"] * 1j, {}), "model: its outputs are complex64, through"),
         (
             (lambda p, b, k: b @ p["w"], {"w": jnp.ones(4)}),
             "with image, label, without a key",

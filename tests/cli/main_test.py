@@ -113,6 +113,8 @@ def test_a_missing_config(tmp_path, capsys):
         ("1 +", "SyntaxError"),
         ("x = 1", "it defines no function get_config"),
         ("def get_config():\n    return 1 / 0", "ZeroDivisionError"),
+        ("import sys\nsys.exit(3)", "SystemExit: 3"),
+        ("def get_config():\n    raise SystemExit(3)", "SystemExit: 3"),
         ("def get_config():\n    return {}", "returned no ConfigDict"),
     ],
 )

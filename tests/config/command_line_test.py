@@ -7,7 +7,7 @@ import pytest
 from locations import ROOT
 
 from fedqsn_jax import federate
-from fedqsn_jax.config.command_line import read_config
+from fedqsn_jax.config.command_line import literal, read_config
 from fedqsn_jax.config.schema import ConfigError
 
 DATACLASS = """
@@ -78,3 +78,8 @@ def test_the_readme_of_configurations_shows_what_works(tmp_path):
     assert (program, overrides.pop()) == ("fedqsn_jax.main", "--dry_run")
     config = read_config(option.removeprefix("--config="), overrides)
     assert (config.algorithm, config.client.steps) == ("fedavg", 5)
+
+
+def test_a_number_that_is_too_small_is_not_taken_for_zero():
+    assert [literal(text) for text in ("0.0", "0e5", "-0.", "1e-300")] == [0, 0, 0, 1e-300]
+    assert [literal(text) for text in ("1e-400", "0.5E-999")] == ["1e-400", "0.5E-999"]

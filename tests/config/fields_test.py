@@ -36,6 +36,13 @@ def test_no_float_is_infinite_or_too_large_for_the_device(name):
         assert len(message) < 200
 
 
+@pytest.mark.parametrize("name", FLOATS)
+def test_no_float_becomes_zero_on_the_device(name):
+    for value in (1e-39, -1e-50, 5e-324):
+        message = refusal(name, value)
+        assert message.startswith(f"{name} = {value!r}: that is 0 on the device; allowed is 0, or ")
+
+
 @pytest.mark.parametrize("name", INTEGERS)
 def test_no_integer_is_too_large_for_the_device(name):
     for value in (2**32, -(2**31) - 1, 10**5000, -(10**5000)):

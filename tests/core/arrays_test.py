@@ -118,7 +118,9 @@ def test_ids_are_integers_where_all_fit_and_text_otherwise():
 
 
 def test_what_is_no_id():
-    assert [plain_id(value) for value in (None, float("nan"), "", np.float32("nan"))] == [None] * 4
-    for value in (float("inf"), [1], {}, "a\0", "\ud800"):
+    for value in (None, float("nan"), "", np.float32("nan"), "  ", "\u3000"):
+        assert plain_id(value) is None
+    # The last ones stand for 2**53 and 2**53 + 1, and for many more.
+    for value in (float("inf"), [1], {}, "a\0", "\ud800", 2.0**53, 1e300):
         with pytest.raises(ValueError, match="no id"):
             plain_id(value)

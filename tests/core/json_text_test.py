@@ -22,6 +22,7 @@ def test_what_is_json_is_read():
         ('{"a": }', "not JSON (Expecting value"),
         (b"\xff", "not JSON ("),
         ("", "not JSON ("),
+        ('[{"a": {"b": 1, "c": 2, "b": 1}}]', "JSON that has the key 'b' twice in an object"),
     ],
 )
 def test_what_is_none_is_a_value_error(text, says):

@@ -135,7 +135,47 @@ def test_the_next_rows_are_sent_while_the_device_works(data, model, simulations,
         watched, initial_state(simulation, model.params), host, data.examples
     ):
         events.append(after)
-    assert events == ["send", "run", "send", 2, "run", "send", 4, "run", "send", 6, "run", 7]
+    # The first round alone, and the second, whose time says how many the host lets run at once.
+    first = ["send", "run", "send", "run", 2]
+    assert events == [*first, "run", "send", 4, "run", "send", 6, "run", 7]
+
+
+class _StopsAfter:
+    """Asks rounds to stop once so many are finished."""
+
+    def __init__(self, rounds):
+        self._rounds, self.told = rounds, []
+
+    def begins(self, finished, end):
+        self.told.append((finished, end))
+
+    def is_asked(self):
+        return self.told[-1][1] >= self._rounds
+
+
+def test_rounds_that_stop_within_a_call_and_go_on_are_the_same(
+    data, model, simulations, monkeypatch
+):
+    """Wherever: what a compiled program of several rounds computes does not depend on it."""
+    monkeypatch.setattr("fedqsn_jax.simulation.running._PIECE_SECONDS", 1e-9)
+    for name, rows in {"device": data, "host": on_host(data)}.items():
+        simulation = simulations[name]
+
+        def start(simulation=simulation):
+            return initial_state(simulation, model.params)
+
+        *_, (after, final, _) = run_rounds(simulation, start(), rows, data.examples)
+        assert after == 7
+        for rounds in (1, 3):
+            stops = _StopsAfter(rounds)
+            calls = run_rounds(simulation, start(), rows, data.examples, stopping=stops)
+            *_, (after, state, entries) = calls
+            assert after == rounds
+            assert entries == []
+            *_, (after, state, _) = run_rounds(simulation, state, rows, data.examples)
+            assert after == 7
+            assert octets(state) == octets(final)
+        assert simulation.run._cache_size() == 1
 
 
 def test_a_resumed_run_streams_the_same(data, model, simulations):

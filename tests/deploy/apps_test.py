@@ -15,10 +15,12 @@ pytest.importorskip("flwr", reason="Flower's programs need the extra: pip instal
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedqsn_jax.deploy import client_app, messages, server_app
-from fedqsn_jax.deploy.client_files import SETTINGS, write_client
+from fedqsn_jax.deploy import client_app, messages, server_app, work, worker
+from fedqsn_jax.deploy.client_files import write_client
+from fedqsn_jax.deploy.outcome import SETTINGS
 from fedqsn_jax.deploy.processes import SETTINGS_VARIABLE
-from fedqsn_jax.deploy.server_files import ServerRows, write_server
+from fedqsn_jax.deploy.server_files import RowSources, write_server
+from fedqsn_jax.deploy.worker import WorkerError
 from fedqsn_jax.runs.working_directory import WorkDirectory
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -82,6 +84,16 @@ def task_identity(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def worker_here(monkeypatch):
+    """What the training process does is done in the tests'."""
+
+    def ask(settings, payload, told, seconds):
+        return work.take_part(settings, payload, told, lambda text: print(f"fedqsn_jax: {text}"))
+
+    monkeypatch.setattr(worker, "ask", ask)
+
+
+@pytest.fixture(autouse=True)
 def watched(monkeypatch):
     """When a client's process would end if it hung: here it would be that of the tests."""
     calls = []
@@ -102,7 +114,7 @@ def place(tmp_path, monkeypatch):
     settings = tmp_path / "server" / "server.json"
     write_server(
         configured(rounds=2),
-        ServerRows(f"npz:{tmp_path / 'private.npz'}", f"npz:{tmp_path / 'test.npz'}"),
+        RowSources(f"npz:{tmp_path / 'private.npz'}", f"npz:{tmp_path / 'test.npz'}"),
         clients=CLIENTS,
         directory=tmp_path / "run",
         settings=settings,
@@ -154,7 +166,7 @@ def test_both_programs_run_a_federation(place, watched):
         assert set(message.content["task"]) == {"plan", "token", "key"}
         assert message.metadata.ttl == 1
     # A client's process ends when the server does not wait any more, and only then.
-    assert watched == [(1, {"exit": True, "file": 2}), "cancelled"] * 6
+    assert watched == [(6, {"exit": True, "file": 2}), "cancelled"] * 6
 
 
 def error(message):
@@ -243,10 +255,16 @@ def test_what_a_client_refuses_it_tells_in_words_without_values(place, monkeypat
     def failing(*arguments):
         raise RuntimeError("a row: 31.25")
 
-    monkeypatch.setattr(client_app, "check_rows", failing)
+    monkeypatch.setattr(work, "check_rows", failing)
     reason, line = answered(own)
     assert reason == "a RuntimeError"
     assert "31.25" in line
+
+    def gone(*arguments):
+        raise WorkerError("its training process died")
+
+    monkeypatch.setattr(worker, "ask", gone)
+    assert answered(own) == ("its training process died", "")
 
 
 def test_a_server_whose_directory_is_of_another_run_says_so(place, capsys):

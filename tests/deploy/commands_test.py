@@ -103,6 +103,10 @@ def test_without_flower_a_line_tells_how_to_install_it(tmp_path, monkeypatch, ca
     for command in (
         ["client", "--rows=npz:x", "--out=y"],
         ["demo", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}"],
+        [
+            *("server", "--config=configs/digits.py", "--private=npz:x", "--test=npz:y"),
+            *("--clients=3", f"--workdir={tmp_path / 'run'}"),
+        ],
     ):
         assert "pip install" in refusal(capsys, main(command))
     assert list(tmp_path.iterdir()) == []

@@ -135,18 +135,20 @@ def test_what_a_client_process_received_holds_no_secret(tmp_path):
 
 
 FAULTS = {
-    "dies": "its program died (code 8)",
+    "dies": "its training process died",
     "hangs": "did not answer in time",
     "garbage": "its update cannot be read",
     "not finite": "an update that is not finite",
+    "another model": "made for another model structure",
 }
 
 
 def test_faults_are_named_and_who_was_at_fault_comes_back(tmp_path):
     """With certificates and registered keys; others are refused."""
     clients = {"honest": 30, **{name.replace(" ", "_"): 20 for name in FAULTS}}
-    with deployment(tmp_path, clients, 120, rounds=2) as running:
+    with deployment(tmp_path, clients, 120, rounds=3) as running:
         running.use_certificates()
+        running.keep_answers()
         running.start_link()
         for name in clients:
             running.register(name)
@@ -172,20 +174,36 @@ def test_faults_are_named_and_who_was_at_fault_comes_back(tmp_path):
         for name in clients:
             running.start_node(name)
         running.start_run()
+        wait_until(lambda: running.saved() >= 1, 400, "the first round")
+        # In whichever round it is asked next: an answer of a round before.
+        running.replay("honest")
         wait_until(running.outcome, 600, "the run's end")
         assert running.outcome() == {"finished": True}, running.told()
         told = running.told()
         print(told)
         for words in FAULTS.values():
             assert words in told
-        first, second = running.history()[1:]
+        numbers = json.loads((tmp_path / "run" / "clients.json").read_text())
+        assert len(numbers) == len(clients)
+        # Every rejection is counted, and named by client and by node.
+        first, *others = running.history()[1:]
         assert first["clients/returned"] == 1
-        # Of the one that hangs Flower may tell that it is late before the server has waited enough.
-        assert first["clients/rejected"] in (3, 4)
-        # Its process that hangs does not keep a node from the next round.
-        assert second["clients/returned"] == len(clients)
-        assert second["seconds"] - first["seconds"] < 120
-        assert len(json.loads((tmp_path / "run" / "clients.json").read_text())) == len(clients)
+        assert first["clients/rejected"] == len(FAULTS)
+        for key, number in numbers.items():
+            of_first = f"round 1: client {number} ({key})"
+            assert told.count(of_first) == (key != fingerprint(running, "honest"))
+        # A process that hangs or has died does not keep a node from the next round.
+        returned = [entry["clients/returned"] for entry in others]
+        assert sorted(returned) == [len(clients) - 1, len(clients)]
+        assert "an answer to another round, or to another client's payload" in told
+        assert others[0]["seconds"] - first["seconds"] < 120
+
+
+def fingerprint(running, name):
+    """A client's public key as the server names it, by OpenSSH."""
+    command = ["ssh-keygen", "-lf", running.key(name).with_suffix(".pub")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.split()[1]
 
 
 def test_a_server_that_is_killed_goes_on_and_clients_come_and_go(tmp_path):
@@ -237,3 +255,33 @@ def test_a_server_that_is_killed_goes_on_and_clients_come_and_go(tmp_path):
         assert [entry["round"] for entry in running.history()] == [0, 1, 2, 3, 4]
         assert running.history()[1]["clients/returned"] == 3
         assert running.history()[-1]["clients/returned"] == 3
+
+
+def test_a_server_killed_between_rounds_and_a_client_that_joins_then(tmp_path):
+    """It waits for clients when it is killed; the one that joins is of use at once."""
+    clients = {"early": 30, "steady": 20, "late": 25}
+    with deployment(tmp_path, clients, 110, rounds=3, cohort={"size": 2}) as running:
+        running.use_certificates()
+        running.start_link()
+        for name in clients:
+            running.register(name)
+        running.start_node("early")
+        running.start_node("steady")
+        running.start_run()
+        wait_until(lambda: running.saved() >= 1, 200, "the first round")
+        running.kill("early")
+        wait_until(lambda: "1 of 2 are there" in running.told(), 300, "a server that waits")
+        saved = running.saved()
+        assert 1 <= saved < 3
+        before = running.history()
+        running.kill("link")
+        running.start_link()
+        running.start_run()
+        wait_until(lambda: f"resumed after round {saved}" in running.told(), 120, "the rest")
+        running.start_node("late")
+        wait_until(running.outcome, 400, "the run's end")
+        assert running.outcome() == {"finished": True}, running.told()
+        print(running.told())
+        assert running.history()[: saved + 1] == before
+        assert running.history()[-1]["clients/returned"] == 2
+        assert len(json.loads((tmp_path / "run" / "clients.json").read_text())) == 3

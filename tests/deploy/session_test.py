@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 
 import jax
 import jax.numpy as jnp
@@ -10,40 +9,23 @@ import numpy as np
 import pytest
 from deploy_cases import (
     CLASSES,
-    CLIENT_ROWS,
     CLIENTS,
     PRIVATE,
     TEST,
     MemoryNetwork,
     configured,
 )
+from session_cases import deployed, history, server_of, simulated
 
 from fedqsn_jax.config.schema import Config, ConfigError, with_fields
 from fedqsn_jax.core.keys import federation_key
-from fedqsn_jax.data.population import from_clients
-from fedqsn_jax.deploy.session import Patience, Reply, Server, make_server, run_server
+from fedqsn_jax.deploy import asking
+from fedqsn_jax.deploy.network import Reply
+from fedqsn_jax.deploy.session import Patience, make_server, public_base, run_server
 from fedqsn_jax.protocol import wire
 from fedqsn_jax.reporting.display import Display, silent_display
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def server_of(config: Config) -> Server:
-    private, test = (
-        {name: jnp.asarray(array) for name, array in each.items()} for each in (PRIVATE, TEST)
-    )
-    return make_server(config, private, test, clients=CLIENTS, classes=CLASSES)
-
-
-def deployed(config, directory, network=None, key=None):
-    network = network or MemoryNetwork()
-    key = federation_key(config.seed) if key is None else key
-    state = run_server(server_of(config), network, directory, silent_display(), Patience(1, 1), key)
-    return state, network
-
-
-def history(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 METHODS = {
@@ -54,39 +36,31 @@ METHODS = {
         "upload": {"bits": 4, "block_size": 4},
     },
     "adapters": {"lora": {"rank": 2}},
+    "FedLPP with adapters": {"algorithm": "fedlpp", "lora": {"rank": 2}},
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_deployed_run_is_the_simulated_one(name, tmp_path):
     config = configured(**METHODS[name])
-    state, network = deployed(config, tmp_path / "run")
+    base = public_base(server_of(config))
+    assert bool(base) == (name == "FedLPP with adapters")
+    state, network = deployed(config, tmp_path / "run", MemoryNetwork(base=base))
 
-    server = server_of(config)
-    population = from_clients(CLIENT_ROWS)
-    simulation = server.simulation
-    start = jax.jit(simulation.federation.init)(federation_key(config.seed), server.start())
-    simulated, down = start, []
-    run_round = jax.jit(simulation.federation.round)
-    for _ in range(config.rounds):
-        simulated, facts = run_round(simulated, population)
-        seen = {
-            path.removeprefix("visible/"): int(count)
-            for path, count in facts.items()
-            if path.startswith("visible/")
-        }
-        down.append(simulation.traffic.down.of(seen, CLIENTS) / CLIENTS)
+    other, told = simulated(config)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         (state.params, state.optimizer_state, state.attackers),
-        (simulated.params, simulated.optimizer_state, simulated.attackers),
+        (other.params, other.optimizer_state, other.attackers),
     )
+    down = [entry["bytes/down_per_client"] for entry in told]
     entries = history(tmp_path / "run")
     assert [entry["round"] for entry in entries] == [0, 1, 2, 3]
     # The bytes that were sent are those that the simulation counts.
-    assert [entry["bytes/down_per_client"] for entry in entries[1:]] == down
+    deployed_down = [entry["bytes/down_per_client"] for entry in entries[1:]]
+    assert deployed_down == pytest.approx(down, rel=1e-12)
     sent = [sum(len(each[round][0]) for each in network.received.values()) for round in range(3)]
-    assert [count / CLIENTS for count in sent] == down
+    assert [count / CLIENTS for count in sent] == deployed_down
     assert all(entry["clients/returned"] == CLIENTS for entry in entries[1:])
 
 
@@ -258,3 +232,26 @@ def test_too_few_clients_are_told(tmp_path):
 def test_what_rests_on_random_cohorts_is_refused(values, told):
     with pytest.raises(ConfigError, match=told):
         server_of(with_fields(Config(), values))
+
+
+def test_large_payloads_are_told_of_as_they_go(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(asking, "_TOLD_FROM", 300)
+    config = configured(rounds=1, algorithm="fedavg")
+    run_server(
+        server_of(config), MemoryNetwork(), tmp_path, Display(), Patience(1, 1), jax.random.key(0)
+    )
+    told = " ".join(capsys.readouterr().out.split())
+    for text in ("payload 1 of 3", "answer 1 of 3", "payload 3 of 3", "answer 3 of 3"):
+        assert f"round 1: {text}, " in told
+
+
+def test_more_nodes_than_may_come_are_left_out(tmp_path, capsys):
+    class Crowd(MemoryNetwork):
+        def nodes(self):
+            return [*super().nodes(), "someone else"]
+
+    config = configured(rounds=1, algorithm="fedavg")
+    run_server(server_of(config), Crowd(), tmp_path, Display(), Patience(1, 1), jax.random.key(0))
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("someone else is left out") == 1
+    assert history(tmp_path)[-1]["clients/returned"] == CLIENTS

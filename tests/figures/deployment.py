@@ -1,12 +1,14 @@
 """Measures a deployment of real processes on loopback; needs the extra ``deploy``.
 
-  python tests/figures/deployment.py nodes --count=20 --rounds=3
-  python tests/figures/deployment.py bytes --raw=DIR --rounds=3
+  python tests/figures/deployment.py nodes --count=20 --rounds=3 --width=2048
+  python tests/figures/deployment.py bytes --raw=DIR --rounds=4 --runs=2
+  python tests/figures/deployment.py bytes --raw=DIR --count=1 --width=11000 --runs=0
 
-The first runs a tiny model on so many nodes, and reads the peak resident memory of the server's
-program and of the SuperLink from ``/proc``. The second sends 10 MB to each of 3 nodes and back,
-first by the Flower application in ``DIR``, which only turns bytes round, then by ours with one
-training step.
+The first runs a model with two layers of so many units on so many nodes, and reads the peak
+resident memory of the server's program and of the SuperLink from ``/proc``. The second sends 10 MB
+to each of 3 nodes and back, by the Flower application in ``DIR``, which only turns bytes round, and
+by ours with one training step, in turn, so that both meet what else the machine has to do. The
+third sends 484 MB by ours alone.
 """
 
 import argparse
@@ -37,23 +39,30 @@ def main() -> None:
     """Measures what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("nodes", "bytes"))
-    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--raw", type=Path)
+    parser.add_argument("--runs", type=int, default=1)
     options = parser.parse_args()
     print(time.strftime("%Y-%m-%d"), platform.platform(), flush=True)
-    with tempfile.TemporaryDirectory() as place:
-        if options.what == "nodes":
-            measure_nodes(Path(place), options.count, options.rounds)
-        else:
+    if options.what == "nodes" or not options.runs:
+        with tempfile.TemporaryDirectory() as place:
+            measure_ours(Path(place), options.count, options.rounds, options.width)
+        return
+    later: dict[str, list[float]] = {"raw": [], "ours": []}
+    for _ in range(options.runs):
+        with tempfile.TemporaryDirectory() as place:
             raw = measure_raw(Path(place), options.raw, options.rounds)
-            print("raw bytes, seconds of each round:", raw, flush=True)
-            ours = measure_bytes(Path(place), options.rounds)
-            print("ours, seconds of each round:", ours)
-            later = [statistics.mean(seconds[1:]) for seconds in (ours, raw)]
-            print(
-                f"after the first: {later[0]:.1f} against {later[1]:.1f}, {later[0] / later[1]:.2f}"
-            )
+        print("raw bytes, seconds of each round:", raw, flush=True)
+        with tempfile.TemporaryDirectory() as place:
+            ours = measure_ours(Path(place), options.count, options.rounds, options.width)
+        print("ours, seconds of each round:", ours, flush=True)
+        later["raw"] += raw[1:]
+        later["ours"] += ours[1:]
+    means = {name: statistics.mean(seconds) for name, seconds in later.items()}
+    ratio = means["ours"] / means["raw"]
+    print(f"after the first: {means['ours']:.1f} against {means['raw']:.1f}, {ratio:.2f}")
 
 
 def rows(count: int, seed: int) -> dict[str, np.ndarray]:
@@ -91,9 +100,10 @@ def deployed(place: Path, config: Config, clients: int) -> Deployment:
     return running
 
 
-def measure_nodes(place: Path, count: int, rounds: int) -> None:
-    """Prints the rounds' seconds and the peak memory of the server's side."""
-    config = configured(count, rounds, model={"hidden": (32,)})
+def measure_ours(place: Path, count: int, rounds: int, width: int) -> list[float]:
+    """Prints bytes and peak memory; returns the seconds of each round."""
+    # 64 * 1536 + 1536 * 1536 + 1536 * 10 weights and 3082 biases, 4 bytes each: 9.9 MB.
+    config = configured(count, rounds, model={"hidden": (width, width)}, algorithm="fedavg")
     peaks: dict[str, int] = {}
     with deployed(place, config, count) as running:
 
@@ -104,21 +114,10 @@ def measure_nodes(place: Path, count: int, rounds: int) -> None:
 
         wait_until(ended, 1500, "the run")
         print(running.outcome())
-        print("nodes:", count, "peak resident MB:", {k: v // 1024 for k, v in peaks.items()})
-        for entry in running.history()[1:]:
-            print({name: entry[name] for name in ("round", "clients/returned", "seconds")})
-
-
-def measure_bytes(place: Path, rounds: int) -> list[float]:
-    """Returns the seconds of each round with payloads of 10 MB both ways."""
-    own = place / "own"
-    own.mkdir()
-    # 64 * 1536 + 1536 * 1536 + 1536 * 10 weights and 3082 biases, 4 bytes each: 9.9 MB.
-    config = configured(3, rounds, model={"hidden": (1536, 1536)}, algorithm="fedavg")
-    with deployed(own, config, 3) as running:
-        wait_until(running.outcome, 900, "the run")
         history = running.history()
-        print({name: history[-1][f"bytes/{name}_per_client"] for name in ("down", "up")})
+    print("nodes:", count, "peak resident MB:", {k: v // 1024 for k, v in peaks.items()})
+    print({name: history[-1][f"bytes/{name}_per_client"] for name in ("down", "up")})
+    print("returned:", [entry["clients/returned"] for entry in history[1:]])
     seconds = [entry["seconds"] for entry in history]
     return [round(after - before, 1) for before, after in itertools.pairwise(seconds)]
 

@@ -70,6 +70,8 @@ SAME = {
     "Hebrew": "מזג האוויר היום טוב מאוד",
     "mixed": "我的 iPhone 很 old 啊",
     "accents": "é à ô ü",
+    "emoji": "😀 😁 😂 🤣",
+    "Braille": "⠓⠑ ⠇⠇ ⠕ ⠺",
 }
 
 

@@ -87,7 +87,7 @@ def wait_until(happened, processes: list[subprocess.Popen]) -> None:
 
 
 def test_two_processes_are_one_run_that_another_number_of_devices_goes_on_with(tmp_path, capsys):
-    """Also: one writer; a SIGTERM that one of them gets stops both at the same boundary."""
+    """Also: one writer; a SIGTERM that one of them gets stops both after the same round."""
     one, two = tmp_path / "one", tmp_path / "two"
     processes = start_two(two, "--config.rounds=100000")
     wait_until((two / "metrics.jsonl").exists, processes)
@@ -100,8 +100,9 @@ def test_two_processes_are_one_run_that_another_number_of_devices_goes_on_with(t
     assert follower[1] == ""
     assert len(list((two / "tensorboard").iterdir())) == 1
     ours = metrics(two)
-    stopped = ours[-1]["round"]
-    assert (two / "checkpoints" / str(stopped)).is_dir()
+    # Perhaps a round that is not evaluated.
+    stopped = max(int(path.name) for path in (two / "checkpoints").glob("[0-9]*"))
+    assert ours[-1]["round"] <= stopped
 
     assert main([*RUN, f"--workdir={one}", "--config.rounds=4"]) == 0
     theirs = metrics(one)
@@ -117,7 +118,7 @@ def test_two_processes_are_one_run_that_another_number_of_devices_goes_on_with(t
     capsys.readouterr()
     assert main([*RUN, f"--workdir={two}", f"--config.rounds={stopped + 2}"]) == 0
     assert f"resumed after round {stopped}" in capsys.readouterr().out
-    assert metrics(two)[:-1] == ours
+    assert metrics(two)[: len(ours)] == ours
     assert metrics(two)[-1]["round"] == stopped + 2
 
 

@@ -1,11 +1,14 @@
 """How commands end: exit codes, Ctrl-C, and output that nobody reads any more."""
 
+import functools
+import hashlib
 import io
 import os
 import runpy
 import signal
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,6 +134,31 @@ def test_a_signal_ends_a_process_where_it_is_but_for_what_has_to_be_cleaned_up(k
     # Once by the handler; and again because the stand-in for the end of the process is raised.
     assert events == ["first in", "outer", "outer"]
     assert capfd.readouterr() == ("", "fedqsn_jax: interrupted; something remains\n")
+
+
+@pytest.mark.usefixtures("end_of_process")
+def test_a_main_thread_deep_in_a_compilation_does_not_keep_the_process(monkeypatch, capfd):
+    """Handlers of Python's wait for it: another thread ends the process."""
+    codes = []
+    monkeypatch.setattr(signals, "leave", lambda code: codes.append((time.monotonic(), code)))
+    monkeypatch.setattr(signals, "_PATIENCE", 0.1)
+
+    # One call of C, which holds up the main thread as a compilation does.
+    stuck = functools.partial(hashlib.pbkdf2_hmac, "sha256", b"", b"", 8_000_000)
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def compiling():
+        remaining_after_interruption(lambda: "something remains")
+        stuck()
+        return 0
+
+    signals.end_at_signals()
+    answered(compiling)
+    over = time.monotonic()
+    (first, code), *_ = codes
+    assert code == 143
+    assert first < over - 0.1
+    assert "fedqsn_jax: interrupted; something remains\n" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("end_of_process")

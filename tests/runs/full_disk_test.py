@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
+import threading
+import time
 from contextlib import contextmanager
 
 import jax
@@ -13,7 +16,7 @@ from locations import ROOT
 from fedqsn_jax import load
 from fedqsn_jax.cli.main import main
 from fedqsn_jax.config.schema import CheckpointConfig, ConfigError
-from fedqsn_jax.host.checkpoints import Checkpoints
+from fedqsn_jax.host.checkpoints import CheckpointError, Checkpoints
 from fedqsn_jax.reporting import plots, writers
 from fedqsn_jax.reporting.writers import MetricsFile, TensorBoard
 from fedqsn_jax.runs import disk_space
@@ -148,8 +151,10 @@ def small_file_system(place, options):
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_real_small_file_system(tmp_path, capsys, monkeypatch):
-    what, options = "bytes", "size=8m"
+@pytest.mark.parametrize(
+    ("what", "options"), [("bytes", "size=8m"), ("inodes", "size=8m,nr_inodes=300")]
+)
+def test_a_real_small_file_system(what, options, tmp_path, capsys, monkeypatch):
     save = Checkpoints.save
 
     with small_file_system(tmp_path / "disk", options) as disk:
@@ -166,6 +171,48 @@ def test_a_real_small_file_system(tmp_path, capsys, monkeypatch):
         assert "resumes after round 2" in line
         assert "checkpoint of round 4 could not be written" in line
         assert load(disk / "run").round == 2
+
+
+def test_a_save_without_inodes_is_told_at_once_wherever_it_ends(tmp_path, capfd):
+    """Orbax's threads used to wait five minutes for a directory that could not be made."""
+    state = {"kernel": jax.numpy.ones((4, 4)), "bias": jax.numpy.ones(4)}
+    with small_file_system(tmp_path / "disk", "size=8m,nr_inodes=300") as disk:
+        checkpoints = Checkpoints(disk / "checkpoints", keep_latest=50, keep_best=0)
+        checkpoints.save(1, state, [{"round": 1}], 0.0)
+        checkpoints.wait()
+        fill(disk, "inodes")
+        needed = None
+        for left in range(40):
+            began, told = time.monotonic(), None
+            try:
+                checkpoints.save(2 + left, state, [{"round": 1}], 0.0)
+                checkpoints.wait()
+            except CheckpointError as error:
+                told = str(error)
+            if told is None:
+                needed = left
+                break
+            assert f"of round {2 + left} could not be written" in told
+            assert "\n" not in told
+            assert time.monotonic() - began < 5
+            shutil.rmtree(disk / "checkpoints" / f"{2 + left}.orbax-checkpoint-tmp", True)
+            fill(disk, "inodes")
+            for number in range(left + 1):
+                (disk / f"filler{number}").unlink()
+        assert needed
+        checkpoints.close()
+        # Those of an event loop that was closed; Python would wait for them at its end.
+        deadline = time.monotonic() + 5
+        while (waiting := event_loops()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not waiting
+        # What was written before and after is whole.
+        assert checkpoints.rounds() == [1, 2 + needed]
+    assert capfd.readouterr() == ("", "")
+
+
+def event_loops():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("asyncio")]
 
 
 def fill(disk, what):

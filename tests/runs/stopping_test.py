@@ -7,10 +7,10 @@ from locations import ROOT
 
 from fedqsn_jax import load
 from fedqsn_jax.cli.main import main
-from fedqsn_jax.config.schema import Config, with_fields
 from fedqsn_jax.reporting.writers import MetricsFile
 from fedqsn_jax.runs import stopping
-from fedqsn_jax.runs.stopping import RunningCall
+from fedqsn_jax.runs.stopping import RunningRounds
+from fedqsn_jax.simulation import running
 
 
 @pytest.fixture
@@ -22,56 +22,64 @@ def clock(monkeypatch):
 
 
 def test_a_request_says_when_the_run_stops_and_what_stands(clock, capsys):
-    config = with_fields(Config(), {"rounds": 23, "rounds_per_call": 10})
-    running = RunningCall(config, lambda: "the same command resumes after round 10")
+    remains = "the same command resumes after round 10"
+    rounds = RunningRounds(lambda: remains)
+    assert not rounds.is_asked()
 
-    def said():
-        signal.raise_signal(signal.SIGTERM)
+    def told():
+        with rounds.stopping_at(signal.SIGTERM):
+            signal.raise_signal(signal.SIGTERM)
         return capsys.readouterr().err
 
-    def told(finished=None):
-        if finished is not None:
-            running.begins_after(finished)
-        with running.stopping_at(signal.SIGTERM):
-            return said()
-
-    rest = "the same command resumes after round 10; once more: at once\n"
-    sooner = "(with a smaller rounds_per_call than 10 sooner)"
-    remains = "the same command resumes after round 10"
+    ended = f"if this process is ended before, {remains}; once more: at once\n"
     assert told() == f"stopping after what is running ({remains}); once more: at once\n"
-    assert running.stopped.is_set()
-    assert told(0) == (
-        f"stopping after round 10, the end of the first call, which also compiles {sooner}; if "
-        f"this process is ended before, {rest}"
-    )
-    clock[0] += 40
-    running.begins_after(10)
+    assert rounds.is_asked()
+    rounds.begins(10, 11)
+    assert told() == f"stopping after round 11, the first one, which also compiles; {ended}"
+    clock[0] += 4
+    rounds.begins(11, 21)
     clock[0] += 7
-    assert told() == (
-        f"stopping after round 20, in about 33 s {sooner}; if this process is ended before, {rest}"
-    )
-    # A run that goes on where it was is between two multiples.
-    assert "stopping after round 23" in told(20)
-    assert told(23).startswith("stopping after what is running")
+    assert told() == f"stopping after round 21, in about 33 s; {ended}"
+
+
+def test_while_the_first_round_compiles_nothing_is_waited_for(capsys):
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *told: came.append("usual"))
+    try:
+        rounds = RunningRounds(str)
+        with rounds.stopping_at(signal.SIGTERM):
+            rounds.begins(0, 1)
+            signal.raise_signal(signal.SIGTERM)
+            assert came == ["usual"]
+            assert not rounds.is_asked()
+            rounds.begins(1, 2)
+            signal.raise_signal(signal.SIGTERM)
+            assert rounds.is_asked()
+            signal.raise_signal(signal.SIGTERM)
+        assert came == ["usual", "usual"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.startswith("stopping after round 2")
 
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_run_stops_where_it_says(tmp_path, monkeypatch, capsys):
-    """Asked to while it writes what round 2 told: the next call is begun, and ends at round 4."""
+    """Asked to while it writes what round 2 told: the next round is begun, and ends in a call."""
     append = MetricsFile.append
 
     def asked(self, entries):
-        if entries[-1]["round"] == 2:
+        if entries and entries[-1]["round"] == 2:
             signal.raise_signal(signal.SIGTERM)
         append(self, entries)
 
     monkeypatch.setattr(MetricsFile, "append", asked)
-    fields = ["rounds=6", "rounds_per_call=2", "evaluation.every=2", "evaluation.proxy_samples=2"]
+    monkeypatch.setattr(running, "_PIECE_SECONDS", 1e-9)
+    fields = ["rounds=8", "rounds_per_call=2", "evaluation.every=2", "evaluation.proxy_samples=2"]
     fields += ["checkpoint.every=6", "pretraining.steps=1", "client.steps=1", "cohort.size=2"]
     arguments = [f"--config={ROOT / 'configs' / 'digits.py'}", f"--workdir={tmp_path / 'run'}"]
     assert main([*arguments, *(f"--config.{field}" for field in fields)]) == 0
     output, error = capsys.readouterr()
-    assert error.startswith("stopping after round 4")
+    assert error.startswith("stopping after the next rounds")
     assert "if this process is ended before, the same command resumes after round 0" in error
-    assert "stopped after round 4; the same command resumes there" in output
-    assert load(tmp_path / "run").round == 4
+    assert "stopped after round 3; the same command resumes there" in output
+    assert load(tmp_path / "run").round == 3

@@ -20,7 +20,7 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def twenty_gib(monkeypatch):
-    for module in ("problems.limits", "simulation.compose", "simulation.round_memory"):
+    for module in ("problems.limits", "simulation.client_run", "simulation.round_memory"):
         monkeypatch.setattr(f"fedqsn_jax.{module}.device_bytes", lambda: 20 * GIB)
 
 

@@ -32,6 +32,7 @@ class TextFormat:
       labels: Names of the labels in the order of their numbers; empty for generation.
       prompt: From the values of the inputs to the prompt; None for classification.
       test_split: The TFDS split with targets that nothing is trained on.
+      ends: Whether a completion ends where its text ends, so that the end is predicted too.
       f1: Whether the F1 score of label 1 is reported beside the accuracy.
     """
 
@@ -41,6 +42,7 @@ class TextFormat:
     labels: tuple[str, ...] = ()
     prompt: Callable[..., str] | None = None
     test_split: str = "validation"
+    ends: bool = True
     f1: bool = False
 
     @property
@@ -71,8 +73,9 @@ def generation_example(row: Row, kind: TextFormat) -> tuple[str, str]:
     fields = [_field(row, names) for names in kind.inputs]
     try:
         prompt = _sound(kind.prompt(*(value for value, _ in fields)))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{place_of(row, kind.inputs)}: {error}") from error
+    except (ValueError, TypeError, KeyError, MemoryError, OverflowError) as error:
+        reason = str(error) or "its text is too long"
+        raise ConfigError(f"{place_of(row, kind.inputs)}: {reason}") from error
     return prompt, _text(*_field(row, kind.target), row.where)
 
 
@@ -108,6 +111,13 @@ def own_format(
             "column, the column of the label or completion, and a number of tokens"
         )
     inputs = tuple((column,) for column in columns)
+    if len(set(columns)) < len(columns):
+        raise ConfigError(f"data.columns = {columns!r}: allowed is each column once")
+    if target in columns:
+        raise ConfigError(
+            f"data.target = {target!r}: it is one of data.columns = {columns!r}, so that a model "
+            f"would be told what it is to say; allowed is another column"
+        )
     if labels:
         if len(columns) > 2:
             raise ConfigError(f"data.columns = {columns!r}: allowed are one or two with labels")
@@ -195,8 +205,11 @@ def _label(value: Any, labels: tuple[str, ...], place: str) -> int:
 
 def _e2e_prompt(meaning: Any) -> str:
     """``key: value | key: value`` of a restaurant's attributes, in any of their three notations."""
+    pairs: list[tuple[str, ...]]
     if isinstance(meaning, dict):
         pairs = [(key, value) for key, value, _ in _table(meaning)]
+    elif not isinstance(meaning, str):
+        raise TypeError(f"needed is text or a table, not a {type(meaning).__name__}")
     elif "[" in meaning:
         pairs = re.findall(r"([^,\[\]]+)\[([^\]]*)\]", meaning)
     else:
@@ -215,13 +228,28 @@ def _dart_prompt(triples: Any) -> str:
         for _, content, number in _table(triples):
             rows.setdefault(number, []).append(content)
         triples = list(rows.values())
-    return ", ".join(f"({' | '.join(map(str, triple))})" for triple in triples) + _OUTPUT
+    if not isinstance(triples, list) or not all(isinstance(each, list) for each in triples):
+        raise TypeError("needed is a list of lists of texts, or a table")
+    return ", ".join(f"({' | '.join(map(_cell, triple))})" for triple in triples) + _OUTPUT
 
 
 def _table(value: dict[str, Any]) -> list[tuple[str, str, Any]]:
     """Header, content and row number of each cell of one of TFDS's tables."""
-    table = value["table"]
-    return list(zip(table["column_header"], table["content"], table["row_number"], strict=True))
+    table = value.get("table")
+    names = ("column_header", "content", "row_number")
+    columns = [table.get(name) if isinstance(table, dict) else None for name in names]
+    lists = [column for column in columns if isinstance(column, list)]
+    if len(lists) < len(names) or len(set(map(len, lists))) > 1:
+        raise TypeError(f"needed is a table: lists {', '.join(names)} of one length")
+    headers, contents, numbers = lists
+    headers, contents = list(map(_cell, headers)), list(map(_cell, contents))
+    return list(zip(headers, contents, numbers, strict=True))
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise TypeError("a cell has no value")
+    return _as_text(value)
 
 
 def _plain_prompt(*values: Any) -> str:
@@ -279,5 +307,7 @@ FORMATS: dict[str, TextFormat] = {
     "dialogsum": TextFormat(
         (("topic",), ("dialogue",)), ("summary",), 400, prompt=_plain_prompt, test_split="test"
     ),
+    # After the separator, every character of a window of 80.
+    "running_text": TextFormat((), ("text",), 81, prompt=lambda: "", test_split="test", ends=False),
 }
-"""The paper's tasks by name, and MNLI, which it has not, with the length usual for it."""
+"""The paper's tasks by name, and others: MNLI with its usual length; windows of a running text."""

@@ -53,6 +53,7 @@ class TextSettings:
       target_length: Tokens of an encoder-decoder's completion; 0: as ``length``.
       truncate: Whether longer rows are cut; otherwise they are refused.
       separator: Whether a decoder's prompt ends with the end-of-text token.
+      client_column: The column that says whose a row is, if rows have it.
       cache: Directory of the cache; empty: the user's cache directory.
     """
 
@@ -67,6 +68,7 @@ class TextSettings:
     target_length: int = 0
     truncate: bool = True
     separator: bool = True
+    client_column: str = CLIENT_COLUMN
     cache: str = ""
 
 
@@ -114,13 +116,7 @@ def load(
         not allowed (the message names file, line and column), or the lengths do not fit the model.
     """
     kind = text_format(settings)
-    options = PackingOptions(
-        kind.length,
-        settings.target_length,
-        settings.truncate,
-        settings.separator,
-        encoder_decoder,
-    )
+    options = _options(settings, kind, encoder_decoder)
     _check_lengths(kind, options, tokenizer)
     train_source = open_source(settings.train, config.directory)
     test_source = _test_source(settings, config, kind)
@@ -157,10 +153,62 @@ def load(
     splits = make_splits(train, test, len(kind.labels), config, generator)
     if CLIENT_COLUMN in train and config.partition != "natural":
         notes.append(
-            f"the column {CLIENT_COLUMN} of {train_source.name} is not used: data.partition = "
-            f"{config.partition!r}, and only 'natural' deals rows by it"
+            f"the column {settings.client_column} of {train_source.name} is not used: "
+            f"data.partition = {config.partition!r}, and only 'natural' deals rows by it"
         )
     return TextData(splits, prompts, kind, tuple(notes))
+
+
+def load_rows(
+    settings: TextSettings,
+    source: str,
+    tokenizer: TextTokenizer,
+    *,
+    directory: str = "",
+    encoder_decoder: bool = False,
+    console: Console | None = None,
+) -> tuple[Rows, list[str]]:
+    """Loads the rows of one source as they are.
+
+    Args:
+      settings: How text becomes tokens; its sources play no part.
+      source: The source.
+      tokenizer: Fits the model.
+      directory: Where TFDS data sets lie.
+      encoder_decoder: As for `load`.
+      console: As for `load`.
+
+    Returns:
+      Arrays named as in `packing.pack`; and what the user should know, a line each.
+
+    Raises:
+      ConfigError: As `load`.
+    """
+    kind = text_format(settings)
+    options = _options(settings, kind, encoder_decoder)
+    _check_lengths(kind, options, tokenizer)
+    console = console or EnduringConsole(file=sys.stderr)
+    opened = open_source(source, directory)
+    rows = _arrays(opened, settings, kind, options, tokenizer, console)
+    rows.pop(CLIENT_COLUMN, None)
+    notes = []
+    if kind.generates:
+        whole = len(rows["tokens"])
+        rows = _with_targets(rows, kind.length)
+        dropped = whole - len(rows["tokens"])
+        notes = [f"{dropped} of {whole} rows of {source} are left out"] if dropped else []
+    return rows, notes + _note_on_cuts([rows.pop(_CUT)], options)
+
+
+def _options(settings: TextSettings, kind: TextFormat, encoder_decoder: bool) -> PackingOptions:
+    return PackingOptions(
+        kind.length,
+        settings.target_length,
+        settings.truncate,
+        settings.separator,
+        encoder_decoder,
+        settings.client_column,
+    )
 
 
 def text_format(settings: TextSettings) -> TextFormat:
@@ -256,8 +304,11 @@ def _hold_out(
 
 def _test_source(settings: TextSettings, config: DataConfig, kind: TextFormat) -> TextSource | None:
     spec = settings.test
-    if not spec and settings.train.startswith("tfds:"):
-        spec = "tfds:" + settings.train.split(":")[1]
+    kind_of_source, _, rest = settings.train.partition(":")
+    if not spec and kind_of_source in ("tfds", "hf"):
+        spec = f"{kind_of_source}:{rest.partition(':')[0]}"
+    elif not spec and kind_of_source == "shakespeare":
+        spec = "shakespeare:test"
     return open_source(spec, config.directory, kind.test_split) if spec else None
 
 

@@ -50,6 +50,7 @@ class PackingOptions(NamedTuple):
       separator: Whether a decoder's prompt ends with the end-of-text token, as in the data that the
         authors of FedQSN released for GPT-2.
       encoder_decoder: Whether prompt and completion go to different halves of the model.
+      client_column: The column that says whose a row is, if rows have it.
     """
 
     length: int
@@ -57,6 +58,7 @@ class PackingOptions(NamedTuple):
     truncate: bool = True
     separator: bool = True
     encoder_decoder: bool = False
+    client_column: str = CLIENT_COLUMN
 
 
 def pack(
@@ -91,7 +93,7 @@ def pack(
         packed = _sequence_to_sequence(rows, kind, tokenizer, options, on_rows)
     else:
         packed = _causal(rows, kind, tokenizer, options, on_rows)
-    ids = _client_ids(rows)
+    ids = _client_ids(rows, options.client_column)
     return packed if ids is None else packed._replace(arrays=packed.arrays | {CLIENT_COLUMN: ids})
 
 
@@ -179,13 +181,14 @@ def _sequence_to_sequence(
 def _generation(
     rows: Sequence[Row], kind: TextFormat, tokenizer: TextTokenizer, on_rows: OnRows
 ) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Each row's index, the tokens of its prompt, and those of its completion with their end."""
+    """Each row's index, the tokens of its prompt, and its completion's, with their end if any."""
     for indices in _chunks(len(rows)):
         examples = [generation_example(rows[index], kind) for index in indices]
         prompts = tokenizer.encode([prompt for prompt, _ in examples])
         completions = tokenizer.encode([completion for _, completion in examples], special=False)
+        ends = list(tokenizer.ends[:1]) if kind.ends else []
         for index, prompt, completion in zip(indices, prompts, completions, strict=True):
-            yield index, prompt.tokens, completion.tokens + list(tokenizer.ends[:1])
+            yield index, prompt.tokens, completion.tokens + ends
         on_rows(len(indices))
 
 
@@ -218,15 +221,15 @@ def _fill(arrays: Rows, name: str, mask: str, index: int, tokens: list[int]) -> 
     arrays[mask][index, : len(tokens)] = True
 
 
-def _client_ids(rows: Sequence[Row]) -> np.ndarray | None:
+def _client_ids(rows: Sequence[Row], column: str) -> np.ndarray | None:
     """The rows' own clients, if they say so."""
     ids: list[int | str] = []
     missing: Row | None = None
     for row in rows:
         try:
-            each = plain_id(row.values.get(CLIENT_COLUMN))
+            each = plain_id(row.values.get(column))
         except ValueError as error:
-            raise ConfigError(f"{row.where}: {CLIENT_COLUMN}: {error}") from error
+            raise ConfigError(f"{row.where}: {column}: {error}") from error
         if each is not None:
             ids.append(each)
         elif missing is None:
@@ -234,5 +237,5 @@ def _client_ids(rows: Sequence[Row]) -> np.ndarray | None:
     if not ids:
         return None
     if missing is not None:
-        raise ConfigError(f"{missing.where}: no value in {CLIENT_COLUMN!r}, which other rows have")
+        raise ConfigError(f"{missing.where}: no value in {column!r}, which other rows have")
     return ids_array(ids)

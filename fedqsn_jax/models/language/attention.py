@@ -185,7 +185,7 @@ class Attention(nn.Module):
     ) -> Array:
         rows, length, width = hidden.shape
         params, dtype = self.variables["params"], self.execution.dtype
-        kernels = [params[name]["kernel"].reshape(width, -1) for name in _PROJECTIONS]
+        kernels = [nn.unbox(params[name]["kernel"]).reshape(width, -1) for name in _PROJECTIONS]
         # Behind a barrier, or XLA packs them twice: once for each pass.
         kernel = jax.lax.optimization_barrier(jnp.concatenate(kernels, axis=1).astype(dtype))
         product = hidden.astype(dtype) @ kernel

@@ -1,5 +1,6 @@
 """Decoders without an encoder: what GPT-2 and LLaMA share, which is all but norms and positions."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from fedqsn_jax.models.language.cache import (
     positions_of,
     within_window,
 )
+from fedqsn_jax.models.language.output_layer import Unprojected
 from fedqsn_jax.models.language.transformer import (
     Embed,
     Execution,
@@ -50,9 +52,10 @@ class CausalModel(nn.Module):
         """
         raise NotImplementedError
 
-    def finished(self, logits: Array) -> Array:
-        """Returns the logits as the family has them; by default as they are."""
-        return logits
+    @property
+    def logit_cap(self) -> float | None:
+        """What the family's logits are kept below; None: nothing."""
+        return None
 
     @nn.compact
     def __call__(
@@ -62,7 +65,8 @@ class CausalModel(nn.Module):
         cache: Cache | None = None,
         last_only: bool = False,
         train: bool = False,
-    ) -> tuple[Array, Cache | None]:
+        projected: bool = True,
+    ) -> tuple[Array | Unprojected, Cache | None]:
         """Returns float32 logits ``[rows, length, vocab]`` and the cache with these tokens.
 
         Args:
@@ -72,6 +76,7 @@ class CausalModel(nn.Module):
           last_only: Whether to give the logits after each row's last real token only,
             ``[rows, 1, vocab]``.
           train: Whether dropout acts.
+          projected: Whether there are to be logits; otherwise what makes them is returned.
 
         Raises:
           ValueError: The sequences are longer than the model's positions.
@@ -97,9 +102,12 @@ class CausalModel(nn.Module):
         if last_only:
             hidden = last_real(hidden, mask)
         if config.tied:
-            return self.finished(embed.attend(hidden)), cache
-        head = Head(config.vocab_size, dtype, config.stddev, name="lm_head")
-        return self.finished(head(hidden)), cache
+            outputs = embed.unprojected(hidden)
+        else:
+            head = Head(config.vocab_size, dtype, config.stddev, name="lm_head")
+            outputs = head.unprojected(hidden)
+        outputs = dataclasses.replace(outputs, cap=self.logit_cap)
+        return (outputs.logits() if projected else outputs), cache
 
 
 class CausalLayer(nn.Module):

@@ -16,6 +16,7 @@ from fedqsn_jax.models.language.encoder_config import EncoderConfig
 from fedqsn_jax.models.language.gemma import Gemma, GemmaConfig
 from fedqsn_jax.models.language.gpt2 import GPT2, GPT2Config
 from fedqsn_jax.models.language.llama import Llama, LlamaConfig
+from fedqsn_jax.models.language.output_layer import LARGE_VOCABULARY
 from fedqsn_jax.models.language.phi3 import Phi3, Phi3Config
 from fedqsn_jax.models.language.t5 import T5, remember
 from fedqsn_jax.models.language.t5_config import T5Config
@@ -77,12 +78,20 @@ class LanguageModel(NamedTuple):
         T5 takes ``target_tokens``, int32 ``[rows, target length]``, and gives
         ``[rows, target length, vocab]``, of each of these.
       decoder: How it generates text; None for encoders.
+      trained: ``(params, batch, key) -> outputs`` for a task's loss alone: of causal models with
+        a large vocabulary `Unprojected`; None: ``apply_fn``.
     """
 
     config: LanguageConfig
     init: Callable[[Key], Params]
     apply_fn: ApplyFn
     decoder: Decoder | None
+    trained: ApplyFn | None = None
+
+    @property
+    def trained_fn(self) -> ApplyFn:
+        """The model whose outputs a loss takes."""
+        return self.trained or self.apply_fn
 
 
 def make_language_model(
@@ -129,6 +138,10 @@ def _causal(config: GPT2Config | LlamaConfig, execution: Execution) -> LanguageM
     def apply(params: Params, batch: Batch, key: Key | None) -> Array:
         return _apply(module, params, key, batch["tokens"], batch.get("mask"))[0]
 
+    def train(params: Params, batch: Batch, key: Key | None) -> Any:
+        tokens, mask = batch["tokens"], batch.get("mask")
+        return _apply(module, params, key, tokens, mask, projected=False)[0]
+
     def prefill(params: Params, batch: Batch, new_tokens: int) -> tuple[Array, Any]:
         tokens = batch["tokens"]
         rows, slots = tokens.shape[0], tokens.shape[1] + new_tokens
@@ -143,7 +156,8 @@ def _causal(config: GPT2Config | LlamaConfig, execution: Execution) -> LanguageM
         return logits[:, 0], cache
 
     decoder = Decoder(prefill, step, _take_rows)
-    return LanguageModel(config, _initializer(module, _DUMMY), apply, decoder)
+    trained = train if config.vocab_size >= LARGE_VOCABULARY else apply
+    return LanguageModel(config, _initializer(module, _DUMMY), apply, decoder, trained)
 
 
 def _encoder_decoder(config: T5Config, execution: Execution) -> LanguageModel:
@@ -188,9 +202,11 @@ def _initializer(module: nn.Module, *inputs: Any) -> Callable[[Key], Params]:
     return init
 
 
-def _apply(module: nn.Module, params: Params, key: Key | None, *inputs: Array | None) -> Any:
+def _apply(
+    module: nn.Module, params: Params, key: Key | None, *inputs: Array | None, **options: Any
+) -> Any:
     rngs = None if key is None else {"dropout": key}
-    return module.apply({"params": params}, *inputs, train=key is not None, rngs=rngs)
+    return module.apply({"params": params}, *inputs, train=key is not None, rngs=rngs, **options)
 
 
 def _take_rows(cache: Any, rows: Array) -> Any:

@@ -230,7 +230,8 @@ class Gemma(Llama):
             near = rotation_of(positions, near_frequencies)
         return hidden, (rotation_of(positions, frequencies, config.rope_scaling), near)
 
-    def finished(self, logits: Array) -> Array:
-        """Keeps logits below the cap, if there is one."""
-        cap = self.config.logit_cap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+    @property
+    def logit_cap(self) -> float | None:
+        """What logits are kept below, if there is a cap."""
+        cap: float | None = self.config.logit_cap
+        return cap

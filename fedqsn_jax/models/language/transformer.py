@@ -17,6 +17,7 @@ from flax import linen as nn
 from fedqsn_jax.core.types import Array
 from fedqsn_jax.models.kernels import gelu_gpu, gpu_blocks
 from fedqsn_jax.models.kernels.dropout import Dropout
+from fedqsn_jax.models.language.output_layer import Unprojected
 
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "xla", "cudnn")
@@ -129,7 +130,11 @@ class Embed(nn.Module):
 
     def attend(self, hidden: Array) -> Array:
         """Returns float32 logits ``[..., entries]`` of hidden states ``[..., width]``."""
-        return _logits(hidden, self.embedding.astype(self.dtype), 1)
+        return self.unprojected(hidden).logits()
+
+    def unprojected(self, hidden: Array) -> Unprojected:
+        """Returns what makes them."""
+        return Unprojected(hidden.astype(self.dtype), self.embedding, 1)
 
 
 class Head(nn.Module):
@@ -145,17 +150,16 @@ class Head(nn.Module):
     dtype: str
     stddev: float
 
-    @nn.compact
     def __call__(self, hidden: Array) -> Array:
         """Returns float32 logits ``[..., outputs]`` of hidden states ``[..., width]``."""
+        return self.unprojected(hidden).logits()
+
+    @nn.compact
+    def unprojected(self, hidden: Array) -> Unprojected:
+        """Returns what makes logits ``[..., outputs]`` of hidden states ``[..., width]``."""
         shape = (hidden.shape[-1], self.outputs)
         kernel = self.param("kernel", nn.initializers.normal(self.stddev), shape)
-        return _logits(hidden, kernel.astype(self.dtype), 0)
-
-
-def _logits(hidden: Array, kernel: Array, axis: int) -> Array:
-    contraction = (((hidden.ndim - 1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(hidden, kernel, contraction, preferred_element_type=jnp.float32)
+        return Unprojected(hidden.astype(self.dtype), kernel, 0)
 
 
 class Mlp(nn.Module):

@@ -284,7 +284,7 @@ def test_generation_formats(tmp_path, task, values, prompt):
 
 
 def test_lengths_are_the_papers():
-    lengths = {name: kind.length for name, kind in FORMATS.items()}
+    lengths = {name: kind.length for name, kind in FORMATS.items() if name != "running_text"}
     assert lengths == {
         "rte": 160,
         "sst2": 50,
@@ -298,6 +298,10 @@ def test_lengths_are_the_papers():
         "dialogsum": 400,
     }
     assert [name for name, kind in FORMATS.items() if kind.f1] == ["mrpc", "qqp"]
+
+
+def table(header, content):
+    return {"table": {"column_header": [header], "content": [content], "row_number": [0]}}
 
 
 @pytest.mark.parametrize(
@@ -322,7 +326,16 @@ def test_lengths_are_the_papers():
         ("sst2", {"sentence": "x", "label": -1}, "label = -1: allowed are 0 to 1"),
         ("sst2", {"sentence": "x", "label": "good"}, "label = 'good'"),
         ("e2e", {"meaning_representation": "x", "ref": "t"}, "meaning_representation: 'x' is not"),
-        ("dart", {"tripleset": 3, "target": "t"}, "tripleset: "),
+        ("dart", {"tripleset": 3, "target": "t"}, "tripleset: needed is a list of lists"),
+        ("dart", {"tripleset": "abc", "target": "t"}, "tripleset: needed is a list of lists"),
+        ("dart", {"tripleset": ["abc"], "target": "t"}, "tripleset: needed is a list of lists"),
+        ("dart", {"tripleset": [["a", None]], "target": "t"}, "tripleset: a cell has no value"),
+        ("dart", {"tripleset": [[float("nan")]], "target": "t"}, "tripleset: a cell has no value"),
+        ("dart", {"tripleset": [["a", ["b"]]], "target": "t"}, "tripleset: needed is text, not"),
+        ("dart", {"tripleset": {"table": {"content": []}}, "target": "t"}, "tripleset: needed is"),
+        ("e2e", {"mr": ["a"], "ref": "t"}, "mr: needed is text or a table, not a list"),
+        ("e2e", {"mr": {"x": 1}, "ref": "t"}, "mr: needed is a table: lists column_header"),
+        ("e2e", {"mr": table("a", None), "ref": "t"}, "mr: a cell has no value"),
     ],
 )
 def test_bad_values_are_named(tmp_path, task, values, says):
@@ -368,11 +381,19 @@ def test_own_formats(tmp_path):
         ({"labels": ("x", "x")}, "data.labels"),
         ({"template": "{a} {b}"}, "data.template"),
         ({"template": "{a"}, "data.template"),
+        ({"columns": ("a", "a")}, "data.columns"),
+        ({"columns": ("a", "t"), "labels": ("x", "y")}, "data.target"),
     ],
 )
 def test_bad_own_formats_are_refused(fields, field):
     given = {"columns": ("a",), "target": "t", "length": 8} | fields
     assert refusal(own_format, **given).startswith(field)
+
+
+def test_a_template_for_more_than_memory_holds_is_a_line(tmp_path):
+    huge = own_format(("a",), "t", 8, template="{a:>1000000000000000000}")
+    message = refusal(generation_example, row_of(tmp_path, a="x", t="y"), huge)
+    assert message.endswith("row.jsonl:1: a: its text is too long")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
