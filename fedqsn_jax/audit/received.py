@@ -119,7 +119,7 @@ def hold(
     }
     nothing = jax.tree.map(jnp.zeros_like, like)
     # Without its members: the program is the same for all coalitions.
-    union = Attacker(jnp.zeros(0, jnp.int32), nothing, known, jnp.bool_(False))
+    union = Attacker(jnp.zeros(0, jnp.int32), nothing, known)
     total, seen = nothing, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), like)
     cells: Cells | None = None
     versions: dict[int, Proxy] = {}

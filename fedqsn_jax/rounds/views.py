@@ -35,15 +35,13 @@ class Attacker:
       members: int32 ``[colluders]``, their client ids.
       copy: The latest copy of every column and tensor that one of them has received, dequantized
         and not scaled; zero where they have received nothing. None for tensors that are public, and
-        for frozen ones: these are the same in every round, so `known` and `received` are enough.
+        for frozen ones: these are the same in every round, so `known` is enough.
       known: bool ``[layers, columns]`` a site: the columns of which they have a copy.
-      received: Whether one of them has taken part, bool scalar.
     """
 
     members: Array
     copy: Params
     known: Columns
-    received: Array
 
 
 def make_attacker(
@@ -62,7 +60,7 @@ def make_attacker(
     """
     members = keyed_permutation(key, jnp.arange(colluders, dtype=jnp.int32), population)
     known = {site.path: jnp.zeros((site.layers, site.columns), bool) for site in sites.drawing}
-    return Attacker(members, jax.tree.map(jnp.zeros_like, params), known, jnp.bool_(False))
+    return Attacker(members, jax.tree.map(jnp.zeros_like, params), known)
 
 
 def received_columns(attacker: Attacker, ids: Array, visible: Columns) -> Columns:
@@ -113,12 +111,18 @@ def update_attacker(
         is_leaf=lambda leaf: leaf is None,
     )
     known = {path: seen | columns[path] for path, seen in attacker.known.items()}
-    return Attacker(attacker.members, copy, known, attacker.received | received[""])
+    return Attacker(attacker.members, copy, known)
 
 
 def has_received(attacker: Attacker) -> bool:
     """Whether any of the colluding clients has taken part so far; on the host."""
-    return bool(attacker.received)
+    return bool(_has_received(attacker))
+
+
+def _has_received(attacker: Attacker) -> Array:
+    """The same on the device, bool scalar: nobody is sent columns or tensors of zeros alone."""
+    held = [leaf.any() for leaf in jax.tree.leaves((attacker.copy, attacker.known))]
+    return functools.reduce(jnp.logical_or, held, jnp.bool_(False))
 
 
 def attacker_params(attacker: Attacker, sites: Sites, prepared: Params | None = None) -> Params:
@@ -139,7 +143,7 @@ def attacker_params(attacker: Attacker, sites: Sites, prepared: Params | None = 
         return scale_sites(held, sites, scale)
     plain, stored = split_stored(whole_proxy(prepared, sites))
     frozen = exclude(plain.params, frozenset(leaves_by_path(held)))
-    now = spread(attacker.known, frozen, sites, attacker.received)
+    now = spread(attacker.known, frozen, sites, _has_received(attacker))
     frozen = jax.tree.map(
         lambda on, leaf: jnp.where(on, leaf, jnp.zeros((), leaf.dtype)), now, frozen
     )
