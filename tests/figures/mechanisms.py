@@ -266,9 +266,9 @@ MECHANISMS = {
     "one-way, rank 8": {"sent": low_rank(8)},
     "one-way, rank 8, delta corrected": {"sent": low_rank(8), "correct": True},
     "one-way, p1 = .3, aligned": {"masks": server_masks(0.3), "align": True},
-    "sticky p2 = .5, own, broadcast": {"masks": own_masks(0, 0.5), "broadcast": True},
-    "sticky p2 = .5, groups of 3, broadcast": {"masks": own_masks(0, 0.5, 3), "broadcast": True},
-    "one-way, sticky p2 = .5, groups of 3": {"masks": own_masks(0, 0.5, 3)},
+    "sticky p2 = .5, own, broadcast": {"masks": own_masks(0.0, 0.5), "broadcast": True},
+    "sticky p2 = .5, groups of 3, broadcast": {"masks": own_masks(0.0, 0.5, 3), "broadcast": True},
+    "one-way, sticky p2 = .5, groups of 3": {"masks": own_masks(0.0, 0.5, 3)},
     "one-way, whole model, weights chosen": {"weights": True},
     "one-way, p1 = .2, weights chosen": {"masks": server_masks(0.2), "weights": True},
 }
