@@ -28,6 +28,8 @@ from fedqsn_jax.deploy.outcome import Outcome
 
 _IDLE = 900.0
 """Seconds without a message after which the process ends; its rows and programs are in memory."""
+_LONGEST_BASE = 50
+"""Bytes of a directory for the sockets; what follows it has up to forty."""
 _LOOK = 1.0
 """Seconds between two looks whether the SuperNode is there."""
 
@@ -66,7 +68,11 @@ def ask(settings_file: str, payload: bytes, told: Mapping[str, Any], seconds: fl
 
 def _place(owner: int, settings_file: str) -> Path:
     """The socket's path: of this user, of a SuperNode's process and of a settings file."""
-    directory = Path(tempfile.gettempdir()) / f"fedqsn-{os.getuid()}"
+    base = tempfile.gettempdir()
+    # A socket's path may have about a hundred bytes, and some machines' directories are longer.
+    if len(os.fsencode(base)) > _LONGEST_BASE:
+        base = "/tmp"
+    directory = Path(base) / f"fedqsn-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     facts = directory.lstat()
     if facts.st_uid != os.getuid() or facts.st_mode & 0o077:

@@ -30,19 +30,24 @@ def intercept_dense(change: Change) -> Any:
     return nn.intercept_methods(intercept)
 
 
-def contracted_axes(apply_fn: ApplyFn, params: Params, batch: Batch) -> dict[str, int]:
+def contracted_axes(
+    apply_fn: ApplyFn, params: Params, batch: Batch, having: str = "kernel"
+) -> dict[str, int]:
     """Returns over how many axes each dense layer of a model sums, by its kernel's path.
 
     Args:
       apply_fn: The model; it is run on shapes.
       params: Its parameters, or their shapes.
       batch: A few examples, or their shapes.
+      having: Only layers that are given a tensor of this name are told of: a model may keep from
+        its layers what is not its own.
     """
     found: dict[str, int] = {}
 
     def record(layer: Any, inputs: Array, outputs: Callable[[], Array]) -> Array:
         result = outputs()
-        found[kernel_path(layer)] = len(summed_axes(layer, inputs))
+        if layer.has_variable("params", having):
+            found[kernel_path(layer)] = len(summed_axes(layer, inputs))
         return result
 
     def run(params: Params, batch: Batch) -> Array:

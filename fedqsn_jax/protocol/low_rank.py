@@ -61,7 +61,7 @@ def _dense_adapters(
     lora: Lora, apply_fn: ApplyFn, params: Params, batch: Batch
 ) -> tuple[Adapter, ...]:
     """The adapters of matrices that dense layers multiply by along their inputs."""
-    contracted = contracted_axes(apply_fn, params, batch)
+    contracted = contracted_axes(apply_fn, params, batch, "kernel_lora_a")
     return tuple(
         one for one in lora.adapters if multiplies(one.matrix, contracted.get(one.matrix.path))
     )

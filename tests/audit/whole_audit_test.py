@@ -185,7 +185,7 @@ def test_mistakes_cost_a_line_and_leave_nothing(workdir, tmp_path, capsys):
         (["--colluders=6"], "at most the number of clients, 5"),
         (["--colluders=one"], "integers of 1 or more, or half"),
         (["--queries=0"], "integers of 1 or more"),
-        ([f"--public_base={copy}"], "no run and no pre-trained"),
+        ([f"--public_base={copy}"], "no run, no exported model"),
         ([f"--reference={workdir}"], "allowed is fedavg"),
     ):
         assert message in answer(capsys, f"--workdir={workdir}", *options)

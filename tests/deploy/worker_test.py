@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -32,7 +33,14 @@ def take_part(settings_file, payload, told, tell):
 
 
 @pytest.fixture
-def asked(tmp_path, monkeypatch):
+def place():
+    """A directory whose path is short, as those of sockets must be."""
+    with tempfile.TemporaryDirectory(prefix="w") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def asked(tmp_path, place, monkeypatch):
     """`worker.ask` of a process that works as above, in a directory of the test's own."""
     (tmp_path / "stand_in.py").write_text(
         "import sys, types\n"
@@ -42,7 +50,7 @@ def asked(tmp_path, monkeypatch):
         "from fedqsn_jax.deploy import worker\n"
         "worker.serve(Path(sys.argv[-2]), int(sys.argv[-1]))\n"
     )
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(place))
     monkeypatch.setattr(worker.tempfile, "tempdir", None)
     monkeypatch.setattr(os, "getppid", os.getpid)
     started = []
@@ -61,7 +69,7 @@ def asked(tmp_path, monkeypatch):
         process.wait()
 
 
-def test_one_process_answers_all_messages_and_is_replaced_when_it_dies(asked, tmp_path):
+def test_one_process_answers_all_messages_and_is_replaced_when_it_dies(asked, place):
     first, second = asked(), asked(payload=b"", times=3)
     assert (first.payload, first.examples) == (b"cba", 1)
     assert (second.payload, second.examples, second.loss) == (b"", 2, first.loss)
@@ -76,7 +84,7 @@ def test_one_process_answers_all_messages_and_is_replaced_when_it_dies(asked, tm
         asked("hang", seconds=1.0)
     assert time.monotonic() - began < 10
     assert asked().examples == 1
-    [directory] = tmp_path.glob("fedqsn-*")
+    [directory] = place.glob("fedqsn-*")
     assert directory.stat().st_mode & 0o777 == 0o700
     # What processes have left whose SuperNode is gone is cleared away by the next.
     gone = subprocess.Popen([sys.executable, "-c", ""])
@@ -88,13 +96,13 @@ def test_one_process_answers_all_messages_and_is_replaced_when_it_dies(asked, tm
     assert {file.name.partition("-")[0] for file in directory.iterdir()} == {str(os.getpid())}
 
 
-def test_it_ends_with_the_supernode(tmp_path, monkeypatch):
+def test_it_ends_with_the_supernode(place, monkeypatch):
     stand_in = types.ModuleType("fedqsn_jax.deploy.work")
     stand_in.take_part = None
     monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
     owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     serving = threading.Thread(
-        target=_serve, args=(tmp_path / "socket", owner.pid, monkeypatch), daemon=True
+        target=_serve, args=(place / "socket", owner.pid, monkeypatch), daemon=True
     )
     serving.start()
     serving.join(timeout=0.5)
@@ -103,7 +111,7 @@ def test_it_ends_with_the_supernode(tmp_path, monkeypatch):
     owner.wait()
     serving.join(timeout=60)
     assert not serving.is_alive()
-    assert list(tmp_path.glob("socket*")) == []
+    assert list(place.glob("socket*")) == []
 
 
 def _serve(place: Path, owner: int, monkeypatch) -> None:
@@ -111,9 +119,9 @@ def _serve(place: Path, owner: int, monkeypatch) -> None:
     worker.serve(place, owner)
 
 
-def test_a_directory_that_is_open_to_others_is_not_used(asked, tmp_path):
-    place = tmp_path / f"fedqsn-{os.getuid()}"
-    place.mkdir()
-    place.chmod(0o777)
+def test_a_directory_that_is_open_to_others_is_not_used(asked, place):
+    directory = place / f"fedqsn-{os.getuid()}"
+    directory.mkdir()
+    directory.chmod(0o777)
     with pytest.raises(worker.WorkerError, match="open to others"):
         asked()

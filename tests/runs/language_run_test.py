@@ -214,7 +214,7 @@ MISTAKES = {
     ),
     "an encoder cannot write": (
         ["--config.data.task=e2e"],
-        "is a bert, which cannot; allowed are gpt2",
+        "is a bert, which cannot; allowed are gemma2, gemma3_text, gpt2",
     ),
     "classes are not written": (["--config.generation.prompts=3"], "generation.prompts = 3"),
     "classes are not smoothed": (
@@ -265,7 +265,7 @@ def test_a_decoder_has_no_classes_and_no_prompts(gpt2, bert, capsys):
     assert main([*classify(bert), f"--config.model.pretrained={gpt2}", "--dry_run"]) == 2
     assert "is a gpt2, which has no classifier; allowed are bert" in capsys.readouterr().err
     assert main([*write(gpt2), "--config.algorithm=fedsp", "--dry_run"]) == 2
-    assert "it is a gpt2; allowed are bert, roberta" in capsys.readouterr().err
+    assert "it is a gpt2; allowed are bert, distilbert, roberta" in capsys.readouterr().err
 
 
 CONFIGS = {

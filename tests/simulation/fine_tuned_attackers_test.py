@@ -66,9 +66,7 @@ def toy():
     copy = {**OWNER, "hidden": {"kernel": OWNER["hidden"]["kernel"].at[:, 0].set(0)}}
     members = {"attacker_1": jnp.array([0]), "attacker_2": jnp.array([0, 1])}
     attackers = {
-        name: dataclasses.replace(
-            each, members=members[name], known=known, copy=copy, received=jnp.bool_(True)
-        )
+        name: dataclasses.replace(each, members=members[name], known=known, copy=copy)
         for name, each in state.attackers.items()
     }
     return simulation, data, dataclasses.replace(state, attackers=attackers)
@@ -119,7 +117,9 @@ def test_only_what_is_known_is_trained_and_nobody_trains_without_rows(toy):
 def test_who_has_received_nothing_does_not_train(toy):
     simulation, data, state = toy
     nobody = {
-        name: dataclasses.replace(each, received=jnp.bool_(False))
+        name: dataclasses.replace(
+            each, **jax.tree.map(jnp.zeros_like, {"copy": each.copy, "known": each.known})
+        )
         for name, each in state.attackers.items()
     }
     state = dataclasses.replace(state, attackers=nobody)
