@@ -14,7 +14,7 @@ kernel computes comes back as an input in the next step, so that hiding it is no
 elsewhere, and this package has no mask sites for it. ``:fedavg``, ``:fedsn`` and ``:fedq`` after
 the file's name run the same with another algorithm.
 
-FIGURES
+Runs of a few rounds were made; a whole one was not measured.
 """
 
 from fedqsn_jax.config import default_config
