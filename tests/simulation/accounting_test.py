@@ -1,4 +1,4 @@
-"""Epsilon against published figures and closed forms, and the noise that is found for it."""
+"""Epsilon against a closed form and earlier figures of dp-accounting, and the noise for it."""
 
 import dataclasses
 import sys
@@ -36,7 +36,7 @@ def config_of(**values):
         ({"poisson": False, "places": 50, "noise": 2.0}, 9.28),
     ],
 )
-def test_epsilon_is_that_of_the_tables(changes, expected):
+def test_epsilon_is_what_the_accountant_gave_before(changes, expected):
     account = dataclasses.replace(THOUSAND, **changes)
     assert account.epsilon(200) == pytest.approx(expected, abs=0.0075)
 
